@@ -1,0 +1,3 @@
+//! The guest driver: brings the vvu device up and moves vhost-user messages through its queues.
+
+pub mod pci_device;

@@ -1,0 +1,13 @@
+//! virtio-vhost-user (VVU): a vhost-user back-end inside one VM, the device VM, serves a virtio
+//! device of another, the sibling VM.
+//!
+//! [`proxy`] is the virtio PCI device that the device VM sees, [`vfio_user`] hosts it for an
+//! unpatched VMM, [`driver`] drives it from inside the device VM, [`bridge`] turns its messages
+//! into an ordinary vhost-user socket, and [`backend`] holds back-ends that serve such a socket.
+
+pub mod backend;
+pub mod bridge;
+pub mod driver;
+pub mod proxy;
+pub mod spec;
+pub mod vfio_user;

@@ -1,0 +1,3 @@
+//! `vvu`: the proxy on the host, back-ends and tools in the guest.
+
+fn main() {}

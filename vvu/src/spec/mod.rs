@@ -1,0 +1,9 @@
+//! What is on the wire: addresses, PCI and virtio layouts, vhost-user and vfio-user messages.
+//!
+//! Nothing here does I/O, and nothing here is unsafe.
+
+pub mod addr;
+pub mod pci;
+pub mod vfio_user;
+pub mod vhost_user;
+pub mod virtio;

@@ -1,0 +1,1 @@
+//! vfio-user messages as stock QEMU speaks them.

@@ -1,0 +1,3 @@
+//! `cargo xtask`: builds the guests, runs the VMs and proves VVU end to end.
+
+fn main() {}
