@@ -7,15 +7,7 @@ use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::spec::addr::Iova;
-
-/// A part of the device that can be read and written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Region {
-    /// Base address register 0 to 5.
-    Bar(u8),
-    /// The configuration space.
-    Config,
-}
+use crate::spec::pci::Region;
 
 /// Memory that the device can read and write, for as long as this value lives.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 
 use super::Host;
-use crate::driver::pci_device::Region;
+use crate::spec::pci::Region;
 
 /// What a vvu device is made of.
 #[derive(Debug)]

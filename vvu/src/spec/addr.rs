@@ -67,7 +67,9 @@ impl fmt::Display for Bdf {
 
 /// A text that is not a PCI address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{got:?} is not a PCI address: want [DOMAIN:]BUS:DEVICE.FUNCTION in hexadecimal, for example 0000:00:10.0")]
+#[error(
+    "{got:?} is not a PCI address: want [DOMAIN:]BUS:DEVICE.FUNCTION in hexadecimal, for example 0000:00:10.0"
+)]
 pub struct BdfError {
     got: String,
 }
@@ -115,7 +117,18 @@ mod tests {
 
     #[test]
     fn bdf_refuses_what_no_device_can_have() {
-        for text in ["", "10.0", "00:20.0", "00:10.8", "00:10", "0:0:0:1.0", "00:+1.0", "00:10.00", "100:00.0", "x:y.z"] {
+        for text in [
+            "",
+            "10.0",
+            "00:20.0",
+            "00:10.8",
+            "00:10",
+            "0:0:0:1.0",
+            "00:+1.0",
+            "00:10.00",
+            "100:00.0",
+            "x:y.z",
+        ] {
             assert!(text.parse::<Bdf>().is_err(), "{text}");
         }
     }

@@ -95,6 +95,15 @@ pub mod msix {
     pub const ENTRY_SIZE: u64 = 16;
 }
 
+/// A part of the device that can be read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Region {
+    /// Base address register 0 to 5.
+    Bar(u8),
+    /// The configuration space.
+    Config,
+}
+
 /// One contiguous virtio structure: a BAR number, an offset and a length in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Structure {

@@ -224,7 +224,8 @@ impl MemoryRegion {
     #[must_use]
     pub fn to_bytes(&self) -> [u8; Self::SIZE] {
         let mut bytes = [0; Self::SIZE];
-        for (field, value) in bytes.chunks_exact_mut(8).zip([self.gpa.0, self.size, self.va.0, self.offset.0]) {
+        for (field, value) in bytes.chunks_exact_mut(8).zip([self.gpa.0, self.size, self.va.0, self.offset.0])
+        {
             field.copy_from_slice(&value.to_le_bytes());
         }
         bytes
@@ -238,7 +239,9 @@ impl MemoryRegion {
             && aligned(self.size)
             && aligned(self.gpa.0)
             && aligned(self.offset.0)
-            && [self.gpa.0, self.va.0, self.offset.0].iter().all(|start| start.checked_add(self.size).is_some())
+            && [self.gpa.0, self.va.0, self.offset.0]
+                .iter()
+                .all(|start| start.checked_add(self.size).is_some())
     }
 
     /// Whether the two regions share a guest physical or a virtual address.
@@ -352,7 +355,8 @@ mod tests {
 
     #[test]
     fn tables_that_lie_are_refused() {
-        let refuse = |regions: &[MemoryRegion]| parse_memory_table(&memory_table_to_bytes(regions)).expect_err("lie");
+        let refuse =
+            |regions: &[MemoryRegion]| parse_memory_table(&memory_table_to_bytes(regions)).expect_err("lie");
         assert_eq!(refuse(&[]), MessageError::RegionCount { got: 0 });
         let many: Vec<_> = (0..33).map(|i| region(i << 12, 4096, i << 12, i << 12)).collect();
         assert_eq!(refuse(&many), MessageError::RegionCount { got: 33 });
