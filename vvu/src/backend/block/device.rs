@@ -369,7 +369,3 @@ impl VhostUserBackend for Device {
         Ok(())
     }
 }
-
-#[cfg(test)]
-#[path = "device_test.rs"]
-mod tests;

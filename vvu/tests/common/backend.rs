@@ -1,0 +1,47 @@
+//! The block back-end, served in a thread of the test.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use vvu::backend::block::{Block, Options};
+use vvu::backend::{ServeError, Socket, Stop};
+
+use super::{Driver, Setup, SiblingMemory, Task, disk};
+
+/// A back-end that serves a disk in a thread.
+pub struct Backend {
+    pub dir: tempfile::TempDir,
+    pub socket: PathBuf,
+    pub disk: PathBuf,
+    pub stop: Stop,
+    task: Option<Task<Result<(), ServeError>>>,
+}
+
+impl Backend {
+    pub fn start(content: &[u8], adjust: impl FnOnce(&mut Options)) -> Self {
+        let (dir, disk) = disk(content).expect("disk");
+        let mut options = Options { path: disk.clone(), read_only: false, queues: 4, serial: None };
+        adjust(&mut options);
+        let path = dir.path().join("s");
+        let block = Block::open(&options).expect("disk");
+        let socket = Socket::bind(&path).expect("socket");
+        let stop = Stop::new().expect("stop");
+        let handle = stop.clone();
+        let task = Task::spawn("back-end", move || block.serve(socket.listener(), &handle));
+        Self { dir, socket: path, disk, stop, task: Some(task) }
+    }
+
+    pub fn connect(&self, memory: &Arc<SiblingMemory>, setup: Setup) -> Driver {
+        Driver::connect(&self.socket, memory, setup).expect("connection")
+    }
+
+    pub fn content(&self) -> Vec<u8> {
+        std::fs::read(&self.disk).expect("disk")
+    }
+
+    pub fn end(mut self) {
+        self.stop.stop();
+        self.task.take().expect("running").join().expect("served");
+        assert!(!self.socket.exists(), "the socket goes with its back-end");
+    }
+}
