@@ -1,7 +1,7 @@
 //! A virtio-blk driver over the `vhost` crate's front-end: plays the sibling VM in tests.
 //!
 //! It owns the sibling's memory, lays its rings and buffers out there itself, and bounds each wait.
-#![allow(dead_code, unreachable_pub, reason = "each test target uses its own part of this")]
+#![allow(dead_code, unused_imports, unreachable_pub, reason = "each test target uses its own part of this")]
 
 mod backend;
 mod driver;

@@ -122,7 +122,8 @@ fn a_loop_in_a_large_indirect_table_ends_early() {
 #[test]
 fn malformed_requests_keep_their_status_where_there_is_one() {
     let memory = memory();
-    let cases: [(&str, &[(u64, u32, u16)], Malformed); 4] = [
+    type Case<'a> = (&'a str, &'a [(u64, u32, u16)], Malformed);
+    let cases: [Case<'_>; 4] = [
         ("nothing readable", &[(STATUS, 1, WRITE)], Malformed::Header),
         ("short header", &[(HEADER, 15, NEXT), (STATUS, 1, WRITE)], Malformed::Header),
         ("order", &[(HEADER, 16, NEXT), (STATUS, 1, NEXT | WRITE), (DATA, 1, 0)], Malformed::Order),
