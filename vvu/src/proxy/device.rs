@@ -5,8 +5,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 
-use virtio_queue::QueueT;
-
 use super::Host;
 use super::common_config::CommonConfig;
 use super::config_space::{ConfigSpace, Effect};

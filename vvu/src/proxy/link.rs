@@ -86,7 +86,8 @@ mod tests {
                     let after = state.after(event);
                     let ready = match event {
                         LinkEvent::DriverReady => true,
-                        LinkEvent::DriverGone | LinkEvent::Reset | LinkEvent::EndMarked => false,
+                        LinkEvent::DriverGone | LinkEvent::Reset => false,
+                        LinkEvent::EndMarked => ready && state != LinkState::Leaving,
                         _ => ready,
                     };
                     let broken = event == LinkEvent::DriverViolation || broken && event != LinkEvent::Reset;

@@ -18,6 +18,9 @@ mod sibling_memory;
 mod treatment;
 mod vrings;
 
+#[cfg(test)]
+mod tests;
+
 /// What the device needs from whatever connects it to the device VM.
 ///
 /// The vfio-user server is one implementation, tests have another, and a VMM that embeds this crate
