@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use virtio_queue::{Queue, QueueT};
@@ -53,7 +53,9 @@ pub(crate) struct State {
     selected_features: [u32; 2],
     selected_kick: u16,
     vectors: Vec<EventFd>,
-    memory: Vec<Allocation>,
+    allocations: Vec<Allocation>,
+    /// All allocations, as the device sees them.
+    memory: GuestMemoryMmap,
 }
 
 #[derive(Clone, Debug)]
@@ -91,13 +93,15 @@ impl FakeDevice {
             selected_features: [0; 2],
             selected_kick: 0,
             vectors: Vec::new(),
-            memory: Vec::new(),
+            allocations: Vec::new(),
+            memory: GuestMemoryMmap::new(),
         };
         Self { state: Arc::new(Mutex::new(state)), shared: Arc::new(memfd(Self::MEMORY)) }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no test panicked while it held the lock")
+        // A test that failed while it held the lock still drops its driver.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn shared(&self) -> &File {
@@ -117,7 +121,7 @@ impl FakeDevice {
     /// is no buffer.
     pub(crate) fn deliver_as(&self, bytes: &[u8], len: u32) -> bool {
         let mut state = self.state();
-        let memory = state.guest_memory();
+        let memory = state.memory.clone();
         let queue = state.queues[0].device.as_mut().expect("DRIVER_OK");
         let Some(chain) = queue.pop_descriptor_chain(&memory) else { return false };
         let head = chain.head_index();
@@ -147,7 +151,7 @@ impl FakeDevice {
     /// Completes the oldest message that the driver sent.
     pub(crate) fn sent_next(&self) -> Option<Vec<u8>> {
         let mut state = self.state();
-        let memory = state.guest_memory();
+        let memory = state.memory.clone();
         let queue = state.queues[1].device.as_mut()?;
         let chain = queue.pop_descriptor_chain(&memory)?;
         let head = chain.head_index();
@@ -159,12 +163,20 @@ impl FakeDevice {
         Some(bytes)
     }
 
-    /// Claims in the used ring of `queue` that buffer `id` is done, without having taken it.
-    pub(crate) fn claim_used(&self, queue: usize, id: u16, len: u32) {
-        let mut state = self.state();
-        let memory = state.guest_memory();
-        let queue = state.queues[queue].device.as_mut().expect("DRIVER_OK");
-        queue.add_used(&memory, id, len).expect("used ring");
+    /// Claims `count` times in the used ring of `queue` that buffer `id` is done, true or not.
+    pub(crate) fn claim_used(&self, queue: usize, id: u32, len: u32, count: u16) {
+        let state = self.state();
+        let memory = state.memory.clone();
+        let FakeQueue { size, addresses: [.., used], .. } = state.queues[queue];
+        for slot in 0..u64::from(count) {
+            let element = GuestAddress(used + 4 + 8 * (slot % u64::from(size)));
+            memory.write_slice(&[id.to_le_bytes(), len.to_le_bytes()].concat(), element).expect("used ring");
+        }
+        memory.write_slice(&count.to_le_bytes(), GuestAddress(used + 2)).expect("used index");
+    }
+
+    pub(crate) fn interrupt(&self, vector: u16) {
+        self.state().signal(vector);
     }
 
     /// Sets the link status and sends a configuration interrupt.
@@ -176,12 +188,13 @@ impl FakeDevice {
 }
 
 impl State {
-    fn guest_memory(&self) -> GuestMemoryMmap {
+    fn map(&mut self) {
         let range = |(iova, len, file): &Allocation| {
             let file = FileOffset::new(file.try_clone().expect("dup"), 0);
             (GuestAddress(*iova), *len, Some(file))
         };
-        GuestMemoryMmap::from_ranges_with_files(self.memory.iter().map(range)).expect("memory")
+        let ranges = self.allocations.iter().map(range);
+        self.memory = GuestMemoryMmap::from_ranges_with_files(ranges).expect("memory");
     }
 
     fn signal(&self, vector: u16) {
@@ -327,12 +340,13 @@ impl PciDevice for FakeDevice {
 
     fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {
         let mut state = self.state();
-        let iova = 0x10_0000 * (1 + state.memory.len() as u64);
+        let iova = 0x10_0000 * (1 + state.allocations.len() as u64);
         let file = memfd(len as u64);
         let offset = FileOffset::new(file.try_clone().expect("dup"), 0);
         let memory = MmapRegion::from_file(offset, len)
             .map_err(|e| DeviceError::Io { what: "mmap".to_owned(), source: io::Error::other(e) })?;
-        state.memory.push((iova, len, file));
+        state.allocations.push((iova, len, file));
+        state.map();
         Ok(DmaBuffer { memory, iova: Iova(iova) })
     }
 

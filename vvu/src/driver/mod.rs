@@ -3,6 +3,7 @@
 //! [`Driver`] works on any [`PciDevice`](pci_device::PciDevice). In the guest that is
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks.
 
+pub mod eventfd;
 pub mod pci_device;
 pub mod sysfs;
 pub mod vfio;
@@ -17,3 +18,5 @@ pub(crate) mod fake;
 mod layout;
 mod queue;
 mod registers;
+#[cfg(test)]
+mod tests;
