@@ -1,1 +1,14 @@
-//! To come.
+//! Back-ends: programs that serve a virtio device over a vhost-user unix socket.
+//!
+//! Nothing here knows of VVU. A back-end serves a front-end on the same host as well as one that
+//! the guest's bridge connects it to.
+
+pub mod block;
+
+mod server;
+mod socket;
+mod vring;
+
+pub use server::{ExitEvents, ServeError, Stop, serve};
+pub use socket::{Socket, SocketError};
+pub use vring::Vring;
