@@ -6,9 +6,7 @@
 pub mod block;
 
 mod server;
-mod socket;
 mod vring;
 
 pub use server::{ExitEvents, ServeError, Stop, serve};
-pub use socket::{Socket, SocketError};
 pub use vring::Vring;

@@ -12,14 +12,14 @@ use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// Longest path of a unix socket in bytes (`sun_path` without its final zero).
-pub(super) const PATH_MAX: usize = 107;
+pub const PATH_MAX: usize = 107;
 
 /// Front-ends that can wait for their turn.
 const BACKLOG: i32 = 8;
 
 /// Why there is no socket to listen on.
 #[derive(Debug, thiserror::Error)]
-pub enum SocketError {
+pub enum ListenError {
     /// The path does not fit into a socket address.
     #[error(
         "socket path {path:?} has {got} bytes: want at most {PATH_MAX}; use a shorter directory or a relative path"
@@ -56,27 +56,27 @@ pub enum SocketError {
 
 /// A listening socket with mode 0600; dropping it removes it from the file system.
 #[derive(Debug)]
-pub struct Socket {
+pub struct ListeningSocket {
     listener: UnixListener,
     path: PathBuf,
     /// Device and inode of the name, so that only our own is removed.
     id: (u64, u64),
 }
 
-impl Socket {
+impl ListeningSocket {
     /// Listens at `path`; what a dead process left there is replaced.
     ///
     /// # Errors
-    /// [`SocketError`].
-    pub fn bind(path: &Path) -> Result<Self, SocketError> {
+    /// [`ListenError`].
+    pub fn bind(path: &Path) -> Result<Self, ListenError> {
         let got = path.as_os_str().as_bytes().len();
         if got > PATH_MAX {
-            return Err(SocketError::PathTooLong { path: path.to_owned(), got });
+            return Err(ListenError::PathTooLong { path: path.to_owned(), got });
         }
         remove_stale(path)?;
         let io = |what| {
             let path = path.to_owned();
-            move |error: rustix::io::Errno| SocketError::Io { what, path, source: error.into() }
+            move |error: rustix::io::Errno| ListenError::Io { what, path, source: error.into() }
         };
         let fd =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
@@ -85,11 +85,11 @@ impl Socket {
         rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(io("set the mode of"))?;
         let address = SocketAddrUnix::new(path).map_err(io("address"))?;
         rustix::net::bind(&fd, &address).map_err(|error| match error {
-            rustix::io::Errno::ADDRINUSE => SocketError::InUse { path: path.to_owned() },
+            rustix::io::Errno::ADDRINUSE => ListenError::InUse { path: path.to_owned() },
             error => io("bind")(error),
         })?;
         rustix::net::listen(&fd, BACKLOG).map_err(io("listen on"))?;
-        let id = identity(path).map_err(|source| SocketError::Io {
+        let id = identity(path).map_err(|source| ListenError::Io {
             what: "look up",
             path: path.to_owned(),
             source,
@@ -104,13 +104,13 @@ impl Socket {
     }
 }
 
-impl AsFd for Socket {
+impl AsFd for ListeningSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()
     }
 }
 
-impl Drop for Socket {
+impl Drop for ListeningSocket {
     fn drop(&mut self) {
         if identity(&self.path).is_ok_and(|id| id == self.id)
             && let Err(error) = fs::remove_file(&self.path)
@@ -125,21 +125,21 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 /// Removes a socket at `path` on which nobody listens any more.
-fn remove_stale(path: &Path) -> Result<(), SocketError> {
+fn remove_stale(path: &Path) -> Result<(), ListenError> {
     let io = |what| {
         let path = path.to_owned();
-        move |source| SocketError::Io { what, path, source }
+        move |source| ListenError::Io { what, path, source }
     };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(io("look up")(error)),
         Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(SocketError::NotASocket { path: path.to_owned() });
+            return Err(ListenError::NotASocket { path: path.to_owned() });
         }
         Ok(_) => {}
     }
     match UnixStream::connect(path) {
-        Ok(_) => Err(SocketError::InUse { path: path.to_owned() }),
+        Ok(_) => Err(ListenError::InUse { path: path.to_owned() }),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(io("replace"))
         }
@@ -156,7 +156,7 @@ mod tests {
     fn is_private_and_goes_away() {
         let dir = tempfile::tempdir().expect("directory");
         let path = dir.path().join("s");
-        let socket = Socket::bind(&path).expect("bind");
+        let socket = ListeningSocket::bind(&path).expect("bind");
         let mode = fs::metadata(&path).expect("metadata").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         UnixStream::connect(&path).expect("connect");
@@ -170,8 +170,8 @@ mod tests {
         let path = dir.path().join("s");
         drop(UnixListener::bind(&path).expect("bind"));
         assert!(path.exists(), "std leaves the name behind");
-        let socket = Socket::bind(&path).expect("replaces the stale one");
-        assert!(matches!(Socket::bind(&path), Err(SocketError::InUse { .. })));
+        let socket = ListeningSocket::bind(&path).expect("replaces the stale one");
+        assert!(matches!(ListeningSocket::bind(&path), Err(ListenError::InUse { .. })));
         UnixStream::connect(&path).expect("the live one is untouched");
         drop(socket);
     }
@@ -180,9 +180,9 @@ mod tests {
     fn a_successor_keeps_its_name() {
         let dir = tempfile::tempdir().expect("directory");
         let path = dir.path().join("s");
-        let first = Socket::bind(&path).expect("bind");
+        let first = ListeningSocket::bind(&path).expect("bind");
         fs::remove_file(&path).expect("remove");
-        let second = Socket::bind(&path).expect("bind");
+        let second = ListeningSocket::bind(&path).expect("bind");
         drop(first);
         UnixStream::connect(&path).expect("connect");
         drop(second);
@@ -192,17 +192,17 @@ mod tests {
     fn refuses_with_a_remedy() {
         let dir = tempfile::tempdir().expect("directory");
         let long = dir.path().join("x".repeat(PATH_MAX));
-        let error = Socket::bind(&long).expect_err("too long");
-        assert!(matches!(error, SocketError::PathTooLong { .. }));
+        let error = ListeningSocket::bind(&long).expect_err("too long");
+        assert!(matches!(error, ListenError::PathTooLong { .. }));
         assert!(error.to_string().contains("want at most 107; use a shorter"), "{error}");
 
         let file = dir.path().join("file");
         fs::write(&file, "precious").expect("write");
-        assert!(matches!(Socket::bind(&file), Err(SocketError::NotASocket { .. })));
+        assert!(matches!(ListeningSocket::bind(&file), Err(ListenError::NotASocket { .. })));
         assert_eq!(fs::read(&file).expect("read"), b"precious");
 
         let missing = dir.path().join("no/s");
-        assert!(matches!(Socket::bind(&missing), Err(SocketError::Io { what: "bind", .. })));
+        assert!(matches!(ListeningSocket::bind(&missing), Err(ListenError::Io { what: "bind", .. })));
     }
 
     #[test]
@@ -210,7 +210,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("directory");
         let used = dir.path().as_os_str().len() + 1;
         let path = dir.path().join("x".repeat(PATH_MAX - used));
-        let _socket = Socket::bind(&path).expect("bind");
+        let _socket = ListeningSocket::bind(&path).expect("bind");
         UnixStream::connect(&path).expect("connect");
     }
 }
