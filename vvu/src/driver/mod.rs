@@ -2,9 +2,8 @@
 //!
 //! [`Driver`] works on any [`PciDevice`](pci_device::PciDevice). In the guest that is
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
-//! without a VM it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
+//! it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
 
-pub mod eventfd;
 pub mod pci_device;
 pub mod sysfs;
 pub mod vfio;
@@ -16,6 +15,7 @@ pub use queue::QueueError;
 
 mod device;
 mod doorbells;
+pub(crate) mod event_fd;
 #[cfg(test)]
 pub(crate) mod fake;
 mod layout;

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use vvu::backend::block::{Block, Options};
-use vvu::backend::{ServeError, Socket, Stop};
+use vvu::backend::{ServeError, Stop};
+use vvu::listening_socket::ListeningSocket as Socket;
 
 use super::{Driver, Setup, SiblingMemory, Task, disk};
 
