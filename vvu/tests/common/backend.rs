@@ -1,6 +1,6 @@
 //! The block back-end, served in a thread of the test.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vvu::backend::block::{Block, Options};
@@ -14,6 +14,7 @@ pub struct Backend {
     pub dir: tempfile::TempDir,
     pub socket: PathBuf,
     pub disk: PathBuf,
+    options: Options,
     pub stop: Stop,
     task: Option<Task<Result<(), ServeError>>>,
 }
@@ -24,12 +25,24 @@ impl Backend {
         let mut options = Options { path: disk.clone(), read_only: false, queues: 4, serial: None };
         adjust(&mut options);
         let path = dir.path().join("s");
-        let block = Block::open(&options).expect("disk");
-        let socket = Socket::bind(&path).expect("socket");
+        let (stop, task) = Self::serve(&options, &path);
+        Self { dir, socket: path, disk, options, stop, task: Some(task) }
+    }
+
+    fn serve(options: &Options, path: &Path) -> (Stop, Task<Result<(), ServeError>>) {
+        let block = Block::open(options).expect("disk");
+        let socket = Socket::bind(path).expect("socket");
         let stop = Stop::new().expect("stop");
         let handle = stop.clone();
         let task = Task::spawn("back-end", move || block.serve(socket.listener(), &handle));
-        Self { dir, socket: path, disk, stop, task: Some(task) }
+        (stop, task)
+    }
+
+    /// Ends the back-end and starts another one in its place.
+    pub fn restart(&mut self) {
+        self.finish();
+        let (stop, task) = Self::serve(&self.options, &self.socket);
+        (self.stop, self.task) = (stop, Some(task));
     }
 
     pub fn connect(&self, memory: &Arc<SiblingMemory>, setup: Setup) -> Driver {
@@ -41,6 +54,10 @@ impl Backend {
     }
 
     pub fn end(mut self) {
+        self.finish();
+    }
+
+    fn finish(&mut self) {
         self.stop.stop();
         self.task.take().expect("running").join().expect("served");
         assert!(!self.socket.exists(), "the socket goes with its back-end");

@@ -59,6 +59,7 @@ pub struct Driver {
     /// Protocol features of the device as the front-end gets to see them.
     pub protocol_features: VhostUserProtocolFeatures,
     pub config: Vec<u8>,
+    setup: Setup,
     stream: UnixStream,
 }
 
@@ -105,14 +106,23 @@ impl Driver {
 
         let features = offered & !setup.without | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         frontend.set_features(features)?;
-        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let ring = |index| {
-            let base = memory.base() + index as u64 * Ring::SPACE;
-            Ring::new(memory, base, setup.queue_size, event_idx)
-        };
-        let rings = (0..setup.queues).map(ring).collect();
         let memory = memory.clone();
-        Ok(Self { frontend, memory, rings, offered, features, protocol_features, config, stream: watched })
+        let rings = Vec::new();
+        let stream = watched;
+        let mut driver =
+            Self { frontend, memory, rings, offered, features, protocol_features, config, setup, stream };
+        driver.renew_rings();
+        Ok(driver)
+    }
+
+    /// Lays all rings out anew, as a driver does that has just been loaded.
+    pub fn renew_rings(&mut self) {
+        let event_idx = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let ring = |index| {
+            let base = self.memory.base() + index as u64 * Ring::SPACE;
+            Ring::new(&self.memory, base, self.setup.queue_size, event_idx)
+        };
+        self.rings = (0..self.setup.queues).map(ring).collect();
     }
 
     /// Tells the device about a queue and starts it where the driver is.

@@ -27,10 +27,7 @@ pub struct SiblingMemory {
 impl SiblingMemory {
     /// A new memory file of `size` bytes, all holes, seen as `pieces`.
     pub fn new(size: u64, pieces: &[Piece]) -> Self {
-        let fd = rustix::fs::memfd_create("sibling", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
-        let file = File::from(fd);
-        file.set_len(size).expect("size of the memory file");
-        Self::of(file, pieces)
+        Self::of(vvu::proxy::create_sibling_memory(size).expect("memory file"), pieces)
     }
 
     /// `pieces` of an existing memory file.
@@ -63,7 +60,8 @@ impl SiblingMemory {
         self.pieces.iter().map(|piece| self.region(piece)).collect()
     }
 
-    fn region(&self, piece: &Piece) -> VhostUserMemoryRegionInfo {
+    /// An entry of the table.
+    pub fn region(&self, piece: &Piece) -> VhostUserMemoryRegionInfo {
         VhostUserMemoryRegionInfo {
             guest_phys_addr: piece.gpa,
             memory_size: piece.size as u64,
