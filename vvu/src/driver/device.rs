@@ -226,9 +226,8 @@ impl<D: PciDevice> Driver<D> {
             common.write16(common::QUEUE_SELECT, queue)?;
             common.write16(common::QUEUE_ENABLE, 1)?;
         }
-        self.setup().set_status(
-            status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK,
-        )?;
+        self.setup()
+            .set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK)?;
         self.rx.post_all().map_err(rx_error)?;
         self.notify(self.rx_notify, RX_QUEUE)
     }

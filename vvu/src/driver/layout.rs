@@ -95,8 +95,7 @@ impl Layout {
         let inside = |what, cfg_type, want| found.structure(device, what, cfg_type, want);
         let common = inside("common configuration", cfg_type::COMMON, 56)?;
         let notify = inside("notification structure", cfg_type::NOTIFY, 2)?;
-        let device_cfg =
-            inside("device configuration", cfg_type::DEVICE, u64_of(device_config::SIZE))?;
+        let device_cfg = inside("device configuration", cfg_type::DEVICE, u64_of(device_config::SIZE))?;
         let doorbells = inside("doorbell structure", cfg_type::DOORBELL, 2)?;
         let vector_select =
             inside("vector select structure", cfg_type::VECTOR_SELECT, u64_of(vector_select::SIZE))?;

@@ -99,10 +99,14 @@ fn queues_wrap_around_many_times() {
 fn a_full_receive_queue_loses_nothing() {
     let fake = FakeDevice::new(1);
     let mut driver = driver(&fake);
-    let taken = (0..100u32).take_while(|i| fake.deliver(&[&[1, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0], &i.to_le_bytes()[..]].concat()));
+    let taken = (0..100u32).take_while(|i| {
+        fake.deliver(&[&[1, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0], &i.to_le_bytes()[..]].concat())
+    });
     assert_eq!(taken.count(), 64);
     for i in 0..64u32 {
-        let Some(Incoming::Message(message)) = driver.receive().expect("receive") else { panic!("message {i}") };
+        let Some(Incoming::Message(message)) = driver.receive().expect("receive") else {
+            panic!("message {i}")
+        };
         assert_eq!(message.payload(), i.to_le_bytes());
     }
     assert!(driver.receive().expect("receive").is_none());
