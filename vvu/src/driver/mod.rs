@@ -2,7 +2,7 @@
 //!
 //! [`Driver`] works on any [`PciDevice`](pci_device::PciDevice). In the guest that is
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
-//! it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
+//! without a VM it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
 
 pub mod pci_device;
 pub mod sysfs;
@@ -15,7 +15,6 @@ pub use queue::QueueError;
 
 mod device;
 mod doorbells;
-pub(crate) mod event_fd;
 #[cfg(test)]
 pub(crate) mod fake;
 mod layout;
