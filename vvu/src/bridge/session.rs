@@ -9,7 +9,7 @@ use vhost::vhost_user::message::FrontendReq;
 use super::attachments::{Attachments, Limits, Refusal};
 use super::{BridgeError, wait};
 use crate::driver::pci_device::PciDevice;
-use crate::driver::{Driver, DriverError, Incoming, event_fd};
+use crate::driver::{Driver, DriverError, Incoming, eventfd};
 use crate::message_socket::{Message, MessageSocket, SocketError};
 
 /// Messages moved before the other file descriptors get their turn.
@@ -72,8 +72,8 @@ impl<'d, D: PciDevice> Session<'d, D> {
                 return Ok(End::Stopped);
             }
             // The link is read before the queue: what a front-end sent before it left is there then.
-            left |= event_fd::take(self.driver.rx_event()) && self.link_is_down()?;
-            let _ = event_fd::take(self.driver.tx_event());
+            left |= eventfd::take(self.driver.rx_event()) && self.link_is_down()?;
+            let _ = eventfd::take(self.driver.tx_event());
             more = match self.pump() {
                 Ok(more) => more,
                 Err(Halt::Session(end)) => return Ok(end),
@@ -95,8 +95,8 @@ impl<'d, D: PciDevice> Session<'d, D> {
         let room = self.driver.can_send()?;
         let mut fds = vec![
             PollFd::from_borrowed_fd(stop, PollFlags::IN),
-            PollFd::from_borrowed_fd(event_fd::borrow(self.driver.rx_event()), PollFlags::IN),
-            PollFd::from_borrowed_fd(event_fd::borrow(self.driver.tx_event()), PollFlags::IN),
+            PollFd::from_borrowed_fd(eventfd::borrow(self.driver.rx_event()), PollFlags::IN),
+            PollFd::from_borrowed_fd(eventfd::borrow(self.driver.tx_event()), PollFlags::IN),
         ];
         let backend = (Some(&self.backend), room);
         let channel = (self.channel.as_ref(), room && !self.channel_is_congested());
@@ -215,7 +215,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
             Attachments::Call(index) => self.driver.call(index)?,
             Attachments::Err(index) => self.driver.err(index)?,
         };
-        Ok(vec![event_fd::borrow(event).try_clone_to_owned().map_err(io)?])
+        Ok(vec![eventfd::borrow(event).try_clone_to_owned().map_err(io)?])
     }
 
     /// Moves an answer of the back-end to the front-end; false if there is none or no room.

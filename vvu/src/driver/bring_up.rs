@@ -28,9 +28,8 @@ const QUEUE_SIZE: u16 = 64;
 /// A reset takes the device no time, so this many looks at its status are ample.
 const RESET_POLLS: u32 = 100;
 const RESET_POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// Offset of the command register as an offset of the region.
-const COMMAND: u64 = 0x04;
-const _: () = assert!(COMMAND as usize == config::COMMAND);
+/// Offset of the command register in the configuration space.
+const COMMAND: u64 = config::COMMAND as u64;
 
 /// A virtqueue and what belongs to it.
 #[derive(Debug)]

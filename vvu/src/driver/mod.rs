@@ -2,8 +2,9 @@
 //!
 //! [`Driver`] works on any [`PciDevice`](pci_device::PciDevice). In the guest that is
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
-//! it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
+//! without a VM it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
 
+pub mod eventfd;
 pub mod pci_device;
 pub mod sysfs;
 pub mod vfio;
@@ -18,7 +19,6 @@ mod bring_up;
 mod device;
 mod doorbells;
 mod error;
-pub(crate) mod event_fd;
 #[cfg(test)]
 pub(crate) mod fake;
 mod layout;

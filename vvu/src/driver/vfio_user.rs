@@ -15,7 +15,7 @@ use vm_memory::{FileOffset, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::doorbells::Doorbells;
-use super::event_fd;
+use super::eventfd;
 use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
 use crate::spec::addr::Iova;
 use crate::spec::pci::{Region, cap_id, config, msix};
@@ -321,7 +321,7 @@ impl Connection {
         for batch in vectors.chunks(self.server.max_msg_fds.clamp(1, FDS_MAX)) {
             let fds = batch
                 .iter()
-                .map(|event| event_fd::borrow(event).try_clone_to_owned())
+                .map(|event| eventfd::borrow(event).try_clone_to_owned())
                 .collect::<Result<_, _>>();
             let fds = fds.map_err(|source| DeviceError::Io { what: "share eventfds".into(), source })?;
             let count = argsz(batch.len());
