@@ -23,6 +23,10 @@ struct Cli {
 enum Command {
     /// Run the vvu device of a device VM, and listen for the sibling's front-end.
     Proxy(commands::proxy::Args),
+    /// Run a back-end: in a device VM behind its vvu device, or anywhere on a vhost-user socket.
+    Device(commands::device::Args),
+    /// Give the vvu device of a device VM to vfio-pci, as back-ends need it.
+    Bind(commands::bind::Args),
 }
 
 fn main() -> ExitCode {
@@ -30,6 +34,8 @@ fn main() -> ExitCode {
     logger::init(cli.verbose);
     let result = match cli.command {
         Command::Proxy(args) => commands::proxy::run(&args),
+        Command::Device(args) => commands::device::run(&args),
+        Command::Bind(args) => commands::bind::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

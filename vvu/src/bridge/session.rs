@@ -4,6 +4,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use vhost::vhost_user::message::FrontendReq;
 
 use super::attachments::{Attachments, Limits, Refusal};
 use super::{BridgeError, wait};
@@ -129,7 +130,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
     /// Moves what can be moved; true if there may be more.
     fn pump(&mut self) -> Result<bool, Halt> {
         for _ in 0..MESSAGES_PER_TURN {
-            let moved = self.from_device()? | self.from_backend()? | self.from_channel()?;
+            let moved = self.move_request()? | self.move_answer()? | self.move_backend_request()?;
             if !moved {
                 return Ok(false);
             }
@@ -138,7 +139,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
     }
 
     /// Moves a message of the front-end to the back-end; false if there is none or no room.
-    fn from_device(&mut self) -> Result<bool, Halt> {
+    fn move_request(&mut self) -> Result<bool, Halt> {
         self.backend.flush().map_err(|reason| self.backend_left(reason))?;
         if let Some(channel) = &mut self.channel
             && let Err(error) = channel.flush()
@@ -157,13 +158,13 @@ impl<'d, D: PciDevice> Session<'d, D> {
             Some(Incoming::FrontendLeft) => Err(End::FrontendLeft.into()),
             Some(Incoming::Message(message)) => {
                 self.serving = true;
-                self.to_backend(message)?;
+                self.give_to_backend(message)?;
                 Ok(true)
             }
         }
     }
 
-    fn to_backend(&mut self, message: Message) -> Result<(), Halt> {
+    fn give_to_backend(&mut self, message: Message) -> Result<(), Halt> {
         let header = message.header;
         if header.is_reply() {
             let Some(channel) = &mut self.channel else {
@@ -218,7 +219,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
     }
 
     /// Moves an answer of the back-end to the front-end; false if there is none or no room.
-    fn from_backend(&mut self) -> Result<bool, Halt> {
+    fn move_answer(&mut self) -> Result<bool, Halt> {
         if !self.driver.can_send()? {
             return Ok(false);
         }
@@ -231,7 +232,8 @@ impl<'d, D: PciDevice> Session<'d, D> {
         if !message.header.is_reply() {
             return Err(Refusal::Direction { request }.into());
         }
-        if !message.fds.is_empty() {
+        // The one that comes with an in-flight region is not needed: the device replaces the region.
+        if !message.fds.is_empty() && request != u32::from(FrontendReq::GET_INFLIGHT_FD) {
             log::warn!("closed the descriptors in the answer to request {request}: they cannot be carried");
         }
         self.driver.send(&message.bytes)?;
@@ -239,7 +241,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
     }
 
     /// Moves a request of the back-end to the front-end; false if there is none or no room.
-    fn from_channel(&mut self) -> Result<bool, Halt> {
+    fn move_backend_request(&mut self) -> Result<bool, Halt> {
         if self.channel_is_congested() || !self.driver.can_send()? {
             return Ok(false);
         }
