@@ -23,6 +23,10 @@ struct Cli {
 enum Command {
     /// Run the vvu device of a device VM, and listen for the sibling's front-end.
     Proxy(commands::proxy::Args),
+    /// Run a back-end: in a device VM behind its vvu device, or anywhere on a vhost-user socket.
+    Device(commands::device::Args),
+    /// Give the vvu device of a device VM to vfio-pci, as back-ends need it.
+    Bind(commands::bind::Args),
 }
 
 fn main() -> ExitCode {
@@ -30,12 +34,38 @@ fn main() -> ExitCode {
     logger::init(cli.verbose);
     let result = match cli.command {
         Command::Proxy(args) => commands::proxy::run(&args),
+        Command::Device(args) => commands::device::run(&args),
+        Command::Bind(args) => commands::bind::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vvu: {error:#}");
+            eprintln!("vvu: {}", describe(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// An error and its causes, but for causes that the text before them has told already.
+fn describe(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        told if told.contains(&cause) => text,
+        told => format!("{told}: {cause}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let told = anyhow::Error::msg("no such file").context("cannot open x: no such file; make one");
+        assert_eq!(describe(&told), "cannot open x: no such file; make one");
+        assert_eq!(
+            describe(&told.context("cannot start")),
+            "cannot start: cannot open x: no such file; make one"
+        );
     }
 }

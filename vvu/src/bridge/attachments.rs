@@ -3,10 +3,10 @@
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::message_socket::Message;
-use crate::spec::addr::QueueIndex;
+use crate::spec::addr::{BarOffset, QueueIndex};
 use crate::spec::vhost_user::{
-    MemoryRegion, MessageError, VRING_INDEX_MASK, VRING_NO_FD, parse_memory_table, parse_single_region,
-    parse_u64,
+    InflightArea, MemoryRegion, MessageError, VRING_INDEX_MASK, VRING_NO_FD, parse_memory_table,
+    parse_single_region, parse_u64,
 };
 
 /// What to attach to a message on its way to the back-end.
@@ -32,8 +32,8 @@ pub(super) enum Refusal {
     Message(#[from] MessageError),
     #[error("request {request} for vhost queue {index}: the device carries {queues}")]
     Queue { request: u32, index: QueueIndex, queues: u16 },
-    #[error("memory region of {size:#x} bytes at {offset:#x}: the shared memory BAR has {bar:#x} bytes")]
-    OutsideBar { offset: u64, size: u64, bar: u64 },
+    #[error("memory region of {size:#x} bytes at {offset}: the shared memory BAR has {bar:#x} bytes")]
+    OutsideBar { offset: BarOffset, size: u64, bar: u64 },
     #[error("request {request} needs a file descriptor that no vvu device can carry")]
     NotCarried { request: u32 },
     #[error("the message with request {request} came in the wrong direction")]
@@ -70,11 +70,18 @@ impl Attachments {
         match Req::try_from(request) {
             Ok(Req::SET_MEM_TABLE) => {
                 let regions = parse_memory_table(payload)?;
-                regions.iter().try_for_each(|region| inside(region, limits))?;
+                regions.iter().try_for_each(|region| limits.check(region.offset, region.size))?;
                 Ok(Self::Memory(regions.len()))
             }
             Ok(Req::ADD_MEM_REG) => {
-                inside(&parse_single_region(request, payload)?, limits)?;
+                let MemoryRegion { offset, size, .. } = parse_single_region(request, payload)?;
+                limits.check(offset, size)?;
+                Ok(Self::Memory(1))
+            }
+            // The device has put the in-flight region into the shared memory.
+            Ok(Req::SET_INFLIGHT_FD) => {
+                let InflightArea { offset, size } = InflightArea::parse(request, payload)?;
+                limits.check(offset, size)?;
                 Ok(Self::Memory(1))
             }
             Ok(Req::SET_VRING_KICK) => vring(Self::Kick),
@@ -84,8 +91,6 @@ impl Attachments {
             Ok(
                 Req::SET_LOG_BASE
                 | Req::SET_LOG_FD
-                | Req::GET_INFLIGHT_FD
-                | Req::SET_INFLIGHT_FD
                 | Req::GPU_SET_SOCKET
                 | Req::POSTCOPY_ADVISE
                 | Req::GET_SHARED_OBJECT
@@ -96,18 +101,20 @@ impl Attachments {
     }
 }
 
-fn inside(region: &MemoryRegion, limits: Limits) -> Result<(), Refusal> {
-    let MemoryRegion { offset, size, .. } = *region;
-    match offset.0.checked_add(size) {
-        Some(end) if end <= limits.shared_memory => Ok(()),
-        _ => Err(Refusal::OutsideBar { offset: offset.0, size, bar: limits.shared_memory }),
+impl Limits {
+    /// Checks that a piece of memory lies inside the shared memory BAR.
+    fn check(self, offset: BarOffset, size: u64) -> Result<(), Refusal> {
+        match offset.0.checked_add(size) {
+            Some(end) if end <= self.shared_memory => Ok(()),
+            _ => Err(Refusal::OutsideBar { offset, size, bar: self.shared_memory }),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::addr::{BarOffset, SiblingGpa, SiblingVa};
+    use crate::spec::addr::{SiblingGpa, SiblingVa};
     use crate::spec::vhost_user::{Header, memory_table_to_bytes};
     use proptest::prelude::*;
 
@@ -146,6 +153,12 @@ mod tests {
         assert_eq!(single(37, region(0, 0x3000, 0x1000)), Ok(Attachments::Memory(1)));
         assert!(matches!(single(37, region(0, 0x4000, 0x1000)), Err(Refusal::OutsideBar { .. })));
         assert_eq!(single(38, region(0, 0x3000, 0x1000)), Ok(Attachments::None));
+        let inflight = |request, size: u64, offset: u64| {
+            of(request, &[size.to_le_bytes(), offset.to_le_bytes(), [1; 8]].concat())
+        };
+        assert_eq!(inflight(32, 0x1000, 0x3000), Ok(Attachments::Memory(1)));
+        assert!(matches!(inflight(32, 0x1001, 0x3000), Err(Refusal::OutsideBar { .. })));
+        assert_eq!(inflight(31, 0, 0), Ok(Attachments::None));
     }
 
     #[test]
@@ -153,7 +166,7 @@ mod tests {
         assert_eq!(of(1, &[]), Ok(Attachments::None));
         assert_eq!(of(1000, &[1, 2, 3]), Ok(Attachments::None));
         assert_eq!(of(21, &[]), Ok(Attachments::BackendChannel));
-        for request in [6, 7, 31, 32, 33, 42] {
+        for request in [6, 7, 28, 33, 41, 42] {
             assert_eq!(of(request, &[0; 16]), Err(Refusal::NotCarried { request }));
         }
     }

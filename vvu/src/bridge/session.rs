@@ -4,11 +4,12 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use vhost::vhost_user::message::FrontendReq;
 
 use super::attachments::{Attachments, Limits, Refusal};
 use super::{BridgeError, wait};
 use crate::driver::pci_device::PciDevice;
-use crate::driver::{Driver, DriverError, Incoming, event_fd};
+use crate::driver::{Driver, DriverError, Incoming, eventfd};
 use crate::message_socket::{Message, MessageSocket, SocketError};
 
 /// Messages moved before the other file descriptors get their turn.
@@ -71,8 +72,8 @@ impl<'d, D: PciDevice> Session<'d, D> {
                 return Ok(End::Stopped);
             }
             // The link is read before the queue: what a front-end sent before it left is there then.
-            left |= event_fd::take(self.driver.rx_event()) && self.link_is_down()?;
-            let _ = event_fd::take(self.driver.tx_event());
+            left |= eventfd::take(self.driver.rx_event()) && self.link_is_down()?;
+            let _ = eventfd::take(self.driver.tx_event());
             more = match self.pump() {
                 Ok(more) => more,
                 Err(Halt::Session(end)) => return Ok(end),
@@ -94,8 +95,8 @@ impl<'d, D: PciDevice> Session<'d, D> {
         let room = self.driver.can_send()?;
         let mut fds = vec![
             PollFd::from_borrowed_fd(stop, PollFlags::IN),
-            PollFd::from_borrowed_fd(event_fd::borrow(self.driver.rx_event()), PollFlags::IN),
-            PollFd::from_borrowed_fd(event_fd::borrow(self.driver.tx_event()), PollFlags::IN),
+            PollFd::from_borrowed_fd(eventfd::borrow(self.driver.rx_event()), PollFlags::IN),
+            PollFd::from_borrowed_fd(eventfd::borrow(self.driver.tx_event()), PollFlags::IN),
         ];
         let backend = (Some(&self.backend), room);
         let channel = (self.channel.as_ref(), room && !self.channel_is_congested());
@@ -129,7 +130,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
     /// Moves what can be moved; true if there may be more.
     fn pump(&mut self) -> Result<bool, Halt> {
         for _ in 0..MESSAGES_PER_TURN {
-            let moved = self.from_device()? | self.from_backend()? | self.from_channel()?;
+            let moved = self.move_request()? | self.move_answer()? | self.move_backend_request()?;
             if !moved {
                 return Ok(false);
             }
@@ -138,7 +139,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
     }
 
     /// Moves a message of the front-end to the back-end; false if there is none or no room.
-    fn from_device(&mut self) -> Result<bool, Halt> {
+    fn move_request(&mut self) -> Result<bool, Halt> {
         self.backend.flush().map_err(|reason| self.backend_left(reason))?;
         if let Some(channel) = &mut self.channel
             && let Err(error) = channel.flush()
@@ -157,13 +158,13 @@ impl<'d, D: PciDevice> Session<'d, D> {
             Some(Incoming::FrontendLeft) => Err(End::FrontendLeft.into()),
             Some(Incoming::Message(message)) => {
                 self.serving = true;
-                self.to_backend(message)?;
+                self.give_to_backend(message)?;
                 Ok(true)
             }
         }
     }
 
-    fn to_backend(&mut self, message: Message) -> Result<(), Halt> {
+    fn give_to_backend(&mut self, message: Message) -> Result<(), Halt> {
         let header = message.header;
         if header.is_reply() {
             let Some(channel) = &mut self.channel else {
@@ -214,11 +215,11 @@ impl<'d, D: PciDevice> Session<'d, D> {
             Attachments::Call(index) => self.driver.call(index)?,
             Attachments::Err(index) => self.driver.err(index)?,
         };
-        Ok(vec![event_fd::borrow(event).try_clone_to_owned().map_err(io)?])
+        Ok(vec![eventfd::borrow(event).try_clone_to_owned().map_err(io)?])
     }
 
     /// Moves an answer of the back-end to the front-end; false if there is none or no room.
-    fn from_backend(&mut self) -> Result<bool, Halt> {
+    fn move_answer(&mut self) -> Result<bool, Halt> {
         if !self.driver.can_send()? {
             return Ok(false);
         }
@@ -231,7 +232,8 @@ impl<'d, D: PciDevice> Session<'d, D> {
         if !message.header.is_reply() {
             return Err(Refusal::Direction { request }.into());
         }
-        if !message.fds.is_empty() {
+        // The one that comes with an in-flight region is not needed: the device replaces the region.
+        if !message.fds.is_empty() && request != u32::from(FrontendReq::GET_INFLIGHT_FD) {
             log::warn!("closed the descriptors in the answer to request {request}: they cannot be carried");
         }
         self.driver.send(&message.bytes)?;
@@ -239,7 +241,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
     }
 
     /// Moves a request of the back-end to the front-end; false if there is none or no room.
-    fn from_channel(&mut self) -> Result<bool, Halt> {
+    fn move_backend_request(&mut self) -> Result<bool, Halt> {
         if self.channel_is_congested() || !self.driver.can_send()? {
             return Ok(false);
         }

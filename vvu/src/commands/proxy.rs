@@ -10,7 +10,7 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use uuid::Uuid;
 use vvu::listening_socket::ListeningSocket;
-use vvu::proxy::{Device, DeviceConfig, create_sibling_memory};
+use vvu::proxy::{Device, DeviceConfig, SiblingMemory};
 use vvu::vfio_user::Server;
 
 use crate::stop;
@@ -42,9 +42,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = stop::on_signal().context("cannot catch signals")?;
     let Size(size) = args.memory_size;
-    let memory = create_sibling_memory(size)
-        .with_context(|| format!("cannot create a sibling memory file of {size} bytes"))?;
-    let _link = MemoryLink::new(&args.memory_link, memory.as_raw_fd())?;
+    let memory = SiblingMemory::create(size)
+        .with_context(|| format!("cannot create a sibling memory file for {size} bytes"))?;
+    let _link = MemoryLink::new(&args.memory_link, memory.file().as_raw_fd())?;
     let vhost_user = ListeningSocket::bind(&args.vhost_user)?;
     let vfio_user = ListeningSocket::bind(&args.vfio_user)?;
     let mut device = Device::new(DeviceConfig {

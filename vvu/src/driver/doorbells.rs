@@ -10,7 +10,7 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::event_fd;
+use super::eventfd;
 use super::pci_device::DeviceError;
 use crate::spec::pci::Region;
 
@@ -80,13 +80,13 @@ impl Doorbells {
         let mut bindings = self.shared.bindings();
         bindings.next_key += 1;
         let key = bindings.next_key;
-        epoll::add(&self.shared.poll, event_fd::borrow(&event), EventData::new_u64(key), EventFlags::IN)
+        epoll::add(&self.shared.poll, eventfd::borrow(&event), EventData::new_u64(key), EventFlags::IN)
             .map_err(|errno| DeviceError::Io { what: what(), source: errno.into() })?;
         let replaced =
             |binding: &Binding| (binding.region, binding.offset, binding.value) == (region, offset, value);
         // The caller's handle keeps a replaced event alive, so it would stay in the poll set.
         for binding in bindings.list.extract_if(.., |binding| replaced(binding)) {
-            if let Err(error) = epoll::delete(&self.shared.poll, event_fd::borrow(&binding.event)) {
+            if let Err(error) = epoll::delete(&self.shared.poll, eventfd::borrow(&binding.event)) {
                 log::debug!("cannot stop waiting for a replaced doorbell: {error}");
             }
         }
@@ -116,7 +116,7 @@ impl Shared {
                 if let Some((region, offset, value)) = self.take_signal(key)
                     && let Err(error) = write(region, offset, value)
                 {
-                    return log::error!("doorbells end: {error}");
+                    log::warn!("doorbell lost: {error}");
                 }
             }
         }
@@ -126,7 +126,7 @@ impl Shared {
     fn take_signal(&self, key: u64) -> Option<(Region, u64, u16)> {
         let bindings = self.bindings();
         let binding = bindings.list.iter().find(|binding| binding.key == key)?;
-        event_fd::take(&binding.event).then_some((binding.region, binding.offset, binding.value))
+        eventfd::take(&binding.event).then_some((binding.region, binding.offset, binding.value))
     }
 }
 

@@ -235,8 +235,8 @@ impl State {
             common::QUEUE_MSIX_VECTOR => self.selected().vector = low16,
             common::QUEUE_ENABLE => self.selected().enabled = low16 == 1,
             common::QUEUE_DESC..56 => {
-                let (index, shift) = ((offset - common::QUEUE_DESC) / 8, (offset % 8) * 8);
-                self.selected().addresses[index as usize] |= u64::from(value) << shift;
+                let index = usize::try_from((offset - common::QUEUE_DESC) / 8).expect("0 to 2");
+                self.selected().addresses[index] |= u64::from(value) << ((offset % 8) * 8);
             }
             _ => panic!("write to common configuration at {offset}"),
         }

@@ -2,20 +2,23 @@
 //!
 //! [`Driver`] works on any [`PciDevice`](pci_device::PciDevice). In the guest that is
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
-//! it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
+//! without a VM it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
 
+pub mod eventfd;
 pub mod pci_device;
 pub mod sysfs;
 pub mod vfio;
 pub mod vfio_user;
 
-pub use device::{Driver, DriverError, Incoming, Link};
+pub use device::{Driver, Incoming, Link};
+pub use error::DriverError;
 pub use layout::LayoutError;
 pub use queue::QueueError;
 
+mod bring_up;
 mod device;
 mod doorbells;
-pub(crate) mod event_fd;
+mod error;
 #[cfg(test)]
 pub(crate) mod fake;
 mod layout;

@@ -1,6 +1,5 @@
 //! The PCI device: what the guest's accesses do, and when the link to the front-end changes.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
@@ -20,8 +19,8 @@ use crate::spec::virtio::{NO_VECTOR, common, device_config, vector_select};
 /// What a vvu device is made of.
 #[derive(Debug)]
 pub struct DeviceConfig {
-    /// The sibling memory file, of the size of the sibling's RAM.
-    pub memory: File,
+    /// The sibling's RAM.
+    pub memory: SiblingMemory,
     /// Where the sibling's front-end connects.
     pub listener: UnixListener,
     /// vhost queues, 1 to [`Device::QUEUES_MAX`].
@@ -65,13 +64,12 @@ impl Device {
             let text = format!("{queues} vhost queues: want 1 to {}", Self::QUEUES_MAX);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        let memory = SiblingMemory::new(memory)?;
         listener.set_nonblocking(true)?;
         let events = Events::new()?;
         events.add(&listener, Source::Listener)?;
         let vectors = pci::vector_count(queues);
-        let initial = pci::ConfigSpace::new(vectors, memory.len());
-        let config_space = ConfigSpace::new(initial, |bar| bar_size(bar, memory.len()));
+        let initial = pci::ConfigSpace::new(vectors, memory.size());
+        let config_space = ConfigSpace::new(initial, |bar| bar_size(bar, memory.size()));
         Ok(Self {
             queues,
             uuid,
@@ -94,7 +92,7 @@ impl Device {
     pub fn region_size(&self, region: Region) -> u64 {
         match region {
             Region::Config => pci::CONFIG_SPACE_SIZE as u64,
-            Region::Bar(bar) => bar_size(bar, self.memory.len()),
+            Region::Bar(bar) => bar_size(bar, self.memory.size()),
         }
     }
 
@@ -102,7 +100,7 @@ impl Device {
     /// of both.
     #[must_use]
     pub fn shared_memory(&self) -> (BorrowedFd<'_>, u64) {
-        (self.memory.file().as_fd(), self.memory.len())
+        (self.memory.file().as_fd(), self.memory.size())
     }
 
     /// MSI-X vectors of the device.

@@ -4,7 +4,7 @@ use vm_memory::GuestMemory;
 
 pub use device::{Device, DeviceConfig};
 pub use link::{LinkEvent, LinkState};
-pub use sibling_memory::create_sibling_memory;
+pub use sibling_memory::SiblingMemory;
 
 mod common_config;
 mod config_space;

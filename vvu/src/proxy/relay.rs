@@ -205,7 +205,7 @@ impl Device {
         }
         let Some(message) = take(&mut self.common.tx.queue, host.memory())? else { return Ok(false) };
         notify(host, &mut self.common.tx, &mut self.isr)?;
-        session.answer = session.deliver(message, self.queues)?;
+        session.answer = session.deliver(message, &self.memory, self.queues)?;
         Ok(true)
     }
 

@@ -123,6 +123,7 @@ impl Session {
     pub(crate) fn deliver(
         &mut self,
         mut message: Message,
+        memory: &SiblingMemory,
         queues: u16,
     ) -> Result<Option<Message>, SessionError> {
         if message.header.is_reply() {
@@ -131,8 +132,8 @@ impl Session {
                 return Ok(None);
             }
             self.unanswered.pop_front();
-            treat_reply(&mut message, queues).map_err(Refusal::from)?;
-            self.frontend.send(message.bytes, Vec::new())?;
+            treat_reply(&mut message, memory, queues)?;
+            self.frontend.send(message.bytes, message.fds)?;
             return Ok(None);
         }
         let refusal = match (treat_backend_request(&message), &mut self.channel) {

@@ -64,7 +64,7 @@ impl Rig {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("tempdir");
         let listener = UnixListener::bind(dir.path().join("s")).expect("bind");
-        let memory = create_sibling_memory(0x10000).expect("memfd");
+        let memory = SiblingMemory::create(0x10000).expect("memory");
         let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
         let device = Device::new(config).expect("device");
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
@@ -325,7 +325,8 @@ fn kicks_become_vectors_and_doorbells_calls_until_they_are_replaced() {
 fn foreign_memory_is_refused_by_an_answer_or_by_hanging_up() {
     let mut table = vec![1, 0, 0, 0, 0, 0, 0, 0];
     table.extend([0u64, 0x1000, 0, 0].map(u64::to_le_bytes).concat());
-    let foreign = || vec![create_sibling_memory(0x1000).expect("memfd").into()];
+    let foreign =
+        || vec![SiblingMemory::create(0x1000).expect("memory").file().try_clone().expect("dup").into()];
     let mut rig = Rig::new();
     rig.bring_up(feature::OFFERED);
     let mut frontend = rig.connect();

@@ -11,8 +11,8 @@ use super::vrings::{Eventfd, EventfdError, Notification};
 use crate::message_socket::Message;
 use crate::spec::addr::QueueIndex;
 use crate::spec::vhost_user::{
-    BackendReq, CARRIED_PROTOCOL_FEATURES, FrontendReq, MASKED_FEATURES, MessageError, VRING_INDEX_MASK,
-    VRING_NO_FD, parse_memory_table, parse_single_region, parse_u64,
+    BackendReq, CARRIED_PROTOCOL_FEATURES, FrontendReq, InflightArea, MASKED_FEATURES, MessageError,
+    VRING_INDEX_MASK, VRING_NO_FD, parse_memory_table, parse_single_region, parse_u64,
 };
 
 /// What a message changes in the device, besides being relayed.
@@ -67,6 +67,7 @@ pub(crate) fn is_query(request: u32) -> bool {
         R::GET_MAX_MEM_SLOTS,
         R::GET_STATUS,
         R::CREATE_CRYPTO_SESSION,
+        R::GET_INFLIGHT_FD,
     ]
     .iter()
     .any(|query| *query as u32 == request)
@@ -116,13 +117,17 @@ pub(crate) fn treat_request(
                 && sockopt::socket_type(&fd) == Ok(SocketType::STREAM);
             if is_stream { Ok(Treatment::BackendChannel(fd.into())) } else { Err(Refusal::Channel) }
         }
+        R::SET_INFLIGHT_FD => {
+            let area = InflightArea::parse(code, message.payload())?;
+            let [fd] = take_fds(code, fds)?;
+            memory.check_inflight(area, &fd)?;
+            Ok(Treatment::Relay)
+        }
         R::SET_LOG_BASE
         | R::SET_LOG_FD
         | R::POSTCOPY_ADVISE
         | R::POSTCOPY_LISTEN
         | R::POSTCOPY_END
-        | R::GET_INFLIGHT_FD
-        | R::SET_INFLIGHT_FD
         | R::GPU_SET_SOCKET
         | R::VRING_KICK
         | R::GET_SHARED_OBJECT
@@ -190,20 +195,32 @@ fn treat_eventfd(
     Ok(Treatment::Eventfd(index, which, eventfd))
 }
 
-/// Changes a reply of the back-end so that the front-end asks for nothing that the device cannot carry.
-pub(crate) fn treat_reply(message: &mut Message, queues: u16) -> Result<(), MessageError> {
+/// Changes a reply of the back-end so that the front-end asks for nothing that the device cannot carry,
+/// and puts the back-end's in-flight region where both sides can map it.
+pub(crate) fn treat_reply(message: &mut Message, memory: &SiblingMemory, queues: u16) -> Result<(), Refusal> {
+    let code = message.header.request;
     match FrontendReq::try_from(message.header.request) {
-        Ok(FrontendReq::GET_FEATURES) => mask_u64(message, !MASKED_FEATURES).map(drop),
+        Ok(FrontendReq::GET_FEATURES) => {
+            mask_u64(message, !MASKED_FEATURES)?;
+        }
         Ok(FrontendReq::GET_PROTOCOL_FEATURES) => {
-            mask_u64(message, CARRIED_PROTOCOL_FEATURES.bits()).map(drop)
+            mask_u64(message, CARRIED_PROTOCOL_FEATURES.bits())?;
         }
         Ok(FrontendReq::GET_QUEUE_NUM) => {
-            let number = parse_u64(message.header.request, message.payload())?;
+            let number = parse_u64(code, message.payload())?;
             set_u64(message, number.min(u64::from(queues)));
-            Ok(())
         }
-        _ => Ok(()),
+        Ok(FrontendReq::GET_INFLIGHT_FD) => {
+            // A size of 0 says that the back-end has no region.
+            let size = InflightArea::parse(code, message.payload())?.size;
+            if size != 0 {
+                memory.allocate_inflight(size)?.write(message.payload_mut());
+                message.fds = vec![memory.file().try_clone().map_err(MemoryError::File)?.into()];
+            }
+        }
+        _ => {}
     }
+    Ok(())
 }
 
 /// Examines a request of the back-end to the front-end.
@@ -242,7 +259,6 @@ fn set_u64(message: &mut Message, value: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proxy::create_sibling_memory;
     use crate::spec::addr::{BarOffset, SiblingGpa, SiblingVa};
     use crate::spec::vhost_user::{Header, MemoryRegion, memory_table_to_bytes};
     use proptest::prelude::*;
@@ -251,7 +267,7 @@ mod tests {
     const QUEUES: u16 = 16;
 
     fn memory() -> SiblingMemory {
-        SiblingMemory::new(create_sibling_memory(0x10000).expect("memfd")).expect("memory")
+        SiblingMemory::create(0x10000).expect("memory")
     }
 
     fn message(request: FrontendReq, payload: &[u8], fds: Vec<OwnedFd>) -> Message {
@@ -271,7 +287,7 @@ mod tests {
 
     #[test]
     fn every_request_without_a_place_on_the_wire_is_refused() {
-        for request in [6, 7, 28, 29, 30, 31, 32, 33, 35, 41, 42, 43, 44] {
+        for request in [6, 7, 28, 29, 30, 33, 35, 41, 42, 43, 44] {
             let request = FrontendReq::try_from(request).expect("known");
             assert!(
                 matches!(treat(request, &[0; 8], vec![]), Err(Refusal::NotCarried { .. })),
@@ -350,7 +366,7 @@ mod tests {
         let before = good.bytes.clone();
         assert!(matches!(treat_request(&mut good, &memory, QUEUES), Ok(Treatment::Relay)));
         assert_eq!(good.bytes, before);
-        let foreign = create_sibling_memory(0x10000).expect("memfd").into();
+        let foreign = SiblingMemory::create(0x10000).expect("memory").file().try_clone().expect("dup").into();
         let mut bad = message(FrontendReq::SET_MEM_TABLE, &table, vec![own(), foreign]);
         let refusal = treat_request(&mut bad, &memory, QUEUES).expect_err("foreign");
         assert!(refusal.to_string().contains("mem-path="), "{refusal}");
@@ -369,16 +385,37 @@ mod tests {
         );
         assert_eq!(request.payload(), CARRIED_PROTOCOL_FEATURES.bits().to_le_bytes());
         let mut reply = message(FrontendReq::GET_PROTOCOL_FEATURES, &all, vec![]);
-        treat_reply(&mut reply, QUEUES).expect("reply");
+        treat_reply(&mut reply, &memory(), QUEUES).expect("reply");
         assert_eq!(reply.payload(), CARRIED_PROTOCOL_FEATURES.bits().to_le_bytes());
         let mut reply = message(FrontendReq::GET_FEATURES, &all, vec![]);
-        treat_reply(&mut reply, QUEUES).expect("reply");
+        treat_reply(&mut reply, &memory(), QUEUES).expect("reply");
         assert_eq!(reply.payload(), (!(1u64 << 26)).to_le_bytes());
         let mut reply = message(FrontendReq::GET_QUEUE_NUM, &all, vec![]);
-        treat_reply(&mut reply, QUEUES).expect("reply");
+        treat_reply(&mut reply, &memory(), QUEUES).expect("reply");
         assert_eq!(reply.payload(), 16u64.to_le_bytes());
         let mut short = message(FrontendReq::GET_FEATURES, &all[..7], vec![]);
-        assert!(treat_reply(&mut short, QUEUES).is_err());
+        assert!(treat_reply(&mut short, &memory(), QUEUES).is_err());
+    }
+
+    #[test]
+    fn an_in_flight_region_comes_from_the_sibling_memory_file_and_goes_back() {
+        let memory = memory();
+        let mut description = [0; 24];
+        description[1] = 0x20;
+        description[16] = 1;
+        let mut reply = message(FrontendReq::GET_INFLIGHT_FD, &description, vec![]);
+        treat_reply(&mut reply, &memory, QUEUES).expect("reply");
+        let area = InflightArea::parse(31, reply.payload()).expect("area");
+        assert_eq!(area, InflightArea { size: 0x2000, offset: BarOffset(0x10000) });
+        assert_eq!(reply.payload()[16..], description[16..]);
+        let fds = std::mem::take(&mut reply.fds);
+        let mut set = message(FrontendReq::SET_INFLIGHT_FD, reply.payload(), fds);
+        assert!(matches!(treat_request(&mut set, &memory, QUEUES), Ok(Treatment::Relay)));
+        let mut other = message(FrontendReq::SET_INFLIGHT_FD, reply.payload(), vec![event()]);
+        assert!(treat_request(&mut other, &memory, QUEUES).is_err());
+        let mut none = message(FrontendReq::GET_INFLIGHT_FD, &[0; 24], vec![]);
+        treat_reply(&mut none, &memory, QUEUES).expect("reply");
+        assert!(none.fds.is_empty());
     }
 
     proptest! {
@@ -387,7 +424,7 @@ mod tests {
             let flags = 1 | u32::from(reply) << 2;
             let size = u32::try_from(payload.len()).expect("small");
             let mut message = Message::new(Header { request: code, flags, size }, &payload);
-            let _ = treat_reply(&mut message, QUEUES);
+            let _ = treat_reply(&mut message, &memory(), QUEUES);
             let _ = treat_backend_request(&message);
             let _ = treat_request(&mut message, &memory(), QUEUES);
         }

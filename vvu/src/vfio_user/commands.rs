@@ -265,3 +265,6 @@ fn region_write(payload: &[u8], host: &VmmHost, device: &mut Device) -> Result<A
     device.write(host, region, access.offset, data);
     Ok(Answer::payload(access.to_bytes()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,3 +13,5 @@ mod dma;
 mod host;
 mod server;
 mod socket;
+#[cfg(test)]
+mod tests;

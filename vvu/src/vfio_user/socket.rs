@@ -83,6 +83,7 @@ impl MessageSocket {
         loop {
             if self.filled == self.incoming.len() {
                 let (header, payload) = Header::parse(&self.incoming)?;
+                header.check()?;
                 if payload.len() == header.payload_size() {
                     let payload = payload.to_vec();
                     let fds = std::mem::take(&mut self.incoming_fds);
@@ -90,7 +91,6 @@ impl MessageSocket {
                     self.filled = 0;
                     return Ok(Some(Message { header, payload, fds }));
                 }
-                header.check()?;
                 self.incoming.resize(HEADER_SIZE + header.payload_size(), 0);
             }
             if !self.fill()? {
