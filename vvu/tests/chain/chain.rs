@@ -1,5 +1,6 @@
 //! Starts and ends the parts of the chain.
 
+use std::fs::File;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -14,7 +15,7 @@ use vvu::listening_socket::ListeningSocket;
 use vvu::proxy::{Device, DeviceConfig};
 use vvu::vfio_user::{ServeError, Server};
 
-use crate::common::{Backend, DEADLINE, Driver, Setup, SiblingMemory, Task};
+use crate::common::{Backend, DEADLINE, Driver, Piece, Setup, SiblingMemory, Task};
 use crate::logs;
 
 /// A stop order: what the parts wait for is readable once this is written to.
@@ -38,18 +39,22 @@ impl StopEvent {
 /// The vvu proxy, as `vvu proxy` runs it.
 pub struct Proxy {
     dir: tempfile::TempDir,
+    memory: File,
     stop: StopEvent,
     task: Task<Result<(), ServeError>>,
 }
 
 impl Proxy {
-    pub fn start(memory: &SiblingMemory, queues: u16) -> Self {
+    /// Starts a proxy for a sibling with `ram` bytes of memory.
+    pub fn start(ram: u64, queues: u16) -> Self {
         logs::collect();
+        let ram = vvu::proxy::SiblingMemory::create(ram).expect("memory file");
+        let memory = ram.file().try_clone().expect("descriptor");
         let dir = tempfile::tempdir().expect("directory");
         let vhost_user = ListeningSocket::bind(&dir.path().join("vhost-user")).expect("socket");
         let vfio_user = ListeningSocket::bind(&dir.path().join("vfio-user")).expect("socket");
         let listener = vhost_user.listener().try_clone().expect("descriptor");
-        let config = DeviceConfig { memory: memory.file(), listener, queues, uuid: [7; 16] };
+        let config = DeviceConfig { memory: ram, listener, queues, uuid: [7; 16] };
         let mut device = Device::new(config).expect("device");
         let stop = StopEvent::new();
         let listener = vfio_user.listener().try_clone().expect("descriptor");
@@ -58,7 +63,12 @@ impl Proxy {
             let _sockets = (vhost_user, vfio_user);
             server.serve(&mut device)
         });
-        Self { dir, stop, task }
+        Self { dir, memory, stop, task }
+    }
+
+    /// Sibling memory as the guest sees it.
+    pub fn memory(&self, pieces: &[Piece]) -> SiblingMemory {
+        SiblingMemory::of(self.memory.try_clone().expect("descriptor"), pieces)
     }
 
     /// Where the sibling's front-end connects.
@@ -134,10 +144,20 @@ pub struct Chain {
     pub backend: Backend,
 }
 
+/// Memory of a small sibling.
+pub const FLAT: [Piece; 1] = [Piece { gpa: 0, size: 8 << 20, offset: 0 }];
+
 impl Chain {
-    pub fn start(memory: SiblingMemory, content: &[u8]) -> Self {
-        let memory = Arc::new(memory);
-        let proxy = Proxy::start(&memory, 16);
+    /// Starts a chain for a sibling with the memory `pieces` and a disk with `content`.
+    pub fn start(pieces: &[Piece], content: &[u8]) -> Self {
+        let end = pieces.iter().map(|piece| piece.offset + piece.size as u64).max();
+        Self::with_ram(end.expect("memory"), pieces, content)
+    }
+
+    /// As [`start`](Self::start), with room for more memory than the guest sees at first.
+    pub fn with_ram(ram: u64, pieces: &[Piece], content: &[u8]) -> Self {
+        let proxy = Proxy::start(ram, 16);
+        let memory = Arc::new(proxy.memory(pieces));
         let backend = Backend::start(content, |_| {});
         let guest = Guest::start(&proxy, &backend.socket, Absent::Wait);
         Self { memory, proxy, guest, backend }

@@ -2,13 +2,13 @@
 
 use vvu::bridge::{Absent, BridgeError};
 
-use crate::chain::{Chain, Guest};
-use crate::common::{Driver, Setup, SiblingMemory, pattern};
+use crate::chain::{Chain, FLAT, Guest};
+use crate::common::{Driver, Setup, pattern};
 
 #[test]
 fn front_ends_come_and_go() {
     let content = pattern(1, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&chain.memory, 4);
     for round in 0..8 {
         let mut driver = chain.connect(Setup { queues: 1 + round % 4, ..Setup::default() });
@@ -27,7 +27,7 @@ fn front_ends_come_and_go() {
 fn front_ends_leave_at_any_point() {
     use std::io::Write;
     let content = pattern(2, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&chain.memory, 4);
     for bytes in [&[][..], &[1], &[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0], &[2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 1]]
     {
@@ -44,7 +44,7 @@ fn front_ends_leave_at_any_point() {
 #[test]
 fn a_second_front_end_waits_for_the_first_to_leave() {
     let content = pattern(3, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&chain.memory, 4);
     let mut first = chain.connect(Setup::default());
     let socket = chain.proxy.vhost_user();
@@ -60,7 +60,7 @@ fn a_second_front_end_waits_for_the_first_to_leave() {
 #[test]
 fn the_back_end_restarts() {
     let content = pattern(4, 4096);
-    let mut chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let mut chain = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&chain.memory, 4);
     for _ in 0..3 {
         let mut driver = chain.connect(Setup::default());
@@ -75,7 +75,7 @@ fn the_back_end_restarts() {
 #[test]
 fn a_bridge_that_is_not_to_wait_ends_with_its_back_end() {
     let content = pattern(5, 4096);
-    let Chain { memory, proxy, guest, mut backend } = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let Chain { memory, proxy, guest, mut backend } = Chain::start(&FLAT, &content);
     guest.end();
     let guest = Guest::start(&proxy, &backend.socket, Absent::Fail);
     let mut driver = Driver::connect(&proxy.vhost_user(), &memory, Setup::default()).expect("connection");
@@ -93,8 +93,7 @@ fn a_bridge_that_is_not_to_wait_ends_with_its_back_end() {
 #[test]
 fn the_device_vm_program_restarts() {
     let content = pattern(6, 4096);
-    let Chain { memory, proxy, mut guest, mut backend } =
-        Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let Chain { memory, proxy, mut guest, mut backend } = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&memory, 4);
     for _ in 0..3 {
         let mut driver = Driver::connect(&proxy.vhost_user(), &memory, Setup::default()).expect("connection");
@@ -115,7 +114,7 @@ fn the_device_vm_program_restarts() {
 #[test]
 fn the_device_vm_is_killed() {
     let content = pattern(7, 4096);
-    let Chain { memory, proxy, mut guest, backend } = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let Chain { memory, proxy, mut guest, backend } = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&memory, 4);
     for _ in 0..3 {
         let mut driver =
@@ -140,8 +139,8 @@ fn the_front_end_comes_first() {
     use crate::common::{Backend, Task};
     use std::sync::Arc;
     let content = pattern(8, 4096);
-    let memory = Arc::new(SiblingMemory::flat(8 << 20));
-    let proxy = Proxy::start(&memory, 4);
+    let proxy = Proxy::start(8 << 20, 4);
+    let memory = Arc::new(proxy.memory(&FLAT));
     let (socket, sibling) = (proxy.vhost_user(), memory.clone());
     let (sender, connected) = std::sync::mpsc::channel();
     let early = Task::spawn("front-end", move || {

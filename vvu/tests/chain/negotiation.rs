@@ -11,12 +11,12 @@ use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ}
 use vvu::bridge::Absent;
 use vvu::spec::vhost_user::{CARRIED_PROTOCOL_FEATURES, FrontendReq};
 
-use crate::chain::{Chain, Guest, Proxy};
+use crate::chain::{Chain, FLAT, Guest, Proxy};
 use crate::common::{DEADLINE, Driver, Setup, SiblingMemory, Task, config_u16, config_u64, pattern};
 
 #[test]
 fn features_and_configuration_arrive() {
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &pattern(1, 5 * 512));
+    let chain = Chain::start(&FLAT, &pattern(1, 5 * 512));
     let mut driver = chain.connect(Setup { queues: 4, ..Setup::default() });
     for bit in [VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, 32] {
         assert_ne!(driver.offered & 1 << bit, 0, "feature {bit}");
@@ -55,8 +55,7 @@ fn features_that_need_what_cannot_be_carried_are_masked() {
     let dir = tempfile::tempdir().expect("directory");
     let path = dir.path().join("boaster");
     let listener = UnixListener::bind(&path).expect("socket");
-    let memory = SiblingMemory::flat(1 << 20);
-    let proxy = Proxy::start(&memory, 2);
+    let proxy = Proxy::start(1 << 20, 2);
     let boaster = Task::spawn("boaster", move || boaster(&listener));
     let guest = Guest::start(&proxy, &path, Absent::Fail);
 
@@ -80,7 +79,7 @@ fn features_that_need_what_cannot_be_carried_are_masked() {
 #[test]
 fn an_acknowledgement_tells_yes_from_no() {
     let content = pattern(2, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let setup = Setup { acknowledged: true, ..Setup::default() };
     for size in [0, 4096] {
         let driver = chain.connect(setup);
@@ -97,7 +96,7 @@ fn an_acknowledgement_tells_yes_from_no() {
 #[test]
 fn a_front_end_that_wants_no_acknowledgements_gets_none() {
     let content = pattern(3, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let mut driver = chain.connect(Setup { acknowledged: false, ..Setup::default() });
     let data = Driver::buffers(&chain.memory, 4);
     assert_eq!(driver.read(0, 0, data, 4096), content);
@@ -109,7 +108,7 @@ fn a_front_end_that_wants_no_acknowledgements_gets_none() {
 #[test]
 fn foreign_memory_is_refused_with_a_remedy_and_the_right_one_accepted_after() {
     let content = pattern(4, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let foreign = SiblingMemory::flat(8 << 20);
     let setup = Setup { acknowledged: true, ..Setup::default() };
     let mut driver = Driver::negotiate(&chain.proxy.vhost_user(), &chain.memory, setup).expect("negotiation");
@@ -126,7 +125,7 @@ fn foreign_memory_is_refused_with_a_remedy_and_the_right_one_accepted_after() {
 #[test]
 fn foreign_memory_ends_a_connection_that_cannot_be_told() {
     let content = pattern(5, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let foreign = Arc::new(SiblingMemory::flat(8 << 20));
     let setup = Setup { acknowledged: false, ..Setup::default() };
     let driver = Driver::negotiate(&chain.proxy.vhost_user(), &foreign, setup).expect("negotiation");

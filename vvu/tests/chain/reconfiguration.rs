@@ -6,13 +6,13 @@ use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
 
-use crate::chain::Chain;
+use crate::chain::{Chain, FLAT};
 use crate::common::{Completion, Driver, Piece, Setup, SiblingMemory, pattern};
 
 #[test]
 fn kick_and_call_events_are_replaced() {
     let content = pattern(1, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let mut driver = chain.connect(Setup { queues: 2, ..Setup::default() });
     let data = Driver::buffers(&chain.memory, 4);
     for round in 0..5 {
@@ -39,7 +39,7 @@ fn kick_and_call_events_are_replaced() {
 #[test]
 fn a_kick_that_came_before_its_event_counts() {
     let content = pattern(2, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let mut driver = chain.connect(Setup::default());
     let data = Driver::buffers(&chain.memory, 4);
     for _ in 0..5 {
@@ -58,13 +58,13 @@ fn the_memory_table_is_replaced() {
     const LOW: Piece = Piece { gpa: 0, size: 0x10_0000, offset: 0 };
     const HIGH: u64 = 1 << 32;
     let content = pattern(3, 4096);
-    let chain = Chain::start(SiblingMemory::new(0x80_0000, &[LOW]), &content);
+    let chain = Chain::with_ram(0x80_0000, &[LOW], &content);
     let mut driver = chain.connect(Setup::default());
     for round in 0..6u64 {
         // The same guest address, each time elsewhere in the file.
         let offset = 0x10_0000 * (1 + round);
         let high = Piece { gpa: HIGH, size: 0x10_0000, offset };
-        let memory = Arc::new(SiblingMemory::of(chain.memory.file(), &[LOW, high]));
+        let memory = Arc::new(chain.proxy.memory(&[LOW, high]));
         driver.frontend.set_mem_table(&memory.table()).expect("memory table");
         driver.memory = memory;
         assert_eq!(driver.read(0, 0, HIGH, 4096), content, "round {round}");
@@ -84,10 +84,10 @@ fn memory_regions_come_and_go() {
     const LOW: Piece = Piece { gpa: 0, size: 0x10_0000, offset: 0 };
     const HIGH: Piece = Piece { gpa: 1 << 32, size: 0x10_0000, offset: 0x20_0000 };
     let content = pattern(4, 4096);
-    let chain = Chain::start(SiblingMemory::new(0x80_0000, &[LOW]), &content);
+    let chain = Chain::with_ram(0x80_0000, &[LOW], &content);
     let setup = Setup { acknowledged: true, ..Setup::default() };
     let mut driver = Driver::negotiate(&chain.proxy.vhost_user(), &chain.memory, setup).expect("negotiation");
-    let both = Arc::new(SiblingMemory::of(chain.memory.file(), &[LOW, HIGH]));
+    let both = Arc::new(chain.proxy.memory(&[LOW, HIGH]));
     driver.memory = both.clone();
     assert!(driver.frontend.get_max_mem_slots().expect("slots") >= 2);
     driver.frontend.add_mem_region(&both.region(&LOW)).expect("add");
@@ -110,7 +110,7 @@ fn memory_regions_come_and_go() {
 #[test]
 fn a_sibling_reboots_on_one_connection() {
     let content = pattern(5, 4096);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let mut driver = chain.connect(Setup { queues: 4, ..Setup::default() });
     let data = Driver::buffers(&chain.memory, 4);
     for _ in 0..4 {

@@ -2,13 +2,13 @@
 
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
-use crate::chain::Chain;
-use crate::common::{Completion, Driver, Piece, Setup, SiblingMemory, pattern};
+use crate::chain::{Chain, FLAT};
+use crate::common::{Completion, Driver, Piece, Setup, pattern};
 
 #[test]
 fn reads_writes_flushes_and_identifies() {
     let before = pattern(1, 1 << 20);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &before);
+    let chain = Chain::start(&FLAT, &before);
     let mut driver = chain.connect(Setup::default());
     let data = Driver::buffers(&chain.memory, 4);
 
@@ -33,7 +33,7 @@ fn reaches_every_memory_region() {
         Piece { gpa: 1 << 32, size: 0x40_0000, offset: 0x40_0000 },
     ];
     let content = pattern(3, 64 << 10);
-    let chain = Chain::start(SiblingMemory::new(0x80_0000, &pieces), &content);
+    let chain = Chain::start(&pieces, &content);
     let mut driver = chain.connect(Setup::default());
     let high = (1u64 << 32) + 0x3f_0000;
     for gpa in [0x9_0000, 0xc_0000, 0x3f_0000, 1 << 32, high] {
@@ -54,7 +54,7 @@ fn reaches_every_memory_region() {
 
 #[test]
 fn four_queues_work_side_by_side() {
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &pattern(4, 64 << 10));
+    let chain = Chain::start(&FLAT, &pattern(4, 64 << 10));
     let mut driver = chain.connect(Setup { queues: 4, ..Setup::default() });
     let data = Driver::buffers(&chain.memory, 4);
     let block = |queue: usize| (data + queue as u64 * 0x1_0000, queue as u64 * 8);
@@ -79,7 +79,7 @@ fn four_queues_work_side_by_side() {
 #[test]
 fn many_requests_are_in_flight_at_once() {
     let content = pattern(5, 64 << 10);
-    let chain = Chain::start(SiblingMemory::flat(8 << 20), &content);
+    let chain = Chain::start(&FLAT, &content);
     let mut driver = chain.connect(Setup { queue_size: 128, ..Setup::default() });
     let data = Driver::buffers(&chain.memory, 4);
     let free = driver.rings[0].snapshot();
@@ -101,7 +101,6 @@ fn many_requests_are_in_flight_at_once() {
 /// The sibling may be far larger than anything that hosts the device.
 #[test]
 fn a_sibling_of_64_gib_is_served() {
-    const SIZE: u64 = 64 << 30;
     let low = 2 << 30;
     let pieces = [
         Piece { gpa: 0, size: low, offset: 0 },
@@ -109,7 +108,7 @@ fn a_sibling_of_64_gib_is_served() {
         Piece { gpa: 1 << 40, size: low, offset: 62 << 30 },
     ];
     let content = pattern(6, 64 << 10);
-    let chain = Chain::start(SiblingMemory::new(SIZE, &pieces), &content);
+    let chain = Chain::start(&pieces, &content);
     let mut driver = chain.connect(Setup::default());
     let last = (1 << 40) + (2u64 << 30) - 0x1_0000;
     for gpa in [1 << 30, (1 << 32) + (50 << 30), last] {

@@ -27,7 +27,10 @@ pub struct SiblingMemory {
 impl SiblingMemory {
     /// A new memory file of `size` bytes, all holes, seen as `pieces`.
     pub fn new(size: u64, pieces: &[Piece]) -> Self {
-        Self::of(vvu::proxy::create_sibling_memory(size).expect("memory file"), pieces)
+        let fd = rustix::fs::memfd_create("sibling", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
+        let file = File::from(fd);
+        file.set_len(size).expect("size of the memory file");
+        Self::of(file, pieces)
     }
 
     /// `pieces` of an existing memory file.
