@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{
-    Backend, Completion, Descriptor, Driver, INDIRECT, NEXT, Piece, Setup, SiblingMemory, WRITE, config_u16,
-    config_u64, pattern,
+    Backend, Completion, Descriptor, Driver, INDIRECT, NEXT, Piece, Ring, Setup, SiblingMemory, WRITE,
+    config_u16, config_u64, pattern, wait_until,
 };
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -94,26 +94,34 @@ fn queues_work_side_by_side() {
     backend.end();
 }
 
-/// All requests that are there when the device looks are announced with one call at most each, and
-/// with a driver that asks for news of the last one only, with one in all.
-#[test]
-fn a_batch_is_announced_once() {
+/// How often the device calls for 20 requests that it finds at once when the queue starts.
+fn calls(without: u64, prepare: impl FnOnce(&Ring, &SiblingMemory)) -> u64 {
     let backend = Backend::start(&pattern(5, 64 << 10), |_| {});
     let memory = memory();
-    let mut driver = backend.connect(&memory, Setup::default());
-    assert_ne!(driver.features & 1 << VIRTIO_RING_F_EVENT_IDX, 0);
-    driver.read(0, 0, DATA, 512);
-    // Nobody has asked about these until the last one is pushed, so the device may not see them one
-    // by one: it was last told to call at the next used index, which is where the batch starts.
+    let setup = Setup { without, ..Setup::default() };
+    let mut driver = Driver::negotiate(&backend.socket, &memory, setup).expect("negotiation");
+    driver.frontend.set_mem_table(&memory.table()).expect("memory table");
     for sector in 0..20 {
         driver.prepare(0, VIRTIO_BLK_T_IN, sector, &[(DATA + sector * 512, 512)]);
     }
-    driver.rings[0].kick();
-    for _ in 0..20 {
-        let (_, completion) = driver.wait(0).expect("completion");
-        assert_eq!(completion.status, 0);
-    }
+    prepare(&driver.rings[0], &memory);
+    driver.start_queue_at(0, 0).expect("queue");
+    wait_until("all requests are done", || (driver.rings[0].used_index(&memory) == 20).then_some(()));
+    // The queue's thread is at rest when the answer to this comes.
+    driver.frontend.get_vring_base(0).expect("stopped");
     backend.end();
+    driver.rings[0].call.read().unwrap_or(0)
+}
+
+#[test]
+fn a_batch_is_announced_once_and_only_if_wanted() {
+    let event_idx = 1 << VIRTIO_RING_F_EVENT_IDX;
+    assert_eq!(calls(event_idx, |_, _| {}), 1, "without event index");
+    assert_eq!(calls(event_idx, Ring::ask_for_silence), 0, "without event index and unwanted");
+    for (used_event, want) in [(0, 1), (19, 1), (20, 0), (1000, 0)] {
+        let got = calls(0, |ring, memory| ring.set_used_event(memory, used_event));
+        assert_eq!(got, want, "used event {used_event}");
+    }
 }
 
 #[test]
@@ -324,11 +332,7 @@ fn a_queue_stops_where_it_is_and_goes_on_from_there() {
         driver.prepare(0, VIRTIO_BLK_T_IN, 0, &[(DATA, 4096)]);
         driver.rings[0].kick();
         assert_eq!(driver.rings[0].pop(&memory), None);
-        let ring = &driver.rings[0];
-        driver.frontend.set_vring_base(0, ring.next_avail() - 1).expect("base");
-        driver.frontend.set_vring_addr(0, &ring.config(&memory)).expect("address");
-        driver.frontend.set_vring_call(0, &ring.call).expect("call");
-        driver.frontend.set_vring_kick(0, &ring.kick).expect("kick");
+        driver.start_queue_at(0, driver.rings[0].next_avail() - 1).expect("started");
         let (_, completion) = driver.wait(0).expect("completion");
         assert_eq!(completion.status, 0);
         assert_eq!(memory.read(DATA, 4096), content);

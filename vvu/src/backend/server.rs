@@ -121,7 +121,12 @@ where
         let mut daemon =
             VhostUserDaemon::new("vhost-user".to_owned(), Arc::new(device), memory).map_err(start)?;
         let mut connection = Listener::from(listener.try_clone().map_err(ServeError::Wait)?);
-        daemon.start(&mut connection).map_err(start)?;
+        match daemon.start(&mut connection) {
+            Ok(()) => {}
+            // The listener is closed by now.
+            Err(_) if stop.is_requested() => return Ok(()),
+            Err(error) => return Err(start(error)),
+        }
         log::info!("front-end connected");
         stop.attach(daemon.shutdown_handle());
         match daemon.wait() {

@@ -127,9 +127,14 @@ impl Driver {
 
     /// Tells the device about a queue and starts it where the driver is.
     pub fn start_queue(&mut self, queue: usize) -> Result<(), Error> {
+        self.start_queue_at(queue, self.rings[queue].next_avail())
+    }
+
+    /// Tells the device about a queue and starts it at an available index.
+    pub fn start_queue_at(&mut self, queue: usize, base: u16) -> Result<(), Error> {
         let ring = &self.rings[queue];
         self.frontend.set_vring_num(queue, ring.size())?;
-        self.frontend.set_vring_base(queue, ring.next_avail())?;
+        self.frontend.set_vring_base(queue, base)?;
         self.frontend.set_vring_addr(queue, &ring.config(&self.memory))?;
         self.frontend.set_vring_call(queue, &ring.call)?;
         self.frontend.set_vring_kick(queue, &ring.kick)?;

@@ -116,6 +116,18 @@ impl Ring {
         memory.map().store(index.to_le(), addr, Ordering::SeqCst).expect("available index");
     }
 
+    /// Sets `VIRTQ_AVAIL_F_NO_INTERRUPT`.
+    pub fn ask_for_silence(&self, memory: &SiblingMemory) {
+        memory.write(self.base + Self::AVAIL, &1u16.to_le_bytes());
+    }
+
+    /// Asks to be called when the used index goes beyond `index`.
+    pub fn set_used_event(&self, memory: &SiblingMemory, index: u16) {
+        let used_event = self.base + Self::AVAIL + 4 + u64::from(self.size) * 2;
+        let addr = GuestAddress(used_event);
+        memory.map().store(index.to_le(), addr, Ordering::SeqCst).expect("used event");
+    }
+
     pub fn kick(&self) {
         self.kick.write(1).expect("kick");
     }
@@ -129,7 +141,7 @@ impl Ring {
         std::mem::replace(&mut self.call, event())
     }
 
-    fn used_index(&self, memory: &SiblingMemory) -> u16 {
+    pub fn used_index(&self, memory: &SiblingMemory) -> u16 {
         let addr = GuestAddress(self.base + Self::USED + 2);
         u16::from_le(memory.map().load(addr, Ordering::SeqCst).expect("used index"))
     }
@@ -144,9 +156,7 @@ impl Ring {
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
         self.last_used = self.last_used.wrapping_add(1);
         if self.event_idx {
-            let used_event = self.base + Self::AVAIL + 4 + u64::from(self.size) * 2;
-            let addr = GuestAddress(used_event);
-            memory.map().store(self.last_used.to_le(), addr, Ordering::SeqCst).expect("used event");
+            self.set_used_event(memory, self.last_used);
         }
         Some((u16::try_from(word(0)).expect("head"), word(4)))
     }
