@@ -340,6 +340,31 @@ fn a_queue_stops_where_it_is_and_goes_on_from_there() {
     backend.end();
 }
 
+/// A queue stops between two requests, never within one, however many are waiting.
+#[test]
+fn a_stopped_queue_has_finished_what_it_took() {
+    const LEN: u32 = 512 << 10;
+    let backend = Backend::start(&pattern(19, LEN as usize), |_| {});
+    let memory = memory();
+    let mut driver = backend.connect(&memory, Setup::default());
+    let free = driver.rings[0].snapshot();
+    for _ in 0..20 {
+        for _ in 0..40 {
+            driver.prepare(0, VIRTIO_BLK_T_IN, 0, &[(DATA, LEN)]);
+        }
+        driver.rings[0].kick();
+        let base = driver.frontend.get_vring_base(0).expect("stopped");
+        assert_eq!(base, u32::from(driver.rings[0].used_index(&memory)));
+
+        driver.start_queue_at(0, u16::try_from(base).expect("index")).expect("started");
+        for _ in 0..40 {
+            assert_eq!(driver.wait(0).expect("completion").1.status, 0);
+        }
+        driver.rings[0].restore(free.clone());
+    }
+    backend.end();
+}
+
 #[test]
 fn events_and_memory_are_replaced_on_a_running_connection() {
     let content = pattern(14, 4096);
