@@ -2,6 +2,9 @@
 
 mod cache;
 mod children;
+mod console;
+mod interrupt;
 mod progress;
+mod scenario;
 
 fn main() {}
