@@ -17,7 +17,7 @@ use rexpect::session::{ReadUntil, StreamSession};
 
 /// What no healthy guest prints.
 const FAILURES: &str =
-    r"Kernel panic|BUG: |Oops: |general protection fault|Out of memory|emulation failure|vvu-init: fatal";
+    r"Kernel panic|BUG: |Oops: |general protection fault|Out of memory|emulation failure|vvu-init: failed";
 /// Lines of the console that an error shows.
 const TAIL_LINES: usize = 30;
 /// A longer line is cut in the tail.
