@@ -1,0 +1,365 @@
+//! Debian packages without root: apt with a state of its own in the cache.
+//!
+//! Mirror, proxy, credentials and keys are the machine's own, read from its apt configuration each time; signatures
+//! are checked by apt as always.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache::Cache;
+use crate::logged;
+use crate::progress::Stage;
+
+/// Debian's keys, by the names the package debian-archive-keyring gave them over time.
+const KEYRINGS: [&str; 2] =
+    ["/usr/share/keyrings/debian-archive-keyring.pgp", "/usr/share/keyrings/debian-archive-keyring.gpg"];
+
+/// Which part of the Debian archive to look in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Suites {
+    /// The suites this machine itself uses, with their security updates.
+    Machine,
+    /// The same, with source packages.
+    MachineSources,
+    /// These suites of the machine's mirror, whatever the machine itself uses.
+    Named(&'static [&'static str]),
+}
+
+/// An apt whose lists and downloads live in the cache. Held by one run at a time.
+pub(crate) struct Apt<'a> {
+    dir: PathBuf,
+    stage: &'a Stage,
+    _lock: File,
+}
+
+/// One configured package index of the machine.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Index {
+    uri: String,
+    release: String,
+    component: String,
+}
+
+impl<'a> Apt<'a> {
+    /// Prepares the state and fetches the package lists.
+    ///
+    /// # Errors
+    ///
+    /// The machine has no apt or no Debian mirror, the mirror cannot be reached, or a signature does not fit.
+    pub(crate) fn open(cache: &Cache, stage: &'a Stage, suites: Suites) -> Result<Self> {
+        let name = match suites {
+            Suites::Machine => "machine".to_owned(),
+            Suites::MachineSources => "machine-sources".to_owned(),
+            Suites::Named(names) => names.join("+"),
+        };
+        let dir = cache.dir("apt")?.join(&name);
+        let lock = cache.lock(&format!("apt/{name}"))?;
+        for part in ["lists/partial", "archives/partial", "log", "etc"] {
+            cache.dir(&format!("apt/{name}/{part}"))?;
+        }
+        stage.update("reading the machine's apt configuration");
+        let sources = sources(suites, &machine_indexes()?)?;
+        // The status file says what is installed: nothing, so that dependencies come along.
+        for (name, text) in
+            [("sources.list", sources), ("apt.conf", config(&dir)?), ("status", String::new())]
+        {
+            let path = dir.join(name);
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        let apt = Self { dir, stage, _lock: lock };
+        stage.update("fetching package lists");
+        apt.get("update", &["update"]).map_err(|error| explain(&error))?;
+        Ok(apt)
+    }
+
+    /// The names of the packages that start with `prefix`.
+    ///
+    /// # Errors
+    ///
+    /// apt fails.
+    pub(crate) fn names(&self, prefix: &str) -> Result<Vec<String>> {
+        let text = capture(self.command("apt-cache").args(["pkgnames", prefix]))?;
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
+    /// Downloads packages (`name` or `name/suite`) and everything they depend on.
+    ///
+    /// # Errors
+    ///
+    /// A package does not exist, or the download fails.
+    pub(crate) fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        let install = [&["install", "--no-install-recommends"], packages].concat();
+        let uris = capture(self.command("apt-get").args(["-q", "-y", "--print-uris"]).args(&install))?;
+        self.get("download", &[&["--download-only"], install.as_slice()].concat())?;
+        self.files(&uris, &self.dir.join("archives"))
+    }
+
+    /// Downloads packages without what they depend on.
+    ///
+    /// # Errors
+    ///
+    /// A package does not exist, or the download fails.
+    pub(crate) fn download(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        let download = [&["download"], packages].concat();
+        let uris = capture(self.command("apt-get").args(["-q", "--print-uris"]).args(&download))?;
+        self.get("download", &download)?;
+        self.files(&uris, &self.dir.join("archives"))
+    }
+
+    /// Downloads the files of a source package (needs [`Suites::MachineSources`]); unpacking them is the caller's.
+    ///
+    /// # Errors
+    ///
+    /// The package does not exist, or the download fails.
+    pub(crate) fn source(&self, package: &str) -> Result<Vec<PathBuf>> {
+        let source = ["source", "--download-only", package];
+        let uris = capture(self.command("apt-get").args(["-q", "--print-uris"]).args(source))?;
+        self.get("source", &source)?;
+        self.files(&uris, &self.dir.join("archives"))
+    }
+
+    fn files(&self, uris: &str, dir: &Path) -> Result<Vec<PathBuf>> {
+        let files: Vec<PathBuf> = file_names(uris).map(|name| dir.join(name)).collect();
+        if files.is_empty() {
+            bail!("apt named no file to download in {}", self.dir.display());
+        }
+        if let Some(absent) = files.iter().find(|file| !file.is_file()) {
+            bail!("apt downloaded everything, but {} is not there", absent.display());
+        }
+        Ok(files)
+    }
+
+    fn get(&self, name: &str, args: &[&str]) -> Result<()> {
+        let mut command = self.command("apt-get");
+        command.args(["-q", "-y", "-o", "APT::Status-Fd=1"]).args(args);
+        logged::run(command, &self.dir.join(format!("log/{name}.log")), |line| {
+            if let Some(text) = download_status(line) {
+                self.stage.update(text);
+            }
+        })
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("APT_CONFIG", self.dir.join("apt.conf")).env("LC_ALL", "C");
+        // `download` and `source` write into the current directory.
+        command.current_dir(self.dir.join("archives"));
+        command
+    }
+}
+
+/// Unpacks a `.deb` into `dir`.
+///
+/// # Errors
+///
+/// dpkg-deb is missing or fails.
+pub(crate) fn unpack(deb: &Path, dir: &Path) -> Result<()> {
+    capture(Command::new("dpkg-deb").arg("-x").arg(deb).arg(dir)).map(drop)
+}
+
+fn capture(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .env("LC_ALL", "C")
+        .output()
+        .with_context(|| format!("cannot run {name}; Debian's package tools are needed for this"))?;
+    if !output.status.success() {
+        bail!("{name} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The package indexes of the Debian archive that the machine's apt is configured for.
+fn machine_indexes() -> Result<BTreeSet<Index>> {
+    const FORMAT: &str = "$(ORIGIN)|$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)";
+    let known = capture(Command::new("apt-get").args(["indextargets", "--format", FORMAT]))?;
+    let indexes = parse_indexes(&known, |origin, _| origin == "Debian");
+    if !indexes.is_empty() {
+        return Ok(indexes);
+    }
+    // Lists never fetched (or removed to save space): nothing says whose archive it is but the release names.
+    let os = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
+    let field =
+        |name: &str| os.lines().find_map(|line| line.strip_prefix(name)).map(|text| text.trim_matches('"'));
+    if field("ID=") == Some("debian") {
+        let codename = field("VERSION_CODENAME=").unwrap_or("stable");
+        let releases = [codename, "stable", "oldstable", "testing"];
+        let all =
+            capture(Command::new("apt-get").args(["indextargets", "--no-release-info", "--format", FORMAT]))?;
+        let indexes = parse_indexes(&all, |_, index| {
+            let release = index.release.split(['-', '/']).next().unwrap_or_default();
+            releases.contains(&release) && index.component == "main"
+        });
+        if !indexes.is_empty() {
+            return Ok(indexes);
+        }
+    }
+    bail!("this machine's apt has no Debian mirror configured, so nothing can be downloaded with it")
+}
+
+fn parse_indexes(text: &str, is_debian: impl Fn(&str, &Index) -> bool) -> BTreeSet<Index> {
+    text.lines()
+        .filter_map(|line| {
+            let [origin, "Packages", uri, release, component] = line.split('|').collect::<Vec<_>>()[..]
+            else {
+                return None;
+            };
+            let index =
+                Index { uri: uri.to_owned(), release: release.to_owned(), component: component.to_owned() };
+            is_debian(origin, &index).then_some(index)
+        })
+        .collect()
+}
+
+/// The lines of sources.list.
+fn sources(suites: Suites, indexes: &BTreeSet<Index>) -> Result<String> {
+    let options = KEYRINGS
+        .iter()
+        .find(|path| Path::new(path).is_file())
+        .map_or(String::new(), |path| format!("[signed-by={path}] "));
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let mut line = |kind: &str, uri: &str, release: &str, component: &str| {
+        let _ = writeln!(text, "{kind} {options}{uri} {release} {component}");
+    };
+    match suites {
+        Suites::Machine | Suites::MachineSources => {
+            for Index { uri, release, component } in indexes {
+                line("deb", uri, release, component);
+                if matches!(suites, Suites::MachineSources) {
+                    line("deb-src", uri, release, component);
+                }
+            }
+        }
+        Suites::Named(names) => {
+            let archive = indexes
+                .iter()
+                .find(|index| index.component == "main" && !index.release.contains("security"))
+                .context("this machine's apt is configured for Debian's security updates only")?;
+            for name in names {
+                line("deb", &archive.uri, name, "main");
+            }
+        }
+    }
+    Ok(text)
+}
+
+/// The private configuration: how the machine reaches its mirror, and none of its hooks.
+fn config(dir: &Path) -> Result<String> {
+    let machine = capture(Command::new("apt-config").arg("dump"))?;
+    let mut text = String::new();
+    for line in
+        machine.lines().filter(|line| line.starts_with("Acquire::") && !line.contains("::IndexTargets"))
+    {
+        text.push_str(line);
+        text.push('\n');
+    }
+    let dir = dir.to_str().context("the cache's path is not UTF-8, which apt.conf needs")?;
+    if dir.contains('"') {
+        bail!("the cache's path {dir} has a quotation mark, which apt.conf cannot hold");
+    }
+    let user = if rustix::process::geteuid().is_root() { "root" } else { "_apt" };
+    let own = [
+        ("Dir::Etc::parts", "/dev/null"),
+        ("Dir::Etc::main", "/dev/null"),
+        ("Dir::Etc::preferences", "/dev/null"),
+        ("Dir::Etc::preferencesparts", "/dev/null"),
+        ("Dir::Etc::sourcelist", &format!("{dir}/sources.list")),
+        ("Dir::Etc::sourceparts", "/dev/null"),
+        ("Dir::State", dir),
+        ("Dir::State::status", &format!("{dir}/status")),
+        ("Dir::Cache", dir),
+        ("Dir::Log", &format!("{dir}/log")),
+        ("APT::Architecture", "amd64"),
+        ("APT::Architectures", "amd64"),
+        ("APT::Install-Recommends", "false"),
+        // The cache is private to the user, so apt's own unprivileged user could not write to it.
+        ("APT::Sandbox::User", user),
+        // Without this a mirror that cannot be reached is but a warning.
+        ("APT::Update::Error-Mode", "any"),
+        ("Acquire::Languages", "none"),
+        ("Acquire::Retries", "3"),
+        ("Acquire::http::Timeout", "30"),
+        ("Acquire::https::Timeout", "30"),
+    ];
+    for (name, value) in own {
+        let _ = writeln!(text, "{name} \"{value}\";");
+    }
+    Ok(text)
+}
+
+/// The file names in what `--print-uris` says: lines of `'URI' NAME SIZE HASH`.
+fn file_names(uris: &str) -> impl Iterator<Item = &str> {
+    uris.lines().filter_map(|line| {
+        let mut words = line.strip_prefix('\'')?.split_once("' ")?.1.split_whitespace();
+        // A name with a directory in it would leave the archive directory.
+        words.next().filter(|name| !name.contains('/'))
+    })
+}
+
+/// What a line of apt's status output says about a download: `dlstatus:ITEM:PERCENT:TEXT`.
+fn download_status(line: &str) -> Option<String> {
+    let mut fields = line.strip_prefix("dlstatus:")?.splitn(3, ':');
+    let percent = fields.nth(1)?.split('.').next()?;
+    Some(format!("downloading {percent:>3} %"))
+}
+
+fn explain(error: &anyhow::Error) -> anyhow::Error {
+    let text = format!("{error:#}");
+    let remedy = if text.contains("NO_PUBKEY") {
+        "the key of that release is not known here; run: apt-get install --only-upgrade debian-archive-keyring"
+    } else {
+        "is this machine's Debian mirror reachable? (`apt-get update` must work)"
+    };
+    anyhow::anyhow!("cannot fetch Debian's package lists: {remedy}\n{text}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TARGETS: &str = "\
+Debian|Packages|http://mirror.example/debian/|bookworm|main
+Debian|DEP-11|http://mirror.example/debian/|bookworm|main
+Debian|Packages|http://mirror.example/debian-security/|bookworm-security|main
+Other|Packages|http://other.example/|bookworm|main
+";
+
+    #[test]
+    fn only_debian_package_indexes_count() {
+        let indexes = parse_indexes(TARGETS, |origin, _| origin == "Debian");
+        let releases: Vec<&str> = indexes.iter().map(|index| index.release.as_str()).collect();
+        assert_eq!(releases, ["bookworm-security", "bookworm"]);
+    }
+
+    #[test]
+    fn sources_come_from_the_machines_mirror() {
+        let indexes = parse_indexes(TARGETS, |origin, _| origin == "Debian");
+        let named = sources(Suites::Named(&["trixie", "trixie-backports"]), &indexes).expect("has a mirror");
+        assert_eq!(named.lines().count(), 2);
+        assert!(named.contains("http://mirror.example/debian/ trixie main\n"), "{named}");
+        assert!(!named.contains("security") && !named.contains("trusted"), "{named}");
+        let own = sources(Suites::MachineSources, &indexes).expect("has a mirror");
+        assert_eq!(own.lines().filter(|line| line.starts_with("deb-src ")).count(), 2);
+        let security = indexes.into_iter().filter(|index| index.release.contains("security")).collect();
+        sources(Suites::Named(&["trixie"]), &security).expect_err("no archive");
+    }
+
+    #[test]
+    fn names_are_read_from_uris() {
+        let uris = "Reading...\n'http://m.example/p/a_1%3a2_amd64.deb' a_1%3a2_amd64.deb 12 SHA256:0\n'x' ../b 1 M\n";
+        assert_eq!(file_names(uris).collect::<Vec<_>>(), ["a_1%3a2_amd64.deb"]);
+    }
+
+    #[test]
+    fn status_lines_tell_percent() {
+        let line = "dlstatus:1:41.7391:Retrieving file 3 of 92 (12s remaining)";
+        assert_eq!(download_status(line).as_deref(), Some("downloading  41 %"));
+        assert_eq!(download_status("Get:1 x"), None);
+    }
+}
