@@ -3,6 +3,7 @@
 mod apt;
 mod cache;
 mod children;
+mod image;
 mod logged;
 mod packages;
 mod progress;
@@ -11,7 +12,8 @@ mod qemu;
 fn main() -> anyhow::Result<()> {
     let progress = progress::Progress::new(false);
     let cache = cache::Cache::open(&progress)?;
-    let qemu = qemu::Qemu::locate(&progress, &cache, None)?;
-    println!("{qemu:?} {:?} {}", qemu.argv_prefix(), qemu.probe_device("virtio-iommu-pci"));
+    let binaries = image::GuestBinaries::build(&progress)?;
+    let tools = image::GuestTools::obtain(&progress, &cache)?;
+    println!("{:?}", image::build_base(&cache, &binaries, &tools)?);
     Ok(())
 }
