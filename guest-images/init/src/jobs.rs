@@ -12,6 +12,10 @@ use rustix::process::{Pid, Signal, WaitStatus};
 
 use vvu_init::protocol::{Answer, End, Event, Exit, Kill, MAX_CAPTURE, Message, Outcome, Output, Run, Spawn};
 
+/// Environment of every process.
+pub(crate) const ENVIRONMENT: [(&str, &str); 2] =
+    [("HOME", "/root"), ("PATH", "/bin:/sbin:/usr/bin:/usr/sbin:/usr/local/bin")];
+
 /// Most processes at a time.
 const MAX_JOBS: usize = 64;
 
@@ -136,6 +140,7 @@ impl Jobs {
         let start = || -> io::Result<Job> {
             let mut child = Command::new("/bin/sh")
                 .args(["-c", command])
+                .envs(ENVIRONMENT)
                 .stdin(Stdio::null())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())

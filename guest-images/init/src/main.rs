@@ -246,6 +246,7 @@ impl Shell {
             OpenOptions::new().read(true).write(true).open(&path).with_context(|| path.clone())?;
         let child = Command::new("/bin/setsid")
             .args(["-c", "/bin/sh", "-l"])
+            .envs(jobs::ENVIRONMENT)
             .stdin(Stdio::from(terminal.try_clone()?))
             .stdout(Stdio::from(terminal.try_clone()?))
             .stderr(Stdio::from(terminal))

@@ -126,8 +126,6 @@ impl Archive {
                     self.nodes.insert(parent.to_owned(), Node::Directory { mode: 0o755 });
                 }
                 Some(Node::Directory { .. }) => {}
-                // Such as /sbin -> bin: the kernel follows it as it unpacks, since it comes earlier.
-                Some(Node::Symlink { .. }) => {}
                 Some(_) => bail!("{path:?} lies below {parent:?}, which is no directory"),
             }
         }

@@ -52,7 +52,8 @@ impl DiskImage {
         let mut source = match &self.pattern {
             Pattern::Copy(path) => {
                 let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-                let length = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
+                let length =
+                    file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
                 ensure!(length == self.size, "{} has {length} bytes, want {}", path.display(), self.size);
                 Some((path, file))
             }
