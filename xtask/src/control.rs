@@ -44,7 +44,11 @@ impl Control {
     /// # Errors
     ///
     /// The port ended, `look` failed, or `deadline` passed.
-    pub(crate) fn ready(&mut self, deadline: Instant, mut look: impl FnMut() -> Result<()>) -> Result<&Identity> {
+    pub(crate) fn ready(
+        &mut self,
+        deadline: Instant,
+        mut look: impl FnMut() -> Result<()>,
+    ) -> Result<&Identity> {
         while self.ready.is_none() {
             // Nothing was asked, so whatever comes is an event.
             self.receive(deadline, &mut look).context("the guest did not get ready")?;

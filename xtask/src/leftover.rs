@@ -24,7 +24,12 @@ pub(crate) fn check(run: &str, paths: &[PathBuf]) -> Result<String> {
     let deadline = Instant::now() + LIMIT;
     loop {
         let mut left = processes(run);
-        left.extend(paths.iter().filter(|path| path.symlink_metadata().is_ok()).map(|path| path.display().to_string()));
+        left.extend(
+            paths
+                .iter()
+                .filter(|path| path.symlink_metadata().is_ok())
+                .map(|path| path.display().to_string()),
+        );
         left.extend(bound(paths).into_iter().map(|path| format!("a socket bound to {path}")));
         if left.is_empty() {
             return Ok(format!(
@@ -60,7 +65,9 @@ fn processes(run: &str) -> Vec<String> {
 /// Those of `paths` that a socket is bound to, whether or not the file still exists.
 fn bound(paths: &[PathBuf]) -> Vec<String> {
     let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
-    let bound = |path: &&PathBuf| table.lines().any(|line| line.split_whitespace().nth(7).map(Path::new) == Some(path));
+    let bound = |path: &&PathBuf| {
+        table.lines().any(|line| line.split_whitespace().nth(7).map(Path::new) == Some(path))
+    };
     paths.iter().filter(bound).map(|path| path.display().to_string()).collect()
 }
 

@@ -159,6 +159,11 @@ impl SocketDir {
         )
     }
 
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The path of a socket in it.
     pub(crate) fn socket(&self, name: &str) -> PathBuf {
         self.path.join(name)

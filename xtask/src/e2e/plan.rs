@@ -86,7 +86,8 @@ impl Plan {
 
     /// Every path that must be gone after the run.
     pub(crate) fn transient(&self) -> Vec<PathBuf> {
-        let paths = self.proxies.values().flat_map(|proxy| [&proxy.vfio_user, &proxy.vhost_user, &proxy.memory_link]);
+        let paths =
+            self.proxies.values().flat_map(|proxy| [&proxy.vfio_user, &proxy.vhost_user, &proxy.memory_link]);
         paths.cloned().collect()
     }
 }

@@ -86,7 +86,7 @@ fn planned(scenario: &Scenario) -> Vec<Check> {
     let mut checks: Vec<Check> = Vec::new();
     for name in scenario.steps.iter().filter_map(|step| step.check.as_ref()) {
         if checks.iter().all(|check| check.name != *name) {
-            checks.push(Check { name: name.clone(), evidence: "not reached".to_owned(), ..Check::default() });
+            checks.push(Check { name: name.clone(), ..Check::default() });
         }
     }
     checks
@@ -99,15 +99,11 @@ fn record(checks: &mut [Check], step: &Step, last: bool, result: Result<String>)
     };
     match result {
         Ok(evidence) => {
-            if check.result == CheckResult::Skip {
-                check.evidence.clear();
-            }
             if !evidence.is_empty() {
                 let separator = if check.evidence.is_empty() { "" } else { "\n" };
                 check.evidence.push_str(separator);
                 check.evidence.push_str(&evidence);
             }
-            // Until its last step it is neither passed nor failed; an empty text marks it as begun.
             if last {
                 check.result = CheckResult::Pass;
             }
@@ -193,7 +189,11 @@ impl Running<'_> {
                         values.set(name, value);
                     }
                 }
-                Ok(if stdout.is_empty() { format!("`{command}` gave exit code {}", step.expect.exit) } else { stdout.to_owned() })
+                Ok(if stdout.is_empty() {
+                    format!("`{command}` gave exit code {}", step.expect.exit)
+                } else {
+                    stdout.to_owned()
+                })
             }
             Action::Spawn { name, command } => {
                 let command = values.fill(command)?;

@@ -128,7 +128,8 @@ pub(crate) struct Reports {
 impl Report {
     /// The whole outcome that the checks amount to.
     pub(crate) fn judge(&self) -> Outcome {
-        let passed = !self.checks.is_empty() && self.checks.iter().all(|check| check.result == CheckResult::Pass);
+        let passed =
+            !self.checks.is_empty() && self.checks.iter().all(|check| check.result == CheckResult::Pass);
         if passed { Outcome::Pass } else { Outcome::Fail }
     }
 }

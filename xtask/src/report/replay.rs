@@ -30,7 +30,8 @@ fn quoted(word: &str) -> String {
 
 /// A script that starts each part in a terminal of its own. `socket_dir` may be gone by then.
 pub(crate) fn replay_script(run: &str, socket_dir: &str, parts: &[Part]) -> String {
-    let mut usage = format!("Starts by hand what the run {run} started; each in a terminal of its own, in this order:\n");
+    let mut usage =
+        format!("Starts by hand what the run {run} started; each in a terminal of its own, in this order:\n");
     let mut cases = String::new();
     for Part { name, words, steps } in parts {
         let _ = writeln!(usage, "\n    $0 {name}");

@@ -229,11 +229,8 @@ impl Args {
 mod tests {
     use super::*;
 
-    const GUEST: Guest<'_> = Guest {
-        accelerator: "tcg",
-        kernel: Path::new("/c/vmlinux"),
-        initramfs: Path::new("/c/device.cpio"),
-    };
+    const GUEST: Guest<'_> =
+        Guest { accelerator: "tcg", kernel: Path::new("/c/vmlinux"), initramfs: Path::new("/c/device.cpio") };
 
     fn device() -> Config {
         Config {
@@ -275,12 +272,18 @@ mod tests {
             memory_mib: 256,
             cpus: 2,
             memory_file: Some("/r/a,b/memory".into()),
-            devices: vec![Device::VhostUserBlk { slot: Slot::DEFAULT, socket: "/r/a,b/v.sock".into(), queues: 2 }],
+            devices: vec![Device::VhostUserBlk {
+                slot: Slot::DEFAULT,
+                socket: "/r/a,b/v.sock".into(),
+                queues: 2,
+            }],
             cmdline: "debug".into(),
             ..Config::default()
         };
         let line = line(&config, Serial::Terminal);
-        assert!(line.contains("-object memory-backend-file,id=mem,size=256M,share=on,mem-path=/r/a,,b/memory "));
+        assert!(
+            line.contains("-object memory-backend-file,id=mem,size=256M,share=on,mem-path=/r/a,,b/memory ")
+        );
         assert!(line.contains("-chardev socket,id=vhost0,path=/r/a,,b/v.sock "));
         assert!(line.ends_with("-device vhost-user-blk-pci,chardev=vhost0,addr=10.0,num-queues=2"), "{line}");
         assert!(line.contains("vvu.hostname=sibling vvu.shell debug -serial mon:stdio"), "{line}");
@@ -288,7 +291,8 @@ mod tests {
 
     #[test]
     fn interrupt_remapping_needs_no_unsafe_flag() {
-        for (iommu, want) in [(Iommu::IntelIommu, "intel-iommu,intremap=on"), (Iommu::AmdIommu, "amd-iommu,intremap=on")]
+        for (iommu, want) in
+            [(Iommu::IntelIommu, "intel-iommu,intremap=on"), (Iommu::AmdIommu, "amd-iommu,intremap=on")]
         {
             let line = line(&Config { iommu: Some(iommu), ..device() }, Serial::Terminal);
             assert!(line.contains(want) && !line.contains("allow_unsafe"), "{line}");
@@ -297,9 +301,8 @@ mod tests {
 
     #[test]
     fn what_cannot_work_is_refused() {
-        let refused = |config: &Config| {
-            arguments(config, GUEST, Serial::Terminal).expect_err("refused").to_string()
-        };
+        let refused =
+            |config: &Config| arguments(config, GUEST, Serial::Terminal).expect_err("refused").to_string();
         let mut config = device();
         config.devices.push(config.devices[0].clone());
         assert!(refused(&config).contains("two devices at 0000:00:10.0"));

@@ -61,8 +61,12 @@ impl Vm {
     pub(crate) fn launch(name: &str, mut command: Command, logs: Logs) -> Result<Self> {
         let (console, console_end) = UnixStream::pair().context("cannot make a socket pair")?;
         let (control, control_end) = UnixStream::pair().context("cannot make a socket pair")?;
-        let errors = File::create(&logs.qemu).with_context(|| format!("cannot write {}", logs.qemu.display()))?;
-        command.stdin(OwnedFd::from(console_end)).stdout(OwnedFd::from(control_end)).stderr(Stdio::from(errors));
+        let errors =
+            File::create(&logs.qemu).with_context(|| format!("cannot write {}", logs.qemu.display()))?;
+        command
+            .stdin(OwnedFd::from(console_end))
+            .stdout(OwnedFd::from(control_end))
+            .stderr(Stdio::from(errors));
         let launched = Instant::now();
         let qemu = children::spawn(command).with_context(|| format!("cannot start the VM {name}"))?;
         Ok(Self {
@@ -140,7 +144,13 @@ impl Vm {
     /// # Errors
     ///
     /// The guest or QEMU failed, or refused.
-    pub(crate) fn spawn(&mut self, name: &str, command: &str, deadline: Instant, look: Look<'_>) -> Result<()> {
+    pub(crate) fn spawn(
+        &mut self,
+        name: &str,
+        command: &str,
+        deadline: Instant,
+        look: Look<'_>,
+    ) -> Result<()> {
         self.dismissed.remove(name);
         let action = Action::Spawn(Spawn { name: name.to_owned(), command: command.to_owned() });
         self.request(action, deadline, look).map(drop)
@@ -181,7 +191,8 @@ impl Vm {
     /// The guest or QEMU failed, or a spawned command ended.
     pub(crate) fn look(&mut self) -> Result<()> {
         let Self { qemu, console, control, logs, dismissed, .. } = self;
-        let fine = console.check().and_then(|()| alive(qemu, logs)).and_then(|()| spawned_alive(control, dismissed));
+        let fine =
+            console.check().and_then(|()| alive(qemu, logs)).and_then(|()| spawned_alive(control, dismissed));
         fine.map_err(|error| self.explain(error))
     }
 

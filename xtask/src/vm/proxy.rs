@@ -83,7 +83,8 @@ impl Proxy {
     /// It ended with an error or had to be killed.
     pub(crate) fn stop(&mut self) -> Result<()> {
         self.look()?;
-        let pid = i32::try_from(self.process.id()).ok().and_then(Pid::from_raw).context("a process has an id")?;
+        let pid =
+            i32::try_from(self.process.id()).ok().and_then(Pid::from_raw).context("a process has an id")?;
         kill_process(pid, Signal::TERM).context("cannot send SIGTERM to the proxy")?;
         let status = self.process.wait_timeout(END_LIMIT).context("cannot wait for the proxy")?;
         match status {
