@@ -44,7 +44,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE", conflicts_with = "scenarios")]
     scenario_file: Option<PathBuf>,
     #[command(flatten)]
-    setup: setup::Options,
+    setup: setup::SetupOptions,
     /// Directory whose tree is laid over the root of every VM
     #[arg(long, value_name = "DIR")]
     overlay: Vec<PathBuf>,

@@ -13,7 +13,7 @@ use crate::report;
 
 /// What the command line says about the set-up.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct SetupOptions {
     /// QEMU to use instead of the system's or Debian's
     #[arg(long, value_name = "FILE")]
     pub(crate) qemu: Option<PathBuf>,
@@ -62,7 +62,7 @@ impl Setup {
     /// # Errors
     ///
     /// The first thing that cannot be had, and the remedy.
-    pub(crate) fn obtain(options: &Options, progress: &Progress) -> Result<Self> {
+    pub(crate) fn obtain(options: &SetupOptions, progress: &Progress) -> Result<Self> {
         let cache = Cache::open(progress)?;
         let qemu = Qemu::locate(progress, &cache, options.qemu.as_deref())?;
         let (binaries, tools) = thread::scope(|scope| {

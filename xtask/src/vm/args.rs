@@ -86,8 +86,11 @@ impl Device {
 /// What the two serial ports are connected to.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Serial<'a> {
-    /// Console and control port are the sockets that QEMU inherits as its standard input and output; QEMU writes
-    /// the console to this log as well.
+    /// The console is the pipe that QEMU inherits as its standard output, and goes to this log as well; the control
+    /// port is the socket that it inherits as its standard input.
+    ///
+    /// Not a socket for the console: one holds some 270 of the single bytes that a serial port writes, and a guest
+    /// kernel drops what does not leave its port within 10 ms.
     Inherited(&'a Path),
     /// The console is the terminal, with a shell on it; there is no control port.
     Terminal,
@@ -123,9 +126,9 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     match serial {
         Serial::Inherited(log) => {
             let log = escaped(&log.display().to_string());
-            args.pair("-chardev", format!("socket,id=console,fd=0,logfile={log}"))
+            args.pair("-chardev", format!("file,id=console,path=/dev/fd/1,logfile={log}"))
                 .pair("-serial", "chardev:console")
-                .pair("-chardev", "socket,id=control,fd=1")
+                .pair("-chardev", "socket,id=control,fd=0")
                 .pair("-serial", "chardev:control");
         }
         Serial::Terminal => {
@@ -257,8 +260,8 @@ mod tests {
              -object memory-backend-memfd,id=mem,size=512M,share=on -kernel /c/vmlinux -initrd /c/device.cpio \
              -append console=ttyS0 loglevel=6 panic=-1 no_timer_check rcu_expedited=1 vvu.hostname=device \
              vfio_iommu_type1.allow_unsafe_interrupts=1 \
-             -chardev socket,id=console,fd=0,logfile=/r/console.log -serial chardev:console \
-             -chardev socket,id=control,fd=1 -serial chardev:control \
+             -chardev file,id=console,path=/dev/fd/1,logfile=/r/console.log -serial chardev:console \
+             -chardev socket,id=control,fd=0 -serial chardev:control \
              -device virtio-iommu-pci,addr=05.0,boot-bypass=off \
              -device {\"addr\":\"10.0\",\"driver\":\"vfio-user-pci\",\"rombar\":0,\
              \"socket\":{\"path\":\"/r/vfio-user.sock\",\"type\":\"unix\"},\"x-msg-timeout\":60000}"

@@ -59,14 +59,11 @@ impl Vm {
     ///
     /// It cannot be started.
     pub(crate) fn launch(name: &str, mut command: Command, logs: Logs) -> Result<Self> {
-        let (console, console_end) = UnixStream::pair().context("cannot make a socket pair")?;
+        let (console, console_end) = std::io::pipe().context("cannot make a pipe")?;
         let (control, control_end) = UnixStream::pair().context("cannot make a socket pair")?;
         let errors =
             File::create(&logs.qemu).with_context(|| format!("cannot write {}", logs.qemu.display()))?;
-        command
-            .stdin(OwnedFd::from(console_end))
-            .stdout(OwnedFd::from(control_end))
-            .stderr(Stdio::from(errors));
+        command.stdin(OwnedFd::from(control_end)).stdout(console_end).stderr(Stdio::from(errors));
         let launched = Instant::now();
         let qemu = children::spawn(command).with_context(|| format!("cannot start the VM {name}"))?;
         Ok(Self {
