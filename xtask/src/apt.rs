@@ -26,7 +26,7 @@ pub(crate) enum Suites {
     Machine,
     /// The same, with source packages.
     MachineSources,
-    /// These suites of the machine's mirror, whatever the machine itself uses.
+    /// These suites of the machine's mirror, whatever the machine itself uses; the last is preferred.
     Named(&'static [&'static str]),
 }
 
@@ -66,7 +66,7 @@ impl<'a> Apt<'a> {
         let sources = sources(suites, &machine_indexes()?)?;
         // The status file says what is installed: nothing, so that dependencies come along.
         for (name, text) in
-            [("sources.list", sources), ("apt.conf", config(&dir)?), ("status", String::new())]
+            [("sources.list", sources), ("apt.conf", config(&dir, suites)?), ("status", String::new())]
         {
             let path = dir.join(name);
             fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
@@ -87,7 +87,7 @@ impl<'a> Apt<'a> {
         Ok(text.lines().map(str::to_owned).collect())
     }
 
-    /// Downloads packages (`name` or `name/suite`) and everything they depend on.
+    /// Downloads packages and everything they depend on.
     ///
     /// # Errors
     ///
@@ -169,7 +169,9 @@ fn capture(command: &mut Command) -> Result<String> {
         .output()
         .with_context(|| format!("cannot run {name}; Debian's package tools are needed for this"))?;
     if !output.status.success() {
-        bail!("{name} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        let (said, errors) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        bail!("{name} failed ({}): {}\n{}", output.status, errors.trim(), said.trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -250,7 +252,7 @@ fn sources(suites: Suites, indexes: &BTreeSet<Index>) -> Result<String> {
 }
 
 /// The private configuration: how the machine reaches its mirror, and none of its hooks.
-fn config(dir: &Path) -> Result<String> {
+fn config(dir: &Path, suites: Suites) -> Result<String> {
     let machine = capture(Command::new("apt-config").arg("dump"))?;
     let mut text = String::new();
     for line in
@@ -289,6 +291,10 @@ fn config(dir: &Path) -> Result<String> {
     ];
     for (name, value) in own {
         let _ = writeln!(text, "{name} \"{value}\";");
+    }
+    // Backports are otherwise taken only where named one by one.
+    if let Suites::Named([.., preferred]) = suites {
+        let _ = writeln!(text, "APT::Default-Release \"{preferred}\";");
     }
     Ok(text)
 }

@@ -58,6 +58,11 @@ impl Key {
     pub(crate) fn name(&self) -> String {
         hex(&self.0.clone().finalize()[..16])
     }
+
+    /// The whole SHA-256 in hexadecimal.
+    pub(crate) fn digest(&self) -> String {
+        hex(&self.0.clone().finalize())
+    }
 }
 
 /// SHA-256 of a file in hexadecimal.

@@ -16,7 +16,7 @@ const PROGRAM: &str = "qemu-system-x86_64";
 /// What the VMs cannot do without; QEMU has it since 10.1.
 const NEEDED_DEVICE: &str = "vfio-user-pci";
 const SUITES: &[&str] = &["trixie", "trixie-backports"];
-const PACKAGE: &str = "qemu-system-x86/trixie-backports";
+const PACKAGE: &str = "qemu-system-x86";
 /// What is kept of the unpacked packages; the rest is documentation, translations and other programs.
 const KEPT: [&str; 6] =
     ["usr/bin/qemu-system-x86_64", "usr/lib", "usr/lib64", "usr/share/qemu", "usr/share/seabios", "lib64"];
