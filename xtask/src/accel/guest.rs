@@ -14,16 +14,16 @@ pub(super) const PORT: u16 = 0x10;
 /// What the guest does, in order. A step's number is what it writes to [`PORT`] when it is done.
 pub(super) const STEPS: [&str; 7] = [
     "entering long mode",
+    "a timed loop",
     "loading CR3 and GS",
     "int3 and iretq",
     "STAC and CLAC",
     "XSAVE",
     "cmpxchg16b",
-    "a timed loop",
 ];
 
-/// Number of the step before the loops: from then on the guest runs one loop per entry.
-pub(super) const READY: u8 = 6;
+/// Number of the timed loop, which the guest repeats until it finds no iterations to do.
+pub(super) const LOOP: u8 = 1;
 
 /// Bytes of guest memory, from guest physical address 0 and mapped one to one.
 pub(super) const MEMORY: usize = 0x1_0000;
@@ -61,17 +61,27 @@ global_asm!(
     "  mov r12, rbx",
     "  mov al, 0",
     "  out {port}, al",
+    // The host sets the number of iterations while it has the announcement of the step before.
+    "8:",
+    "  mov rdi, [r12 + {iterations}]",
+    "  test rdi, rdi",
+    "  jz 9f",
+    "  call vvu_accel_probe_loop",
+    "  mov al, 1",
+    "  out {port}, al",
+    "  jmp 8b",
+    "9:",
     // A kernel replaces the boot loader's page tables and sets its per-CPU base.
     "  mov rax, cr3",
     "  mov cr3, rax",
     "  mov ecx, 0xc0000101", // MSR_GS_BASE
     "  rdmsr",
     "  wrmsr",
-    "  mov al, 1",
+    "  mov al, 2",
     "  out {port}, al",
     // The handler counts; iretq must lead back here.
     "  int3",
-    "  mov al, 2",
+    "  mov al, 3",
     "  out {port}, al",
     // CPUID leaf 7, EBX bit 20: supervisor mode access prevention.
     "  mov eax, 7",
@@ -82,7 +92,7 @@ global_asm!(
     "  stac",
     "  clac",
     "2:",
-    "  mov al, 3",
+    "  mov al, 4",
     "  out {port}, al",
     // Every CPU in long mode has FXSAVE; leaf 1, ECX bit 26: XSAVE.
     "  fninit",
@@ -102,9 +112,9 @@ global_asm!(
     "  xsave64 [r12 + {fxsave} + 0x200]",
     "  xrstor64 [r12 + {fxsave} + 0x200]",
     "3:",
-    "  mov al, 4",
+    "  mov al, 5",
     "  out {port}, al",
-    // Leaf 1, ECX bit 13: cmpxchg16b. Turns (1, 2) into (3, 4); the host sees to it where it is absent.
+    // Leaf 1, ECX bit 13: cmpxchg16b. Turns (1, 2) into (3, 4), as stores do where it is absent.
     "  mov eax, 1",
     "  xor ecx, ecx",
     "  cpuid",
@@ -120,15 +130,9 @@ global_asm!(
     "  mov qword ptr [r12 + {pair}], 3",
     "  mov qword ptr [r12 + {pair} + 8], 4",
     "5:",
-    "  mov al, 5",
-    "  out {port}, al",
-    // The host sets the number of iterations between the two announcements and takes the time to the second.
-    "6:",
     "  mov al, 6",
     "  out {port}, al",
-    "  mov rdi, [r12 + {iterations}]",
-    "  call vvu_accel_probe_loop",
-    "  jmp 6b",
+    "  hlt",
     "",
     // Handler of int3.
     "vvu_accel_probe_trap:",
@@ -209,7 +213,6 @@ impl Memory {
         }
         memory.write(DATA + PAIR, 1);
         memory.write(DATA + PAIR + 8, 2);
-        memory.set_iterations(1);
         memory
     }
 
@@ -218,9 +221,9 @@ impl Memory {
         self.bytes.as_ptr().addr() as u64
     }
 
-    /// Sets the length of the loops to come.
+    /// Sets the length of the next loop; 0 is the end of loops.
     pub(super) fn set_iterations(&self, iterations: u64) {
-        self.write(DATA + ITERATIONS, iterations.max(1));
+        self.write(DATA + ITERATIONS, iterations);
     }
 
     /// Whether the steps had the effect they must have.
