@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount};
-use rustix::process::{Pid, Signal};
+use rustix::mount::{MountFlags, UnmountFlags, mount};
+use rustix::process::{Pid, Signal, WaitOptions};
 use rustix::system::RebootCommand;
 
 /// File systems in mounting order: type, where, options.
@@ -19,6 +22,9 @@ const MOUNTS: [(&str, &str, &str); 7] = [
     ("tmpfs", "/run", "mode=0755"),
     ("tmpfs", "/tmp", "mode=1777"),
 ];
+
+/// How long ending processes and writing back may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the kernel command line asks of PID 1. The kernel hands `vvu.` parameters on without looking at them.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -73,15 +79,38 @@ pub(crate) fn console_terminal() -> Option<String> {
     Path::new(&path).exists().then_some(path)
 }
 
-/// Writes everything back, ends every process and turns the machine off. Returns only if the kernel refuses.
+/// Ends every process, writes everything back and turns the machine off. Returns only if the kernel refuses.
 pub(crate) fn power_off() -> anyhow::Error {
     // As kill(2) has it, "process group 1" is -1: every process but this one. There may be none.
     let _ = rustix::process::kill_process_group(Pid::INIT, Signal::KILL);
-    rustix::fs::sync();
+    // Any of this hangs if a device behind it is gone, which must not keep the machine up.
+    within(PATIENCE, || {
+        while rustix::process::wait(WaitOptions::empty()).is_ok() {}
+        rustix::fs::sync();
+        unmount_all();
+    });
     match rustix::system::reboot(RebootCommand::PowerOff) {
         Ok(()) => anyhow::anyhow!("the kernel came back from powering off"),
         Err(error) => anyhow::Error::from(error).context("cannot power off"),
     }
+}
+
+/// Unmounts what a scenario may have mounted, the latest first, so that its file systems are clean.
+fn unmount_all() {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let targets = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    for target in targets.collect::<Vec<_>>().into_iter().rev() {
+        // What is busy, such as /, stays; it has been written back.
+        let _ = rustix::mount::unmount(target, UnmountFlags::empty());
+    }
+}
+
+/// Does something that may hang and waits for it only so long.
+pub(crate) fn within<T: Send + 'static>(patience: Duration, work: impl FnOnce() -> T + Send + 'static) {
+    let (done, finished) = mpsc::channel();
+    thread::spawn(move || done.send(work()));
+    // Whether it came to an end makes no difference to a machine that is going away.
+    let _ = finished.recv_timeout(patience);
 }
 
 #[cfg(test)]

@@ -7,14 +7,12 @@ mod boot;
 mod control;
 mod jobs;
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::mpsc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -42,7 +40,7 @@ fn main() -> ExitCode {
     if let Err(error) = Guest::start().and_then(Guest::serve) {
         println!("vvu-init: failed: {error:#}");
     }
-    within(LAST_WORDS, || rustix::termios::tcdrain(io::stdout()));
+    boot::within(LAST_WORDS, || rustix::termios::tcdrain(io::stdout()));
     let error = boot::power_off();
     // PID 1 must not end, or the kernel panics; with `panic=-1` and `-no-reboot` that ends the guest as well.
     println!("vvu-init: failed: {error:#}");
@@ -108,7 +106,7 @@ impl Guest {
                     Ok(Request { action: Action::PowerOff(Empty {}), id }) => {
                         self.answer(id, Outcome::PoweringOff(Empty {}));
                         let control = self.control.take();
-                        within(LAST_WORDS, move || control.map(Control::finish));
+                        boot::within(LAST_WORDS, move || control.map(Control::finish));
                         return Ok(());
                     }
                     Ok(Request { id, action }) => self.handle(id, &action),
@@ -148,14 +146,14 @@ impl Guest {
         let outcome = match action {
             Action::Run(run) => {
                 // The console alone is to tell what happened. It has no one to tell if it fails.
-                let _ = writeln!(console, "vvu-init: run {id}: {}", run.command);
+                let _ = writeln!(console, "vvu-init: run {id}: {}", brief(&run.command));
                 match self.jobs.run(id, run) {
                     Ok(()) => return,
                     Err(error) => Outcome::Error(error),
                 }
             }
             Action::Spawn(spawn) => {
-                let _ = writeln!(console, "vvu-init: spawn {}: {}", spawn.name, spawn.command);
+                let _ = writeln!(console, "vvu-init: spawn {}: {}", spawn.name, brief(&spawn.command));
                 match self.jobs.spawn(spawn) {
                     Ok(pid) => Outcome::Spawned { pid: pid.as_raw_nonzero().get() },
                     Err(error) => Outcome::Error(error),
@@ -180,8 +178,8 @@ impl Guest {
                 }
                 self.send(&message);
             }
-            if self.shell.as_ref().is_some_and(|shell| shell.pid == pid) {
-                self.shell = Some(Shell::start()?);
+            if let Some(shell) = self.shell.take_if(|shell| shell.pid == pid) {
+                self.shell = Some(shell.again()?);
             }
         }
         Ok(())
@@ -203,6 +201,16 @@ fn identity() -> Identity {
     Identity { kernel, init: env!("CARGO_PKG_VERSION").to_owned() }
 }
 
+/// A command as one line of bounded length: a serial console is slow.
+fn brief(command: &str) -> String {
+    const LONGEST: usize = 200;
+    let mut line: String = command.escape_debug().take(LONGEST + 1).collect();
+    if line.chars().nth(LONGEST).is_some() {
+        line.push_str("...");
+    }
+    line
+}
+
 /// A non-blocking stream that gets a byte for each of these signals.
 fn signal_stream(signals: &[i32]) -> Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair().context("cannot create a socket pair")?;
@@ -212,14 +220,6 @@ fn signal_stream(signals: &[i32]) -> Result<UnixStream> {
             .with_context(|| format!("cannot handle signal {signal}"))?;
     }
     Ok(ours)
-}
-
-/// Does something that may hang and waits for it only so long: a port whose host end is stuck never drains.
-fn within<T: Send + 'static>(patience: Duration, work: impl FnOnce() -> T + Send + 'static) {
-    let (done, finished) = mpsc::channel();
-    thread::spawn(move || done.send(work()));
-    // Whether it came to an end makes no difference to a machine that is going away.
-    let _ = finished.recv_timeout(patience);
 }
 
 /// Empties a signal stream and says whether there was anything.
@@ -235,15 +235,23 @@ fn drained(stream: &UnixStream) -> bool {
 /// A shell with job control on the console, for a person.
 struct Shell {
     pid: Pid,
+    since: Instant,
+    /// How many shells before this one ended at once.
+    short_lived: u32,
 }
 
 impl Shell {
+    /// A shell that ends sooner than this does so by itself.
+    const SHORT: Duration = Duration::from_secs(1);
+
+    /// So many in a row mean that there is no use in starting another.
+    const MOST_SHORT_LIVED: u32 = 5;
+
     fn start() -> Result<Self> {
         let Some(path) = boot::console_terminal() else {
             bail!("`vvu.shell` needs a console that is a terminal")
         };
-        let terminal: File =
-            OpenOptions::new().read(true).write(true).open(&path).with_context(|| path.clone())?;
+        let terminal = OpenOptions::new().read(true).write(true).open(&path).with_context(|| path.clone())?;
         let child = Command::new("/bin/setsid")
             .args(["-c", "/bin/sh", "-l"])
             .envs(jobs::ENVIRONMENT)
@@ -253,6 +261,28 @@ impl Shell {
             .current_dir("/root")
             .spawn()
             .context("cannot start /bin/setsid")?;
-        Ok(Self { pid: Pid::from_child(&child) })
+        Ok(Self { pid: Pid::from_child(&child), since: Instant::now(), short_lived: 0 })
+    }
+
+    /// Starts the next one after this one has ended.
+    fn again(self) -> Result<Self> {
+        let short_lived = if self.since.elapsed() < Self::SHORT { self.short_lived + 1 } else { 0 };
+        if short_lived == Self::MOST_SHORT_LIVED {
+            bail!("the shell on the console keeps ending at once");
+        }
+        Ok(Self { short_lived, ..Self::start()? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_shown_on_one_short_line() {
+        assert_eq!(brief("echo a\necho \u{1b}[2J"), "echo a\\necho \\u{1b}[2J");
+        assert_eq!(brief(&"x".repeat(200)), "x".repeat(200));
+        assert!(brief(&"x".repeat(201)).ends_with("x..."));
+        assert!(brief(&"x".repeat(60_000)).len() < 210);
     }
 }

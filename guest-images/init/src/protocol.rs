@@ -23,6 +23,9 @@ pub const MAX_ANSWER: usize = 2 * 6 * MAX_CAPTURE + (4 << 10);
 /// First line of PID 1 on the console: user space runs.
 pub const READY_LINE: &str = "vvu-init: ready";
 
+/// Names of [`Action`] for people.
+const ACTIONS: &str = "run, spawn, kill, hello, power_off";
+
 /// A line from the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
@@ -198,11 +201,12 @@ impl Request {
         let value: serde_json::Value =
             serde_json::from_slice(line).map_err(|error| bad(format!("not JSON: {error}")))?;
         let id = value.get("id").and_then(serde_json::Value::as_u64);
-        serde_json::from_value(value).map_err(|error| match id {
-            Some(id) => {
-                Message::Answer(Answer { id, outcome: Outcome::Error(format!("no such request: {error}")) })
+        serde_json::from_value(value).map_err(|error| {
+            let error = format!("{error}; want an `id` and one of {ACTIONS}");
+            match id {
+                Some(id) => Message::Answer(Answer { id, outcome: Outcome::Error(error) }),
+                None => bad(error),
             }
-            None => bad(format!("no `id`: {error}")),
         })
     }
 }
