@@ -1,5 +1,6 @@
 //! `cargo xtask`: builds the guests, runs the VMs and proves VVU end to end.
 
+mod accel;
 mod apt;
 mod cache;
 mod children;
@@ -8,6 +9,7 @@ mod control;
 mod e2e;
 mod image;
 mod interrupt;
+mod kernel;
 mod leftover;
 mod logged;
 mod packages;
@@ -20,8 +22,12 @@ mod vm;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+
+use cache::Cache;
+use kernel::Kernel;
+use progress::Progress;
 
 /// Builds the guests, runs the VMs and proves VVU end to end.
 #[derive(Parser)]
@@ -35,6 +41,12 @@ struct Cli {
 enum Task {
     /// Run scenarios in VMs
     E2e(e2e::Options),
+    /// Get or build the guest kernel
+    Kernel(kernel::KernelOptions),
+    /// Remove the cache and the run directories
+    Clean,
+    #[command(name = accel::PROBE_COMMAND, hide = true)]
+    AccelProbe,
 }
 
 fn main() -> ExitCode {
@@ -51,8 +63,30 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
-    interrupt::listen()?;
-    match &cli.task {
-        Task::E2e(options) => e2e::main(options),
+    // The probe is a process that its parent kills.
+    if !matches!(cli.task, Task::AccelProbe) {
+        interrupt::listen()?;
     }
+    match &cli.task {
+        Task::E2e(options) => return e2e::main(options),
+        Task::Kernel(options) => {
+            let progress = Progress::new(false);
+            let kernel = Kernel::obtain(&progress, &Cache::open(&progress)?, options)?;
+            println!("{}", kernel.vmlinux.display());
+        }
+        Task::Clean => clean()?,
+        Task::AccelProbe => accel::serve_probe()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Removes what runs and downloads have left.
+fn clean() -> Result<()> {
+    let freed = Cache::open(&Progress::new(true))?.clean()?;
+    let runs = e2e::runs();
+    if runs.exists() {
+        std::fs::remove_dir_all(&runs).with_context(|| format!("cannot remove {}", runs.display()))?;
+    }
+    println!("{} MiB of cache and {} removed", freed >> 20, runs.display());
+    Ok(())
 }

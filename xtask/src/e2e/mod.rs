@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::image::{DiskImage, OverlayEntry, Pattern as Content, with_overlay};
 use crate::progress::Progress;
-use crate::report::{self, Check, CheckResult, Outcome, Part, Report, Reports, Totals};
+use crate::report::{self, Check, CheckResult, Outcome, Part, Report, Reports};
 use crate::rundir::{RunDir, SocketDir};
 use crate::scenario::{self, DiskFacts, DiskSpec, Pattern, Scenario};
 use crate::vm::args::{Guest, Serial, arguments};
@@ -120,7 +120,7 @@ fn run_all(scenarios: &[Scenario], options: &Options, progress: &Progress) -> Re
     // The directory exists from the first moment, so that whatever happens can be found there.
     let runs = scenarios
         .iter()
-        .map(|scenario| RunDir::create(&target().join("e2e"), &scenario.name))
+        .map(|scenario| RunDir::create(&runs(), &scenario.name))
         .collect::<Result<Vec<_>>>()?;
     let setup = Setup::obtain(&options.setup, progress);
     let common = progress.stages().len();
@@ -182,9 +182,13 @@ fn one(
     progress: &Progress,
     report: &mut Report,
 ) -> Result<()> {
-    report.accelerator = Some(setup.accelerator.clone());
+    let accelerator = &setup.accelerator;
+    report.accelerator =
+        Some(report::Accelerator { used: accelerator.kind.to_string(), reason: accelerator.reason.clone() });
     report.qemu = Some(report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() });
-    report.kernel = Some(setup.kernel.clone());
+    let kernel = &setup.kernel;
+    report.kernel =
+        Some(report::Kernel { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() });
     memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
 
     let sockets = SocketDir::for_run(run)?;
@@ -354,8 +358,8 @@ impl<'a> Bench<'a> {
 
     fn guest(&self, vm: &str) -> Guest<'_> {
         Guest {
-            accelerator: &self.setup.accelerator.used,
-            kernel: &self.setup.vmlinux,
+            accelerator: self.setup.accelerator.kind,
+            kernel: &self.setup.kernel.vmlinux,
             initramfs: self.images.files.get(vm).unwrap_or(&self.setup.base.path),
         }
     }
@@ -422,8 +426,8 @@ pub(crate) fn workspace() -> &'static Path {
     xtask.parent().unwrap_or(xtask)
 }
 
-/// Where cargo builds.
-pub(crate) fn target() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace().join("target"), |dir| workspace().join(dir))
+/// Where the run directories are.
+pub(crate) fn runs() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    workspace().join(target).join("e2e")
 }

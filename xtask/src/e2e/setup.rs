@@ -1,15 +1,16 @@
 //! What every scenario needs before its VMs can start: QEMU, kernel, programs, base image, accelerator.
 
 use std::path::PathBuf;
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Error, Result, anyhow};
 
+use crate::accel::{self, Accelerator, Kind};
 use crate::cache::Cache;
 use crate::image::{BaseImage, GuestBinaries, GuestTools, build_base};
+use crate::kernel::{Kernel, KernelOptions};
 use crate::progress::Progress;
 use crate::qemu::Qemu;
-use crate::report;
 
 /// What the command line says about the set-up.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -17,43 +18,25 @@ pub(crate) struct SetupOptions {
     /// QEMU to use instead of the system's or Debian's
     #[arg(long, value_name = "FILE")]
     pub(crate) qemu: Option<PathBuf>,
-    /// Guest kernel (PVH vmlinux) to use instead of building one
-    #[arg(long, value_name = "FILE", conflicts_with = "kernel_source")]
-    pub(crate) kernel: Option<PathBuf>,
-    /// Kernel source to build instead of the distribution's
-    #[arg(long, value_name = "DIR|TARBALL")]
-    pub(crate) kernel_source: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) kernel: KernelOptions,
     /// What runs the guests' code
     #[arg(long, value_enum, default_value_t)]
-    pub(crate) accel: AccelChoice,
-}
-
-/// `--accel`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum AccelChoice {
-    /// KVM if it is proven to run a guest at native speed, else TCG
-    #[default]
-    Auto,
-    /// The host's processor
-    Kvm,
-    /// QEMU's emulation
-    Tcg,
+    pub(crate) accel: accel::Request,
 }
 
 /// All that is needed, obtained.
 pub(crate) struct Setup {
     /// The QEMU that runs the VMs.
     pub(crate) qemu: Qemu,
-    /// The guest kernel's PVH `vmlinux`.
-    pub(crate) vmlinux: PathBuf,
-    /// What the report says about the kernel.
-    pub(crate) kernel: report::Kernel,
+    /// The guest kernel.
+    pub(crate) kernel: Kernel,
     /// Our own programs.
     pub(crate) binaries: GuestBinaries,
     /// The initramfs that all VMs share.
     pub(crate) base: BaseImage,
     /// What runs the guests' code, and why.
-    pub(crate) accelerator: report::Accelerator,
+    pub(crate) accelerator: Accelerator,
 }
 
 impl Setup {
@@ -64,22 +47,39 @@ impl Setup {
     /// The first thing that cannot be had, and the remedy.
     pub(crate) fn obtain(options: &SetupOptions, progress: &Progress) -> Result<Self> {
         let cache = Cache::open(progress)?;
-        let qemu = Qemu::locate(progress, &cache, options.qemu.as_deref())?;
-        let (binaries, tools) = thread::scope(|scope| {
+        let (fetched, binaries, accelerator) = thread::scope(|scope| {
             let binaries = scope.spawn(|| GuestBinaries::build(progress));
-            let tools = GuestTools::obtain(progress, &cache);
-            (binaries.join().unwrap_or_else(|_| Err(anyhow!("the guest build panicked"))), tools)
+            let accelerator = scope.spawn(|| choose(options.accel, progress));
+            // One after the other, as apt and dpkg take one caller at a time.
+            let fetch = || {
+                let qemu = Qemu::locate(progress, &cache, options.qemu.as_deref())?;
+                let tools = GuestTools::obtain(progress, &cache)?;
+                Ok::<_, Error>((qemu, tools, Kernel::obtain(progress, &cache, &options.kernel)?))
+            };
+            (fetch(), joined(binaries), joined(accelerator))
         });
-        let (binaries, tools) = (binaries?, tools?);
+        let ((qemu, tools, kernel), binaries) = (fetched?, binaries?);
         let base = build_base(&cache, &binaries, &tools)?;
-        let vmlinux = options.kernel.clone().ok_or_else(|| anyhow!("--kernel is needed for now"))?;
-        let kernel = report::Kernel::default();
-        let accelerator = report::Accelerator { used: "tcg".into(), reason: "for now".into() };
-        Ok(Self { qemu, vmlinux, kernel, binaries, base, accelerator })
+        Ok(Self { qemu, kernel, binaries, base, accelerator: accelerator? })
     }
 
     /// How much longer than at native speed things may take.
     pub(crate) fn slowness(&self) -> u32 {
-        if self.accelerator.used == "kvm" { 2 } else { 6 }
+        match self.accelerator.kind {
+            Kind::Kvm => 2,
+            Kind::Tcg => 6,
+        }
     }
+}
+
+fn choose(request: accel::Request, progress: &Progress) -> Result<Accelerator> {
+    let stage = progress.stage("accelerator");
+    stage.update("trying KVM");
+    let chosen = accel::choose(request)?;
+    stage.done(format!("{}: {}", chosen.kind, chosen.reason));
+    Ok(chosen)
+}
+
+fn joined<T>(handle: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    handle.join().unwrap_or_else(|_| Err(anyhow!("a thread of the set-up panicked")))
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 use serde_json::json;
 
+use crate::accel::Kind;
 use crate::rundir::MAX_SOCKET_PATH;
 use crate::scenario::{Iommu, Slot};
 
@@ -20,8 +21,8 @@ const CMDLINE: &str = "console=ttyS0 loglevel=6 panic=-1 no_timer_check rcu_expe
 /// What all VMs of a run have in common.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Guest<'a> {
-    /// `kvm` or `tcg`.
-    pub(crate) accelerator: &'a str,
+    /// What runs the guests' code.
+    pub(crate) accelerator: Kind,
     /// The PVH `vmlinux`.
     pub(crate) kernel: &'a Path,
     /// The VM's initramfs.
@@ -108,8 +109,8 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     let irqchip = if config.iommu == Some(Iommu::IntelIommu) { ",kernel-irqchip=split" } else { "" };
     args.pair("-machine", format!("q35,hpet=off,sata=off,smbus=off,memory-backend=mem{irqchip}"));
     match guest.accelerator {
-        "kvm" => args.pair("-accel", "kvm").pair("-cpu", "host"),
-        _ => args.pair("-accel", "tcg,thread=multi"),
+        Kind::Kvm => args.pair("-accel", "kvm").pair("-cpu", "host"),
+        Kind::Tcg => args.pair("-accel", "tcg,thread=multi"),
     };
     args.pair("-smp", config.cpus.to_string()).pair("-m", format!("{}M", config.memory_mib));
     let memory = format!("id=mem,size={}M,share=on", config.memory_mib);
@@ -232,8 +233,11 @@ impl Args {
 mod tests {
     use super::*;
 
-    const GUEST: Guest<'_> =
-        Guest { accelerator: "tcg", kernel: Path::new("/c/vmlinux"), initramfs: Path::new("/c/device.cpio") };
+    const GUEST: Guest<'_> = Guest {
+        accelerator: Kind::Tcg,
+        kernel: Path::new("/c/vmlinux"),
+        initramfs: Path::new("/c/device.cpio"),
+    };
 
     fn device() -> Config {
         Config {
