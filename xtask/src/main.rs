@@ -18,6 +18,7 @@ mod qemu;
 mod report;
 mod rundir;
 mod scenario;
+mod test;
 mod vm;
 
 use std::process::ExitCode;
@@ -41,6 +42,8 @@ struct Cli {
 enum Task {
     /// Run scenarios in VMs
     E2e(e2e::Options),
+    /// Run all tests: units, the chain without VMs, faults and scenarios
+    Test(test::Options),
     /// Get or build the guest kernel
     Kernel(kernel::KernelOptions),
     /// Remove the cache and the run directories
@@ -69,6 +72,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.task {
         Task::E2e(options) => return e2e::main(options),
+        Task::Test(options) => test::main(options)?,
         Task::Kernel(options) => {
             let progress = Progress::new(false);
             let kernel = Kernel::obtain(&progress, &Cache::open(&progress)?, options)?;

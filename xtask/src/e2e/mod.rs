@@ -23,7 +23,7 @@ use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
 use plan::Plan;
-use setup::Setup;
+pub(crate) use setup::{Setup, SetupOptions};
 
 /// How long a proxy may take until it listens, and a bare boot until its first line, at native speed.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -44,7 +44,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE", conflicts_with = "scenarios")]
     scenario_file: Option<PathBuf>,
     #[command(flatten)]
-    setup: setup::SetupOptions,
+    setup: SetupOptions,
     /// Directory whose tree is laid over the root of every VM
     #[arg(long, value_name = "DIR")]
     overlay: Vec<PathBuf>,

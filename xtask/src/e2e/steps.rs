@@ -59,7 +59,8 @@ pub(crate) fn carry_out(scenario: &Scenario, running: &mut Running<'_>, progress
             }
         };
         if let (Some((_, stage)), Some(action)) = (&stage, step.action()) {
-            stage.update(format!("{}: {action}", step.vm));
+            let text = action.to_string();
+            stage.update(format!("{}: {}", step.vm, running.values.fill(&text).unwrap_or(text)));
         }
         let result = running.step(step).with_context(|| format!("steps[{index}]"));
         if name == VDA_CHECK {
