@@ -233,11 +233,13 @@ impl Args {
 mod tests {
     use super::*;
 
-    const GUEST: Guest<'_> = Guest {
-        accelerator: Kind::Tcg,
-        kernel: Path::new("/c/vmlinux"),
-        initramfs: Path::new("/c/device.cpio"),
-    };
+    fn guest() -> Guest<'static> {
+        Guest {
+            accelerator: Kind::Tcg,
+            kernel: Path::new("/c/vmlinux"),
+            initramfs: Path::new("/c/device.cpio"),
+        }
+    }
 
     fn device() -> Config {
         Config {
@@ -251,7 +253,7 @@ mod tests {
     }
 
     fn line(config: &Config, serial: Serial<'_>) -> String {
-        arguments(config, GUEST, serial).expect("valid").join(" ")
+        arguments(config, guest(), serial).expect("valid").join(" ")
     }
 
     #[test]
@@ -309,7 +311,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused() {
         let refused =
-            |config: &Config| arguments(config, GUEST, Serial::Terminal).expect_err("refused").to_string();
+            |config: &Config| arguments(config, guest(), Serial::Terminal).expect_err("refused").to_string();
         let mut config = device();
         config.devices.push(config.devices[0].clone());
         assert!(refused(&config).contains("two devices at 0000:00:10.0"));
