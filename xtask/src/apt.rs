@@ -30,11 +30,21 @@ pub(crate) enum Suites {
     Named(&'static [&'static str]),
 }
 
-/// An apt whose lists and downloads live in the cache. Held by one run at a time.
+/// An apt whose lists and downloads live in a directory of their own, used by one run at a time.
+///
+/// Dropping it removes the directory: what is to stay must be unpacked or moved away before.
 pub(crate) struct Apt<'a> {
     dir: PathBuf,
+    log: PathBuf,
     stage: &'a Stage,
     _lock: File,
+}
+
+impl Drop for Apt<'_> {
+    fn drop(&mut self) {
+        // What cannot be removed now is used again, and removed, by the next run.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
 }
 
 /// One configured package index of the machine.
@@ -59,7 +69,7 @@ impl<'a> Apt<'a> {
         };
         let dir = cache.dir("apt")?.join(&name);
         let lock = cache.lock(&format!("apt/{name}"))?;
-        for part in ["lists/partial", "archives/partial", "log", "etc"] {
+        for part in ["lists/partial", "archives/partial"] {
             cache.dir(&format!("apt/{name}/{part}"))?;
         }
         stage.update("reading the machine's apt configuration");
@@ -71,9 +81,8 @@ impl<'a> Apt<'a> {
             let path = dir.join(name);
             fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         }
-        let apt = Self { dir, stage, _lock: lock };
-        stage.update("fetching package lists");
-        apt.get("update", &["update"]).map_err(|error| explain(&error))?;
+        let apt = Self { dir, log: cache.dir("logs")?.join(format!("apt-{name}.log")), stage, _lock: lock };
+        apt.get("fetching package lists", &["update"]).map_err(|error| explain(&error))?;
         Ok(apt)
     }
 
@@ -94,9 +103,10 @@ impl<'a> Apt<'a> {
     /// A package does not exist, or the download fails.
     pub(crate) fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
         let install = [&["install", "--no-install-recommends"], packages].concat();
+        self.stage.update("resolving dependencies");
         let uris = capture(self.command("apt-get").args(["-q", "-y", "--print-uris"]).args(&install))?;
-        self.get("download", &[&["--download-only"], install.as_slice()].concat())?;
-        self.files(&uris, &self.dir.join("archives"))
+        self.get("downloading", &[&["--download-only"], install.as_slice()].concat())?;
+        self.files(&uris)
     }
 
     /// Downloads packages without what they depend on.
@@ -107,8 +117,8 @@ impl<'a> Apt<'a> {
     pub(crate) fn download(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
         let download = [&["download"], packages].concat();
         let uris = capture(self.command("apt-get").args(["-q", "--print-uris"]).args(&download))?;
-        self.get("download", &download)?;
-        self.files(&uris, &self.dir.join("archives"))
+        self.get("downloading", &download)?;
+        self.files(&uris)
     }
 
     /// Downloads the files of a source package (needs [`Suites::MachineSources`]); unpacking them is the caller's.
@@ -119,11 +129,12 @@ impl<'a> Apt<'a> {
     pub(crate) fn source(&self, package: &str) -> Result<Vec<PathBuf>> {
         let source = ["source", "--download-only", package];
         let uris = capture(self.command("apt-get").args(["-q", "--print-uris"]).args(source))?;
-        self.get("source", &source)?;
-        self.files(&uris, &self.dir.join("archives"))
+        self.get("downloading", &source)?;
+        self.files(&uris)
     }
 
-    fn files(&self, uris: &str, dir: &Path) -> Result<Vec<PathBuf>> {
+    fn files(&self, uris: &str) -> Result<Vec<PathBuf>> {
+        let dir = self.dir.join("archives");
         let files: Vec<PathBuf> = file_names(uris).map(|name| dir.join(name)).collect();
         if files.is_empty() {
             bail!("apt named no file to download in {}", self.dir.display());
@@ -134,12 +145,13 @@ impl<'a> Apt<'a> {
         Ok(files)
     }
 
-    fn get(&self, name: &str, args: &[&str]) -> Result<()> {
+    fn get(&self, what: &str, args: &[&str]) -> Result<()> {
+        self.stage.update(what);
         let mut command = self.command("apt-get");
         command.args(["-q", "-y", "-o", "APT::Status-Fd=1"]).args(args);
-        logged::run(command, &self.dir.join(format!("log/{name}.log")), |line| {
-            if let Some(text) = download_status(line) {
-                self.stage.update(text);
+        logged::run(command, &self.log, |line| {
+            if let Some(percent) = download_percent(line) {
+                self.stage.update(format!("{what} {percent:>3} %"));
             }
         })
     }
@@ -276,7 +288,7 @@ fn config(dir: &Path, suites: Suites) -> Result<String> {
         ("Dir::State", dir),
         ("Dir::State::status", &format!("{dir}/status")),
         ("Dir::Cache", dir),
-        ("Dir::Log", &format!("{dir}/log")),
+        ("Dir::Log", dir),
         ("APT::Architecture", "amd64"),
         ("APT::Architectures", "amd64"),
         ("APT::Install-Recommends", "false"),
@@ -309,10 +321,8 @@ fn file_names(uris: &str) -> impl Iterator<Item = &str> {
 }
 
 /// What a line of apt's status output says about a download: `dlstatus:ITEM:PERCENT:TEXT`.
-fn download_status(line: &str) -> Option<String> {
-    let mut fields = line.strip_prefix("dlstatus:")?.splitn(3, ':');
-    let percent = fields.nth(1)?.split('.').next()?;
-    Some(format!("downloading {percent:>3} %"))
+fn download_percent(line: &str) -> Option<&str> {
+    line.strip_prefix("dlstatus:")?.split(':').nth(1)?.split('.').next()
 }
 
 fn explain(error: &anyhow::Error) -> anyhow::Error {
@@ -365,7 +375,7 @@ Other|Packages|http://other.example/|bookworm|main
     #[test]
     fn status_lines_tell_percent() {
         let line = "dlstatus:1:41.7391:Retrieving file 3 of 92 (12s remaining)";
-        assert_eq!(download_status(line).as_deref(), Some("downloading  41 %"));
-        assert_eq!(download_status("Get:1 x"), None);
+        assert_eq!(download_percent(line), Some("41"));
+        assert_eq!(download_percent("Get:1 x"), None);
     }
 }

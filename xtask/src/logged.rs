@@ -74,7 +74,7 @@ pub(crate) fn run(mut command: Command, log: &Path, mut on_line: impl FnMut(&str
         bail!("interrupted");
     }
     let tail: Vec<String> = tail.into_iter().collect();
-    bail!("{name} failed ({status}); the end of {}:\n  {}", log.display(), tail.join("\n  "))
+    bail!("the command ended with {status}; the last lines of {}:\n  {}", log.display(), tail.join("\n  "))
 }
 
 #[cfg(test)]

@@ -116,9 +116,6 @@ impl Qemu {
             if !qemu.probe_device(NEEDED_DEVICE) {
                 bail!("Debian's QEMU {} has no {NEEDED_DEVICE}", qemu.version);
             }
-            for deb in debs {
-                fs::remove_file(&deb).with_context(|| format!("cannot remove {}", deb.display()))?;
-            }
             Ok(())
         })?;
         Self::from_root(&entry.path)

@@ -63,7 +63,7 @@ pub(crate) struct KernelOptions {
 pub(crate) struct Kernel {
     /// What `-kernel` takes: a vmlinux with PVH entry, or the bzImage that was given.
     pub(crate) vmlinux: PathBuf,
-    /// Its version as it prints it at boot.
+    /// Its release, such as `6.12.57`.
     pub(crate) version: String,
     /// SHA-256 over its configuration, without the versions of the tools that built it.
     pub(crate) config_digest: String,

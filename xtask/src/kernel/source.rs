@@ -18,8 +18,9 @@ const NAME_FILE: &str = "name";
 const DIGEST_FILE: &str = "sha256";
 const DEB_FILE: &str = "linux-source.deb";
 /// What an x86 build never reads and takes half of the space: other architectures, documentation, tests.
-const EXCLUDED: [&str; 5] = [
-    "*/arch/[!xu]*/*",
+const EXCLUDED: [&str; 6] = [
+    "*/arch/[!xu]*/*.[chS]",
+    "*.dts*",
     "*/Documentation/*/*",
     "*/tools/testing/*",
     "*/tools/perf/*",
@@ -78,6 +79,7 @@ fn package(progress: &Progress, cache: &Cache) -> Result<Source> {
         fs::write(dir.join(NAME_FILE), format!("{name} {version}")).context("cannot write to the cache")?;
         fs::write(dir.join(DIGEST_FILE), sha256_file(deb)?).context("cannot write to the cache")?;
         fs::rename(deb, dir.join(DEB_FILE)).context("cannot move the package")?;
+        drop(apt);
         stage.done(format!("{name} {version}"));
         Ok(())
     })?;
