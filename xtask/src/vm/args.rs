@@ -16,7 +16,7 @@ const IOMMU_SLOT: Slot = Slot::new(5);
 const VFIO_USER_TIMEOUT_MS: u32 = 60_000;
 /// For every guest. Without `quiet` the lines up to "notice" appear, among them the one that tells /dev/vda; the
 /// rest saves boot time.
-const CMDLINE: &str = "console=ttyS0 loglevel=6 panic=-1 no_timer_check rcu_expedited=1";
+const CMDLINE: &str = "console=ttyS0 loglevel=6 panic=-1 no_timer_check";
 
 /// What all VMs of a run have in common.
 #[derive(Debug, Clone, Copy)]
@@ -264,7 +264,7 @@ mod tests {
             "-no-user-config -nodefaults -no-reboot -display none -name device \
              -machine q35,hpet=off,sata=off,smbus=off,memory-backend=mem -accel tcg,thread=multi -smp 1 -m 512M \
              -object memory-backend-memfd,id=mem,size=512M,share=on -kernel /c/vmlinux -initrd /c/device.cpio \
-             -append console=ttyS0 loglevel=6 panic=-1 no_timer_check rcu_expedited=1 vvu.hostname=device \
+             -append console=ttyS0 loglevel=6 panic=-1 no_timer_check vvu.hostname=device \
              vfio_iommu_type1.allow_unsafe_interrupts=1 \
              -chardev file,id=console,path=/dev/fd/1,logfile=/r/console.log -serial chardev:console \
              -chardev socket,id=control,fd=0 -serial chardev:control \
