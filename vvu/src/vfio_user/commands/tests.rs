@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use super::*;
-use crate::proxy::{DeviceConfig, Host, create_sibling_memory};
+use crate::proxy::{DeviceConfig, Host, SiblingMemory};
 use crate::spec::vfio_user::Header;
 
 const MEMORY: u64 = 3 << 20;
@@ -25,7 +25,7 @@ impl Rig {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("tempdir");
         let listener = UnixListener::bind(dir.path().join("s")).expect("bind");
-        let memory = create_sibling_memory(MEMORY).expect("memfd");
+        let memory = SiblingMemory::create(MEMORY).expect("memfd");
         let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
         let device = Device::new(config).expect("device");
         let host = VmmHost::new(device.vector_count());
@@ -87,16 +87,20 @@ fn the_device_is_pci_and_can_be_reset() {
 #[test]
 fn the_shared_memory_bar_is_described_in_two_steps() {
     let mut rig = Rig::new();
+    let shared = rig.device.shared_memory().1;
     let first = rig.region_info(32, 4).expect("first");
     let (info, rest) = RegionInfo::parse(&first.payload).expect("info");
-    assert_eq!((info.argsz, info.flags, info.cap_offset, info.size), (64, 0xf, 32, 4 << 20));
+    assert_eq!(
+        (info.argsz, info.flags, info.cap_offset, info.size),
+        (64, 0xf, 32, shared.next_power_of_two())
+    );
     assert_eq!((rest, first.fds.len()), (&[][..] as &[u8], 0));
 
     let full = rig.region_info(64, 4).expect("full");
     let (again, rest) = RegionInfo::parse(&full.payload).expect("info");
     assert_eq!((again, again.offset), (info, 0));
     let (area, rest) = SparseArea::parse(rest).expect("area");
-    assert_eq!((area, rest.len()), (SparseArea::from_start(MEMORY), 0));
+    assert_eq!((area, rest.len()), (SparseArea::from_start(shared), 0));
     let [file] = &full.fds[..] else { panic!("one file: {:?}", full.fds) };
     let inode = |fd: std::os::fd::BorrowedFd<'_>| fstat(fd).expect("fstat").st_ino;
     assert_eq!(inode(file.as_fd()), inode(rig.device.shared_memory().0));
