@@ -247,8 +247,11 @@ impl Cache {
         make_dir(&files)?;
         let result = build(&files).and_then(|()| write_manifest(&temp, &scan(&files)?));
         if let Err(error) = result {
+            let stage = self.progress.stage("tidy");
+            stage.update(format!("removing the unfinished {kind}"));
             // The build's error is what matters; the next run removes what this could not.
             let _ = remove(&temp);
+            stage.done(format!("the unfinished {kind} is removed"));
             return Err(error);
         }
         remove(&place)?;
@@ -289,7 +292,11 @@ impl Cache {
             for path in list(&kind)? {
                 let stale = path.extension() == Some(OsStr::new("tmp")) || is_unused(&path);
                 if stale && let Some(_lock) = try_lock_for(&path)? {
+                    let stage = self.progress.stage("tidy");
+                    let kind = kind.file_name().unwrap_or_default().to_string_lossy();
+                    stage.update(format!("removing an old {kind}"));
                     remove(&path)?;
+                    stage.done(format!("an old {kind} is removed"));
                 }
             }
         }

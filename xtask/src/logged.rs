@@ -3,8 +3,9 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -73,8 +74,42 @@ pub(crate) fn run(mut command: Command, log: &Path, mut on_line: impl FnMut(&str
     if children::interrupted() {
         bail!("interrupted");
     }
-    let tail: Vec<String> = tail.into_iter().collect();
-    bail!("the command ended with {status}; the last lines of {}:\n  {}", log.display(), tail.join("\n  "))
+    bail!(failure(status, log, tail.make_contiguous()))
+}
+
+/// Runs `command` to its end whatever happens to this process, for what must not stop half-way (the system's apt).
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn run_undisturbed(mut command: Command, log: &Path) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let file = File::create(log).with_context(|| format!("cannot write the log {}", log.display()))?;
+    let errors = file.try_clone().with_context(|| format!("cannot write the log {}", log.display()))?;
+    // A process group of its own is out of reach of Ctrl-C; a file, unlike a pipe, outlives its reader.
+    let status = command
+        .stdin(Stdio::null())
+        .stdout(file)
+        .stderr(errors)
+        .process_group(0)
+        .status()
+        .with_context(|| format!("cannot run {name}"))?;
+    if status.success() {
+        return Ok(());
+    }
+    let text = std::fs::read(log).with_context(|| format!("cannot read the log {}", log.display()))?;
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    bail!(failure(status, log, &lines[lines.len().saturating_sub(TAIL_LINES)..]))
+}
+
+fn failure(status: ExitStatus, log: &Path, tail: &[impl AsRef<str>]) -> String {
+    let mut text = format!("the command ended with {status}; the last lines of {}:", log.display());
+    for line in tail {
+        text.push_str("\n  ");
+        text.push_str(line.as_ref());
+    }
+    text
 }
 
 #[cfg(test)]
@@ -102,6 +137,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let log = dir.path().join("log");
         let error = run(shell("seq 1 100; exit 3"), &log, |_| ()).expect_err("fails").to_string();
+        let same = run_undisturbed(shell("seq 1 100; exit 3"), &log).expect_err("fails").to_string();
+        assert_eq!(error, same);
         assert!(error.contains("exit status: 3") && error.contains(&log.display().to_string()), "{error}");
         assert!(
             error.contains("\n  81\n") && error.ends_with("\n  100") && !error.contains("\n  80\n"),

@@ -79,7 +79,8 @@ pub(crate) fn ensure(progress: &Progress, cache: &Cache, packages: &[Package]) -
             prefix.iter().chain(["env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", "apt-get"].iter());
         let mut command = Command::new(words.next().copied().unwrap_or("env"));
         command.args(words).args(["-q", "-y", "-o", "DPkg::Lock::Timeout=600"]).args(args);
-        logged::run(command, &log, |line| stage.update(line))
+        stage.update(args.join(" "));
+        logged::run_undisturbed(command, &log)
     };
     let mut install = vec!["install", "--no-install-recommends"];
     install.extend(&names);

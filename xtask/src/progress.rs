@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 const TERMINAL_PERIOD: Duration = Duration::from_millis(125);
 /// The longest silence elsewhere; under a second, so that scheduling delays do not make it longer than one.
 const PLAIN_PERIOD: Duration = Duration::from_millis(900);
-const NAME_WIDTH: usize = 12;
+const NAME_WIDTH: usize = 14;
 
 /// How long a finished stage took.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -279,8 +279,8 @@ mod tests {
 
     #[test]
     fn lines_have_fixed_columns() {
-        assert_eq!(stage_line("kernel", 3.21, "580 objects"), "kernel          3.2 s  580 objects");
-        assert_eq!(stage_line("kernel", 123.0, ""), "kernel        123.0 s");
+        assert_eq!(stage_line("kernel", 3.21, "580 objects"), "kernel            3.2 s  580 objects");
+        assert_eq!(stage_line("kernel", 123.0, ""), "kernel          123.0 s");
     }
 
     #[test]
@@ -289,7 +289,7 @@ mod tests {
         let stage =
             |name: &str, text: &str| Running { id: 0, name: name.into(), text: text.into(), since: now };
         let line = live_line(&[stage("kernel", "12/580"), stage("guest", "a\tb")], now);
-        assert_eq!(line, "kernel          0.0 s  12/580  |  guest           0.0 s  a\tb");
+        assert_eq!(line, "kernel            0.0 s  12/580  |  guest             0.0 s  a\tb");
         assert_eq!(fit("a\tb\x1b[2J é", 8), "a b [2J ");
     }
 

@@ -45,8 +45,7 @@ impl Build<'_> {
 
         let unmet = requests.unmet(&resolved);
         let mut refused = Vec::new();
-        for unmet in &unmet {
-            let reason = config::reason(self.tree, &unmet.symbol, &resolved)?;
+        for (unmet, reason) in unmet.iter().zip(config::reasons(self.tree, &unmet, &resolved)?) {
             if unmet.optional {
                 progress.note(format!("kernel config: {unmet} (optional): {reason}"));
             } else {

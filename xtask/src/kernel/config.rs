@@ -144,19 +144,27 @@ struct Declaration {
     prompt: bool,
 }
 
-/// Says for one symbol why a kernel tree did not take it.
+/// Says for each request why a kernel tree did not take it, in the same order.
 ///
 /// # Errors
 ///
 /// The tree's Kconfig files cannot be read.
-pub(crate) fn reason(tree: &Path, symbol: &str, config: &Config) -> Result<String> {
-    let name = symbol.strip_prefix("CONFIG_").unwrap_or(symbol);
-    let mut declarations = Vec::new();
+pub(crate) fn reasons(tree: &Path, unmet: &[Unmet], config: &Config) -> Result<Vec<String>> {
+    if unmet.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut declarations = vec![Vec::new(); unmet.len()];
     for path in kconfig_files(tree)? {
         let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        declarations.extend(find_declarations(&String::from_utf8_lossy(&text), name));
+        let text = String::from_utf8_lossy(&text);
+        for (unmet, declarations) in unmet.iter().zip(&mut declarations) {
+            let name = unmet.symbol.strip_prefix("CONFIG_").unwrap_or(&unmet.symbol);
+            if text.contains(name) {
+                declarations.extend(find_declarations(&text, name));
+            }
+        }
     }
-    Ok(explain(&declarations, config))
+    Ok(declarations.iter().map(|declarations| explain(declarations, config)).collect())
 }
 
 fn explain(declarations: &[Declaration], config: &Config) -> String {

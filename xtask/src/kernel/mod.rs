@@ -175,7 +175,11 @@ fn from_archive(
         source::unpack(progress, archive, &tree, &work.join("package"), &log)?;
         let build = Build { tree: &tree, dir: &work.join("build"), log: &log };
         make_kernel(progress, cache, &build, requests, dir)?;
-        fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))
+        let stage = progress.stage("tidy");
+        stage.update("removing the kernel's source and objects");
+        fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))?;
+        stage.done("the kernel's source and objects are removed");
+        Ok(())
     })?;
     read_kernel(progress, &entry.path)
 }
@@ -225,11 +229,7 @@ fn read_kernel(progress: &Progress, dir: &Path) -> Result<Kernel> {
     let stage = progress.stage("kernel");
     let bytes = fs::read(dir.join(FACTS)).context("the kernel's facts are missing")?;
     let facts: Facts = serde_json::from_slice(&bytes).context("the kernel's facts are unreadable")?;
-    let release = facts.version.split_whitespace().next().unwrap_or_default();
-    stage.done(format!(
-        "Linux {release}, configuration {}",
-        &facts.config_digest[..facts.config_digest.len().min(12)]
-    ));
+    stage.done(format!("Linux {}, configuration {:.12}", facts.version, facts.config_digest));
     Ok(Kernel {
         vmlinux: dir.join(VMLINUX),
         version: facts.version,
