@@ -174,7 +174,7 @@ impl Guest {
         while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
             if let Some(message) = self.jobs.ended(pid, status, &mut io::stdout()) {
                 if let Message::Event(Event::Exited { name, end }) = &message {
-                    println!("vvu-init: {name} ended: {end:?}");
+                    println!("vvu-init: {name} ended by {end}");
                 }
                 self.send(&message);
             }
@@ -204,9 +204,17 @@ fn identity() -> Identity {
 /// A command as one line of bounded length: a serial console is slow.
 fn brief(command: &str) -> String {
     const LONGEST: usize = 200;
-    let mut line: String = command.escape_debug().take(LONGEST + 1).collect();
-    if line.chars().nth(LONGEST).is_some() {
-        line.push_str("...");
+    let mut line = String::new();
+    for character in command.chars() {
+        if line.len() >= LONGEST {
+            line.push_str("...");
+            break;
+        }
+        if character.is_control() {
+            line.extend(character.escape_default());
+        } else {
+            line.push(character);
+        }
     }
     line
 }
@@ -280,7 +288,7 @@ mod tests {
 
     #[test]
     fn commands_are_shown_on_one_short_line() {
-        assert_eq!(brief("echo a\necho \u{1b}[2J"), "echo a\\necho \\u{1b}[2J");
+        assert_eq!(brief("echo \"a\"\necho \u{1b}[2J"), "echo \"a\"\\necho \\u{1b}[2J");
         assert_eq!(brief(&"x".repeat(200)), "x".repeat(200));
         assert!(brief(&"x".repeat(201)).ends_with("x..."));
         assert!(brief(&"x".repeat(60_000)).len() < 210);

@@ -9,6 +9,8 @@
 //! Every request gets exactly one answer with its `id`; answers may come in another order than the requests.
 //! Events come on their own.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// Longest request line in bytes, without the newline.
@@ -151,6 +153,15 @@ pub enum End {
     Code(i32),
     /// A signal of this number killed it.
     Signal(i32),
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(formatter, "exit code {code}"),
+            Self::Signal(signal) => write!(formatter, "signal {signal}"),
+        }
+    }
 }
 
 /// What a command printed. Bytes that are not UTF-8 are replaced.

@@ -110,7 +110,10 @@ pub(crate) fn choose(request: Request) -> Result<Accelerator> {
         let reason = "asked for by --accel tcg".to_owned();
         return Ok(Accelerator { kind: Kind::Tcg, reason, evidence: None });
     }
-    let evidence = examine()?;
+    let program = std::env::current_exe().context("cannot find this program to run the KVM probe with")?;
+    let mut probe = Command::new(program);
+    probe.arg(PROBE_COMMAND);
+    let evidence = examine(probe, DEADLINE)?;
     let verdict = evidence.verdict();
     let (kind, reason) = match (request, evidence.usable) {
         (_, true) => (Kind::Kvm, verdict),
@@ -129,37 +132,31 @@ pub(crate) fn serve_probe() -> Result<()> {
     probe::run(&mut io::stdout().lock())
 }
 
-/// Runs the probe in a process that can be killed, since nothing can interrupt a KVM that hangs.
-fn examine() -> Result<Evidence> {
+/// Runs the probe in a process that can be killed, since nothing else can interrupt a KVM that hangs.
+fn examine(mut command: Command, deadline: Duration) -> Result<Evidence> {
     // A file rather than a pipe: reading it never waits for a process that cannot be killed.
     let mut output = tempfile::tempfile().context("cannot create a temporary file")?;
-    let program = std::env::current_exe().context("cannot find this program to run the KVM probe with")?;
-    let mut command = Command::new(program);
-    command.arg(PROBE_COMMAND).stdin(Stdio::null()).stderr(Stdio::null()).stdout(output.try_clone()?);
+    command.stdin(Stdio::null()).stderr(Stdio::null()).stdout(output.try_clone()?);
     let mut running = children::spawn(command).context("cannot start the KVM probe")?;
-    let ended = running.wait_timeout(DEADLINE)?;
-    let mut stuck = false;
-    if ended.is_none() {
-        if let Some(group) = i32::try_from(running.id()).ok().and_then(Pid::from_raw) {
-            // It may have ended by now.
-            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+    let end = match running.wait_timeout(deadline)? {
+        Some(status) => format!("ended early ({status})"),
+        None => {
+            if let Some(group) = i32::try_from(running.id()).ok().and_then(Pid::from_raw) {
+                // It is not reaped yet, so the group's number is still its own.
+                let _ = rustix::process::kill_process_group(group, Signal::KILL);
+            }
+            let dead = running.wait_timeout(DYING)?.is_some();
+            if !dead {
+                // Dropping it would wait for ever; it goes away when KVM lets it.
+                mem::forget(running);
+            }
+            format!("hung for {deadline:?}{}", if dead { "" } else { " and cannot be killed" })
         }
-        stuck = running.wait_timeout(DYING)?.is_none();
-        if stuck {
-            // Its owner would wait for ever; it goes away when KVM lets it.
-            mem::forget(running);
-        }
-    }
+    };
     let mut text = String::new();
     output.rewind()?;
     output.read_to_string(&mut text).context("cannot read what the KVM probe found")?;
-    let findings = text.lines().map_while(|line| serde_json::from_str(line).ok());
-    let end = match (stuck, ended) {
-        (true, _) => format!("hung for {} s and cannot be killed", DEADLINE.as_secs()),
-        (false, None) => format!("hung for {} s", DEADLINE.as_secs()),
-        (false, Some(status)) => format!("ended early ({status})"),
-    };
-    Ok(Evidence::of(findings, &end))
+    Ok(Evidence::of(text.lines().map_while(|line| serde_json::from_str(line).ok()), &end))
 }
 
 impl Evidence {
@@ -259,6 +256,20 @@ mod tests {
             assert!(!line.contains('\n'));
             assert_eq!(serde_json::from_str::<Finding>(&line).expect("reads"), finding);
         }
+    }
+
+    #[test]
+    fn a_probing_process_that_hangs_is_killed_and_one_that_dies_is_noticed() {
+        let probe = |script: &str, deadline| {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", script]);
+            examine(shell, deadline).expect("sh runs").failure.expect("no verdict")
+        };
+        let said = r#"echo '{"trying":"x"}';"#;
+        let deadline = Duration::from_millis(200);
+        assert_eq!(probe(&format!("{said} sleep 1000"), deadline), "x: the probe hung for 200ms");
+        let failure = probe(&format!("{said} kill -SEGV $$"), Duration::from_secs(60));
+        assert!(failure.starts_with("x: the probe ended early (signal: 11"), "{failure}");
     }
 
     #[test]

@@ -43,10 +43,6 @@ impl GuestBinaries {
             .arg(&target)
             .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
             .env("CARGO_TERM_COLOR", "never");
-        // What cargo has set for us is not meant for another build.
-        for (name, _) in env::vars_os().filter(|(name, _)| is_for_this_package(name)) {
-            command.env_remove(name);
-        }
         logged::run(command, &target.join("build.log"), |line| stage.update(line.trim()))?;
         let built = target.join(TARGET).join(PROFILE);
         stage.done("static vvu-init and vvu");
@@ -69,8 +65,4 @@ fn flags(root: &Path) -> OsString {
         }
     }
     flags
-}
-
-fn is_for_this_package(name: &std::ffi::OsStr) -> bool {
-    name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
 }
