@@ -145,9 +145,11 @@ impl<'a> Apt<'a> {
         let archives = format!("Dir::Cache::archives={}", dir.display());
         command.current_dir(dir).args(["-q", "-y", "-o", "APT::Status-Fd=1", "-o", &archives]).args(args);
         logged::run(command, &self.log, |line| {
-            if let Some(percent) = download_percent(line) {
+            let percent = download_percent(line);
+            if let Some(percent) = percent {
                 self.stage.update(format!("{what} {percent:>3} %"));
             }
+            percent.is_none()
         })
     }
 

@@ -18,12 +18,13 @@ const TAIL_LINES: usize = 20;
 /// process group may hold the pipe open for ever.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// Runs `command` to its end in a process group of its own; every line of its output goes to `log` and `on_line`.
+/// Runs `command` to its end in a process group of its own. `on_line` sees every line of its output and says whether
+/// it belongs in `log`.
 ///
 /// # Errors
 ///
 /// It cannot be started or ends with anything but success; the message then has the log's last lines and place.
-pub(crate) fn run(mut command: Command, log: &Path, mut on_line: impl FnMut(&str)) -> Result<()> {
+pub(crate) fn run(mut command: Command, log: &Path, mut on_line: impl FnMut(&str) -> bool) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     let mut file = File::create(log).with_context(|| format!("cannot write the log {}", log.display()))?;
     let (output, input) = std::io::pipe().context("cannot make a pipe")?;
@@ -47,9 +48,11 @@ pub(crate) fn run(mut command: Command, log: &Path, mut on_line: impl FnMut(&str
     loop {
         match lines.recv_timeout(LOOK) {
             Ok(line) => {
+                if !on_line(&line) {
+                    continue;
+                }
                 writeln!(file, "{line}")
                     .with_context(|| format!("cannot write the log {}", log.display()))?;
-                on_line(&line);
                 if tail.len() == TAIL_LINES {
                     tail.pop_front();
                 }
@@ -127,8 +130,12 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let log = dir.path().join("log");
         let mut lines = Vec::new();
-        run(shell("echo one; echo two >&2"), &log, |line| lines.push(line.to_owned())).expect("succeeds");
-        assert_eq!(lines, ["one", "two"]);
+        run(shell("echo one; echo two >&2; echo three"), &log, |line| {
+            lines.push(line.to_owned());
+            line != "three"
+        })
+        .expect("succeeds");
+        assert_eq!(lines, ["one", "two", "three"]);
         assert_eq!(std::fs::read_to_string(&log).expect("logged"), "one\ntwo\n");
     }
 
@@ -136,7 +143,7 @@ mod tests {
     fn a_failure_shows_the_end_of_the_log_and_where_it_is() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let log = dir.path().join("log");
-        let error = run(shell("seq 1 100; exit 3"), &log, |_| ()).expect_err("fails").to_string();
+        let error = run(shell("seq 1 100; exit 3"), &log, |_| true).expect_err("fails").to_string();
         let same = run_undisturbed(shell("seq 1 100; exit 3"), &log).expect_err("fails").to_string();
         assert_eq!(error, same);
         assert!(error.contains("exit status: 3") && error.contains(&log.display().to_string()), "{error}");
@@ -154,7 +161,7 @@ mod tests {
         run(
             shell(&format!("{script}; while [ ! -s {} ]; do :; done", pid.display())),
             &dir.path().join("log"),
-            |_| (),
+            |_| true,
         )
         .expect("succeeds");
         let pid = std::fs::read_to_string(&pid).expect("started").trim().parse().expect("a pid");

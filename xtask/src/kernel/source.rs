@@ -136,9 +136,11 @@ pub(super) fn unpack(
         .args(excluded)
         .env("LC_ALL", "C");
     logged::run(tar.into(), log, |line| {
-        if let Some(megabytes) = line.rsplit(' ').next().and_then(|word| word.parse::<u32>().ok()) {
+        let megabytes = line.rsplit(' ').next().and_then(|word| word.parse::<u32>().ok());
+        if let Some(megabytes) = megabytes {
             stage.update(format!("{megabytes} MiB"));
         }
+        megabytes.is_none()
     })
     .context("cannot unpack the kernel's source")?;
     if !tree.join("Kconfig").is_file() {
