@@ -8,6 +8,8 @@
 pub mod backend;
 pub mod bridge;
 pub mod driver;
+pub mod listening_socket;
+pub mod message_socket;
 pub mod proxy;
 pub mod spec;
 pub mod vfio_user;

@@ -1,3 +1,71 @@
 //! `vvu`: the proxy on the host, back-ends and tools in the guest.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::{ArgAction, Parser, Subcommand};
+
+mod commands;
+mod logger;
+mod stop;
+
+/// virtio-vhost-user: a vhost-user back-end in one VM serves a virtio device of another.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    /// Say more; twice for every message.
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the vvu device of a device VM, and listen for the sibling's front-end.
+    Proxy(commands::proxy::Args),
+    /// Run a back-end: in a device VM behind its vvu device, or anywhere on a vhost-user socket.
+    Device(commands::device::Args),
+    /// Give the vvu device of a device VM to vfio-pci, as back-ends need it.
+    Bind(commands::bind::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logger::init(cli.verbose);
+    let result = match cli.command {
+        Command::Proxy(args) => commands::proxy::run(&args),
+        Command::Device(args) => commands::device::run(&args),
+        Command::Bind(args) => commands::bind::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vvu: {}", describe(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error and its causes, but for causes that the text before them has told already.
+fn describe(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        told if told.contains(&cause) => text,
+        told => format!("{told}: {cause}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let told = anyhow::Error::msg("no such file").context("cannot open x: no such file; make one");
+        assert_eq!(describe(&told), "cannot open x: no such file; make one");
+        assert_eq!(
+            describe(&told.context("cannot start")),
+            "cannot start: cannot open x: no such file; make one"
+        );
+    }
+}

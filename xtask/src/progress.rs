@@ -15,7 +15,7 @@ const PLAIN_PERIOD: Duration = Duration::from_millis(900);
 const NAME_WIDTH: usize = 14;
 
 /// How long a finished stage took.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct StageTime {
     /// The stage's name, such as `kernel`.
     pub(crate) name: String,

@@ -1,1 +1,12 @@
-//! To come.
+//! Back-ends: programs that serve a virtio device over a vhost-user unix socket.
+//!
+//! Nothing here knows of VVU. A back-end serves a front-end on the same host as well as one that
+//! the guest's bridge connects it to.
+
+pub mod block;
+
+mod server;
+mod vring;
+
+pub use server::{ExitEvents, ServeError, Stop, serve};
+pub use vring::Vring;

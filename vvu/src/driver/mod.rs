@@ -1,3 +1,28 @@
 //! The guest driver: brings the vvu device up and moves vhost-user messages through its queues.
+//!
+//! [`Driver`] works on any [`PciDevice`](pci_device::PciDevice). In the guest that is
+//! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
+//! without a VM it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
 
+pub mod eventfd;
 pub mod pci_device;
+pub mod sysfs;
+pub mod vfio;
+pub mod vfio_user;
+
+pub use device::{Driver, Incoming, Link};
+pub use error::DriverError;
+pub use layout::LayoutError;
+pub use queue::QueueError;
+
+mod bring_up;
+mod device;
+mod doorbells;
+mod error;
+#[cfg(test)]
+pub(crate) mod fake;
+mod layout;
+mod queue;
+mod registers;
+#[cfg(test)]
+mod tests;

@@ -1,20 +1,29 @@
-//! The PCI device: dispatches accesses to its registers, queues and doorbells.
+//! The PCI device: what the guest's accesses do, and when the link to the front-end changes.
 
-use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 
 use super::Host;
-use crate::spec::pci::Region;
+use super::common_config::CommonConfig;
+use super::config_space::{ConfigSpace, Effect};
+use super::events::{Events, Source};
+use super::link::{LinkEvent, LinkState};
+use super::session::Session;
+use super::sibling_memory::SiblingMemory;
+use super::vrings::Vrings;
+use crate::spec::addr::QueueIndex;
+use crate::spec::pci::{self, Region};
+use crate::spec::virtio::{NO_VECTOR, common, device_config, vector_select};
 
 /// What a vvu device is made of.
 #[derive(Debug)]
 pub struct DeviceConfig {
-    /// The sibling memory file, of the size of the sibling's RAM.
-    pub memory: File,
+    /// The sibling's RAM.
+    pub memory: SiblingMemory,
     /// Where the sibling's front-end connects.
     pub listener: UnixListener,
-    /// vhost queues, 1 to 128.
+    /// vhost queues, 1 to [`Device::QUEUES_MAX`].
     pub queues: u16,
     /// Identifies the device to its driver.
     pub uuid: [u8; 16],
@@ -23,54 +32,251 @@ pub struct DeviceConfig {
 /// A vvu device.
 #[derive(Debug)]
 pub struct Device {
-    config: DeviceConfig,
+    pub(super) queues: u16,
+    pub(super) uuid: [u8; 16],
+    pub(super) memory: SiblingMemory,
+    pub(super) listener: UnixListener,
+    pub(super) events: Events,
+    pub(super) config_space: ConfigSpace,
+    pub(super) common: CommonConfig,
+    pub(super) isr: u8,
+    /// `BACKEND_UP` and `FRONTEND_UP`.
+    pub(super) link_status: u32,
+    pub(super) vector_select: u16,
+    pub(super) vrings: Vrings,
+    pub(super) link: LinkState,
+    /// There if and only if the link is [`LinkState::Connected`].
+    pub(super) session: Option<Session>,
 }
 
 impl Device {
+    /// Most vhost queues of a device: call and error doorbells are addressed by eight bits of index.
+    pub const QUEUES_MAX: u16 = 128;
+
     /// Makes a device in its reset state.
     ///
     /// # Errors
-    /// When the kernel refuses to poll the listener.
-    pub fn new(config: DeviceConfig) -> std::io::Result<Self> {
-        Ok(Self { config })
+    /// When the number of queues or the size of the memory file cannot be, or the kernel refuses to
+    /// poll the listener.
+    pub fn new(config: DeviceConfig) -> io::Result<Self> {
+        let DeviceConfig { memory, listener, queues, uuid } = config;
+        if !(1..=Self::QUEUES_MAX).contains(&queues) {
+            let text = format!("{queues} vhost queues: want 1 to {}", Self::QUEUES_MAX);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        listener.set_nonblocking(true)?;
+        let events = Events::new()?;
+        events.add(&listener, Source::Listener)?;
+        let vectors = pci::vector_count(queues);
+        let initial = pci::ConfigSpace::new(vectors, memory.size());
+        let config_space = ConfigSpace::new(initial, |bar| bar_size(bar, memory.size()));
+        Ok(Self {
+            queues,
+            uuid,
+            listener,
+            events,
+            config_space,
+            common: CommonConfig::new(vectors),
+            isr: 0,
+            link_status: 0,
+            vector_select: 0,
+            vrings: Vrings::new(queues),
+            link: LinkState::Down,
+            session: None,
+            memory,
+        })
     }
 
     /// Size in bytes of `region`: a power of two for a BAR, 0 if there is none.
     #[must_use]
-    pub fn region_size(&self, _region: Region) -> u64 {
-        0
+    pub fn region_size(&self, region: Region) -> u64 {
+        match region {
+            Region::Config => pci::CONFIG_SPACE_SIZE as u64,
+            Region::Bar(bar) => bar_size(bar, self.memory.size()),
+        }
     }
 
     /// The sibling memory file, and how many of its bytes the shared memory BAR shows, from the start
     /// of both.
     #[must_use]
     pub fn shared_memory(&self) -> (BorrowedFd<'_>, u64) {
-        (self.config.memory.as_fd(), 0)
+        (self.memory.file().as_fd(), self.memory.size())
     }
 
     /// MSI-X vectors of the device.
     #[must_use]
     pub fn vector_count(&self) -> u16 {
-        crate::spec::pci::vector_count(self.config.queues)
+        pci::vector_count(self.queues)
     }
 
-    /// Answers a guest's read; what is not there reads as zeroes.
-    pub fn read<H: Host>(&mut self, _host: &H, _region: Region, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
+    /// Where the link to the front-end is.
+    #[must_use]
+    pub fn link(&self) -> LinkState {
+        self.link
     }
-
-    /// Carries out a guest's write; what is not there ignores it.
-    pub fn write<H: Host>(&mut self, _host: &H, _region: Region, _offset: u64, _data: &[u8]) {}
-
-    /// Puts the device into its state after power-on; a connected front-end is disconnected.
-    pub fn reset<H: Host>(&mut self, _host: &H) {}
 
     /// Readable whenever [`process`](Self::process) has something to do.
     #[must_use]
     pub fn events(&self) -> BorrowedFd<'_> {
-        self.config.listener.as_fd()
+        self.events.as_fd()
+    }
+
+    /// Answers a guest's read; what is not there reads as zeroes.
+    pub fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) {
+        match region {
+            Region::Config => {
+                if self.config_space.is_window(offset, data.len())
+                    && let Some(window) = self.config_space.window()
+                {
+                    let mut bytes = [0; 4];
+                    self.read(Region::Bar(window.bar), window.offset, &mut bytes[..window.len]);
+                    self.config_space.set_window_data(window, &bytes[..window.len]);
+                }
+                self.config_space.read(offset, data);
+            }
+            Region::Bar(pci::SHARED_MEMORY_BAR) => self.memory.read(offset, data),
+            Region::Bar(bar) => self.read_register(bar, offset, data),
+        }
+    }
+
+    fn read_register(&mut self, bar: u8, offset: u64, data: &mut [u8]) {
+        let len = data.len();
+        if let Some(at) = pci::COMMON_CFG.locate(bar, offset, len) {
+            self.common.read(at, data);
+        } else if pci::ISR_CFG.locate(bar, offset, len).is_some() {
+            data.fill(std::mem::take(&mut self.isr));
+        } else if let Some(at) = pci::DEVICE_CFG.locate(bar, offset, len) {
+            copy_at(&self.device_config(), at, data);
+        } else if let Some(at) = pci::VECTOR_SELECT_CFG.locate(bar, offset, len) {
+            let mut bytes = [0; vector_select::SIZE];
+            bytes[..2].copy_from_slice(&self.vector_select.to_le_bytes());
+            let vector = self.vrings.vector(QueueIndex(self.vector_select));
+            bytes[2..].copy_from_slice(&vector.to_le_bytes());
+            copy_at(&bytes, at, data);
+        } else {
+            data.fill(0);
+        }
+    }
+
+    fn device_config(&self) -> [u8; device_config::SIZE] {
+        let mut bytes = [0; device_config::SIZE];
+        bytes[..4].copy_from_slice(&self.link_status.to_le_bytes());
+        bytes[4..8].copy_from_slice(&u32::from(self.queues).to_le_bytes());
+        bytes[8..].copy_from_slice(&self.uuid);
+        bytes
+    }
+
+    /// Carries out a guest's write; what is not there ignores it.
+    pub fn write<H: Host>(&mut self, host: &H, region: Region, offset: u64, data: &[u8]) {
+        match region {
+            Region::Config => match self.config_space.write(offset, data) {
+                Effect::None => self.update_link(host),
+                Effect::Reset => self.reset(),
+                Effect::WindowWrite => {
+                    if let Some(window) = self.config_space.window() {
+                        let bytes = self.config_space.window_data(window);
+                        self.write(host, Region::Bar(window.bar), window.offset, &bytes[..window.len]);
+                    }
+                }
+            },
+            Region::Bar(pci::SHARED_MEMORY_BAR) => self.memory.write(offset, data),
+            Region::Bar(bar) => self.write_register(host, bar, offset, data),
+        }
+    }
+
+    fn write_register<H: Host>(&mut self, host: &H, bar: u8, offset: u64, data: &[u8]) {
+        let len = data.len();
+        if let Some(at) = pci::DOORBELL_CFG.locate(bar, offset, len) {
+            if let Ok(doorbell) = usize::try_from(at / u64::from(pci::NOTIFY_MULTIPLIER)) {
+                self.vrings.ring(doorbell);
+            }
+        } else if pci::NOTIFY_CFG.locate(bar, offset, len).is_some() {
+            self.pump(host);
+        } else if let Some(at) = pci::COMMON_CFG.locate(bar, offset, len) {
+            if at == common::DEVICE_STATUS && data == [0] {
+                self.reset_virtio();
+            } else {
+                self.common.write(at, data);
+                self.update_link(host);
+            }
+        } else if let Some(at) = pci::DEVICE_CFG.locate(bar, offset, len) {
+            // The one bit the driver may write is in the first byte.
+            if let (device_config::STATUS, Some(value)) = (at, data.first()) {
+                let up = u32::from(*value) & device_config::BACKEND_UP;
+                self.link_status = self.link_status & !device_config::BACKEND_UP | up;
+                self.update_link(host);
+            }
+        } else if let Some(at) = pci::VECTOR_SELECT_CFG.locate(bar, offset, len) {
+            self.write_vector_select(host, at, data);
+        }
+    }
+
+    fn write_vector_select<H: Host>(&mut self, host: &H, at: u64, data: &[u8]) {
+        match (at, data) {
+            (vector_select::SELECT, [a, b]) => self.vector_select = u16::from_le_bytes([*a, *b]),
+            (vector_select::MSIX_VECTOR, [a, b]) => {
+                let vector = u16::from_le_bytes([*a, *b]);
+                let vector = if vector < self.vector_count() { vector } else { NO_VECTOR };
+                if let Some(due) = self.vrings.set_vector(QueueIndex(self.vector_select), vector) {
+                    host.signal(due);
+                }
+            }
+            (vector_select::SELECT, [a, b, c, d]) => {
+                self.write_vector_select(host, vector_select::SELECT, &[*a, *b]);
+                self.write_vector_select(host, vector_select::MSIX_VECTOR, &[*c, *d]);
+            }
+            _ => {}
+        }
+    }
+
+    /// Puts the device into its state after power-on; a connected front-end is disconnected.
+    pub fn reset(&mut self) {
+        self.config_space.reset();
+        self.reset_virtio();
+    }
+
+    fn reset_virtio(&mut self) {
+        self.common.reset();
+        self.isr = 0;
+        self.link_status = 0;
+        self.vector_select = 0;
+        self.end_session();
+        self.vrings.reset();
+        self.link = self.link.after(LinkEvent::Reset);
     }
 
     /// Does what is due: connections, messages of the front-end, kicks.
-    pub fn process<H: Host>(&mut self, _host: &H) {}
+    pub fn process<H: Host>(&mut self, host: &H) {
+        let mut pump = false;
+        for source in self.events.take() {
+            match source {
+                Source::Kick(queue) => {
+                    if let Some(vector) = self.vrings.kicked(queue) {
+                        host.signal(vector);
+                    }
+                }
+                Source::Listener | Source::Socket | Source::Again => pump = true,
+            }
+        }
+        if pump {
+            self.pump(host);
+        }
+    }
+}
+
+/// Size of BAR `bar` for a sibling memory file of `memory` bytes.
+fn bar_size(bar: u8, memory: u64) -> u64 {
+    match bar {
+        pci::REGISTER_BAR => pci::REGISTER_BAR_SIZE,
+        pci::NOTIFY_BAR => pci::NOTIFY_BAR_SIZE,
+        pci::SHARED_MEMORY_BAR => memory.next_power_of_two(),
+        _ => 0,
+    }
+}
+
+/// Copies what `bytes` has at `offset`; zeroes after its end.
+fn copy_at(bytes: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
+    data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
 }

@@ -2,6 +2,25 @@
 
 use vm_memory::GuestMemory;
 
+pub use device::{Device, DeviceConfig};
+pub use link::{LinkEvent, LinkState};
+pub use sibling_memory::SiblingMemory;
+
+mod common_config;
+mod config_space;
+mod device;
+mod events;
+mod link;
+mod message_queues;
+mod relay;
+mod session;
+mod sibling_memory;
+mod treatment;
+mod vrings;
+
+#[cfg(test)]
+mod tests;
+
 /// What the device needs from whatever connects it to the device VM.
 ///
 /// The vfio-user server is one implementation, tests have another, and a VMM that embeds this crate
@@ -16,7 +35,3 @@ pub trait Host {
     /// Sends MSI-X interrupt `vector`; one that is not enabled is lost, as on real hardware.
     fn signal(&self, vector: u16);
 }
-
-pub use device::{Device, DeviceConfig};
-
-mod device;

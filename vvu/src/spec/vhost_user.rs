@@ -37,6 +37,7 @@ pub const CARRIED_PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtoc
     .union(VhostUserProtocolFeatures::CROSS_ENDIAN)
     .union(VhostUserProtocolFeatures::CRYPTO_SESSION)
     .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::STATUS);
@@ -305,6 +306,40 @@ pub fn parse_single_region(request: u32, payload: &[u8]) -> Result<MemoryRegion,
     Ok(region)
 }
 
+/// The area of an in-flight region (vhost-user, "Inflight description"): the first two of its fields.
+/// How many queues it is for and how large they are is between front-end and back-end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InflightArea {
+    /// Bytes.
+    pub size: u64,
+    /// Offset in the file, which is its offset in the shared memory BAR.
+    pub offset: BarOffset,
+}
+
+impl InflightArea {
+    /// Bytes of the whole description: two 64-bit fields, two 16-bit fields and padding.
+    pub const DESCRIPTION_SIZE: usize = 24;
+
+    /// Reads the payload of `GET_INFLIGHT_FD`, of its reply, and of `SET_INFLIGHT_FD`.
+    ///
+    /// # Errors
+    /// [`MessageError::PayloadSize`].
+    pub fn parse(request: u32, payload: &[u8]) -> Result<Self, MessageError> {
+        let want = Self::DESCRIPTION_SIZE;
+        let ([size, offset, _], []) = payload.as_chunks::<8>() else {
+            return Err(MessageError::PayloadSize { request, got: payload.len(), want });
+        };
+        Ok(Self { size: u64::from_le_bytes(*size), offset: BarOffset(u64::from_le_bytes(*offset)) })
+    }
+
+    /// Writes this area into a payload that [`parse`](Self::parse) accepted.
+    pub fn write(&self, payload: &mut [u8]) {
+        for (field, value) in payload.chunks_exact_mut(8).zip([self.size, self.offset.0]) {
+            field.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+}
+
 fn check_shape(index: usize, region: &MemoryRegion) -> Result<(), MessageError> {
     let MemoryRegion { gpa, size, offset, .. } = *region;
     if region.is_well_formed() { Ok(()) } else { Err(MessageError::RegionShape { index, gpa, size, offset }) }
@@ -378,6 +413,16 @@ mod tests {
         assert!(matches!(parse_memory_table(&short), Err(MessageError::PayloadSize { .. })));
     }
 
+    #[test]
+    fn golden_inflight_description() {
+        let mut bytes = [0, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 4, 0, 0, 1, 0, 0, 0, 0];
+        let area = InflightArea::parse(32, &bytes).expect("area");
+        assert_eq!(area, InflightArea { size: 0x1000, offset: BarOffset(0x2000_0000) });
+        InflightArea { size: 0x1000, offset: BarOffset(1) }.write(&mut bytes);
+        assert_eq!(bytes[8..], [1, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 1, 0, 0, 0, 0]);
+        assert!(InflightArea::parse(32, &bytes[..20]).is_err());
+    }
+
     proptest! {
         #[test]
         fn any_bytes_parse_or_fail_but_never_panic(bytes in vec(any::<u8>(), 0..1200)) {
@@ -385,6 +430,7 @@ mod tests {
             let _ = parse_memory_table(&bytes);
             let _ = parse_single_region(37, &bytes);
             let _ = parse_u64(1, &bytes);
+            let _ = InflightArea::parse(31, &bytes);
         }
 
         #[test]

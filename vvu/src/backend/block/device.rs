@@ -1,0 +1,376 @@
+//! The device of one connection: takes requests off its queues, carries them out, answers.
+
+use std::io;
+use std::num::Wrapping;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::{VhostUserBackend, VringState, VringT};
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use vm_memory::{
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
+    Permissions,
+};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
+
+use super::config::{self, DISCARD_SECTORS_MAX, QUEUE_SIZE_MAX, RANGES_MAX, WRITE_ZEROES_SECTORS_MAX};
+use super::disk::{Disk, SECTOR_SIZE};
+use super::request::{Malformed, Rejected, Request, Segments};
+use crate::backend::{ExitEvents, Vring};
+
+/// Bytes of `struct virtio_blk_discard_write_zeroes`.
+const RANGE_SIZE: usize = 16;
+/// Its flag to free what is zeroed.
+const UNMAP: u32 = 1;
+
+type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
+
+/// Why a request fails.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0}")]
+    Malformed(#[from] Malformed),
+    #[error("disk: {0}")]
+    Disk(#[from] io::Error),
+    #[error("{len} bytes at sector {sector} of a disk of {sectors} sectors")]
+    Range { sector: u64, len: u64, sectors: u64 },
+    #[error("{0} bytes of data")]
+    Size(u64),
+    #[error("change of a read-only disk")]
+    ReadOnly,
+    #[error("unknown request or flag")]
+    Unsupported,
+}
+
+/// What [`Device::take`] found in a queue.
+enum Taken {
+    Chain(Chain),
+    Nothing,
+    /// The front-end stopped the queue.
+    Stopped,
+}
+
+/// A block device for one front-end.
+pub(super) struct Device {
+    disk: Arc<Disk>,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    /// For each queue a lock that its thread holds while it is at work.
+    queues: Vec<Mutex<()>>,
+    /// The driver cannot flush, so each write has to be durable (virtio 1.2, 5.2.6.2).
+    write_through: AtomicBool,
+    /// The first failure of the disk was logged.
+    disk_failed: AtomicBool,
+    exit_events: ExitEvents,
+}
+
+impl Device {
+    pub(super) fn new(disk: Arc<Disk>, queues: u16, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> Self {
+        Self {
+            disk,
+            memory,
+            queues: (0..queues).map(|_| Mutex::new(())).collect(),
+            write_through: AtomicBool::new(true),
+            disk_failed: AtomicBool::new(false),
+            exit_events: ExitEvents::default(),
+        }
+    }
+
+    /// Locks queue `index` while its thread is at rest.
+    fn queue(&self, index: usize) -> Option<MutexGuard<'_, ()>> {
+        self.queues.get(index).map(|queue| queue.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Carries out requests until there are none or the front-end stops the queue.
+    fn process(&self, vring: &Vring) -> Result<(), virtio_queue::Error> {
+        while is_running(&vring.get_ref()) {
+            vring.disable_notification()?;
+            let mut unannounced = false;
+            let more = loop {
+                let chain = match self.take(vring)? {
+                    Taken::Chain(chain) => chain,
+                    Taken::Nothing => break true,
+                    Taken::Stopped => break false,
+                };
+                let head = chain.head_index();
+                let memory = chain.memory();
+                let request = Request::parse(chain.clone());
+                if unannounced && request.as_ref().is_ok_and(is_slow) {
+                    self.announce(vring)?;
+                }
+                let used = self.answer(memory, request);
+                vring.add_used(head, used)?;
+                unannounced = true;
+            };
+            if unannounced {
+                self.announce(vring)?;
+            }
+            if !more || !vring.enable_notification()? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the next chain that the driver made available.
+    fn take(&self, vring: &Vring) -> Result<Taken, virtio_queue::Error> {
+        let memory = self.memory.memory();
+        let mut state = vring.get_mut();
+        if !is_running(&state) {
+            return Ok(Taken::Stopped);
+        }
+        let queue = state.get_queue_mut();
+        if queue.avail_idx(&*memory, Ordering::Acquire)? == Wrapping(queue.next_avail()) {
+            return Ok(Taken::Nothing);
+        }
+        let chain = queue.iter(memory)?.next();
+        chain.map(Taken::Chain).ok_or(virtio_queue::Error::InvalidAvailRingIndex)
+    }
+
+    /// Tells the driver of used chains, if it wants to know.
+    fn announce(&self, vring: &Vring) -> Result<(), virtio_queue::Error> {
+        let wanted = {
+            let mut state = vring.get_mut();
+            let queue = state.get_queue();
+            // Needed in the crate's stead, which looks at the event index only.
+            let suppressed = !queue.event_idx_enabled() && {
+                let flags: u16 = self
+                    .memory
+                    .memory()
+                    .load(GuestAddress(queue.avail_ring()), Ordering::Acquire)
+                    .map_err(virtio_queue::Error::GuestMemory)?;
+                u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0
+            };
+            !suppressed && state.needs_notification()?
+        };
+        if wanted && let Err(error) = vring.signal_used_queue() {
+            log::warn!("cannot signal the call event: {error}");
+        }
+        Ok(())
+    }
+
+    /// Carries a request out, writes its status, and returns how many bytes were written in all.
+    fn answer(&self, memory: &GuestMemoryMmap, request: Result<Request, Rejected>) -> u32 {
+        let (status_addr, result) = match request {
+            Ok(request) => (Some(request.status), self.execute(memory, &request)),
+            Err(Rejected { reason, status }) => (status, Err(reason.into())),
+        };
+        let (status, written) = match result {
+            Ok(written) => (VIRTIO_BLK_S_OK, written),
+            Err(failure) => {
+                // A guest must not be able to fill the log, be it with a full disk.
+                let loud =
+                    matches!(failure, Failure::Disk(_)) && !self.disk_failed.swap(true, Ordering::Relaxed);
+                log::log!(
+                    if loud { log::Level::Warn } else { log::Level::Debug },
+                    "request failed: {failure}"
+                );
+                let unsupported = matches!(failure, Failure::Unsupported);
+                (if unsupported { VIRTIO_BLK_S_UNSUPP } else { VIRTIO_BLK_S_IOERR }, 0)
+            }
+        };
+        let [status, ..] = status.to_le_bytes();
+        let placed = status_addr.is_some_and(|addr| memory.write_obj(status, addr).is_ok());
+        if placed { written + 1 } else { 0 }
+    }
+
+    /// Carries a request out and returns how many bytes of data were written to the guest.
+    fn execute(&self, memory: &GuestMemoryMmap, request: &Request) -> Result<u32, Failure> {
+        match request.kind {
+            VIRTIO_BLK_T_IN => {
+                let offset = self.range(request.sector, &request.output)?;
+                // Room for the status must remain in the used length.
+                let len = request.output.len();
+                let written = u32::try_from(len).ok().filter(|len| *len < u32::MAX);
+                let written = written.ok_or(Failure::Size(len))?;
+                self.disk.read(offset, &request.output.slices(memory, Permissions::Write)?)?;
+                Ok(written)
+            }
+            VIRTIO_BLK_T_OUT => {
+                self.check_writable()?;
+                let offset = self.range(request.sector, &request.input)?;
+                self.disk.write(offset, &request.input.slices(memory, Permissions::Read)?)?;
+                self.written_through()
+            }
+            VIRTIO_BLK_T_FLUSH => {
+                self.disk.flush()?;
+                Ok(0)
+            }
+            VIRTIO_BLK_T_GET_ID => {
+                let written = request.output.write(memory, self.disk.serial())?;
+                Ok(u32::try_from(written).unwrap_or(0))
+            }
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+                self.check_writable()?;
+                for range in self.ranges(memory, request)? {
+                    let Range { offset, len, unmap } = range;
+                    if request.kind == VIRTIO_BLK_T_DISCARD {
+                        self.disk.discard(offset, len)?;
+                    } else {
+                        self.disk.write_zeroes(offset, len, unmap)?;
+                    }
+                }
+                self.written_through()
+            }
+            _ => Err(Failure::Unsupported),
+        }
+    }
+
+    fn check_writable(&self) -> Result<(), Failure> {
+        if self.disk.is_read_only() { Err(Failure::ReadOnly) } else { Ok(()) }
+    }
+
+    fn written_through(&self) -> Result<u32, Failure> {
+        if self.write_through.load(Ordering::Relaxed) {
+            self.disk.flush()?;
+        }
+        Ok(0)
+    }
+
+    /// Offset in bytes of `sector`, if `data` from there on is on the disk.
+    fn range(&self, sector: u64, data: &Segments) -> Result<u64, Failure> {
+        let len = data.len();
+        if !len.is_multiple_of(SECTOR_SIZE.into()) {
+            return Err(Failure::Size(len));
+        }
+        self.offset(sector, len)
+    }
+
+    fn offset(&self, sector: u64, len: u64) -> Result<u64, Failure> {
+        let offset = sector.checked_mul(SECTOR_SIZE.into());
+        let inside = |offset: &u64| offset.checked_add(len).is_some_and(|end| end <= self.disk.size());
+        let sectors = self.disk.sectors();
+        offset.filter(inside).ok_or(Failure::Range { sector, len, sectors })
+    }
+
+    /// Reads and checks all ranges of a discard or write-zeroes request before any is touched.
+    fn ranges(&self, memory: &GuestMemoryMmap, request: &Request) -> Result<Vec<Range>, Failure> {
+        let len = request.input.len();
+        let size = usize::try_from(len).map_err(|_| Failure::Size(len))?;
+        let count = size / RANGE_SIZE;
+        let fits = u32::try_from(count).is_ok_and(|count| (1..=RANGES_MAX).contains(&count));
+        if !fits || !size.is_multiple_of(RANGE_SIZE) {
+            return Err(Failure::Size(len));
+        }
+        let mut bytes = vec![0; size];
+        request.input.read(memory, &mut bytes)?;
+        let (records, _) = bytes.as_chunks::<RANGE_SIZE>();
+        records.iter().map(|record| self.parse_range(request.kind, record)).collect()
+    }
+
+    fn parse_range(&self, kind: u32, record: &[u8; RANGE_SIZE]) -> Result<Range, Failure> {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *record;
+        let sector = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+        let sectors = u32::from_le_bytes([i, j, k, l]);
+        let flags = u32::from_le_bytes([m, n, o, p]);
+        let (known, most) = match kind {
+            VIRTIO_BLK_T_DISCARD => (0, DISCARD_SECTORS_MAX),
+            _ => (UNMAP, WRITE_ZEROES_SECTORS_MAX),
+        };
+        if flags & !known != 0 {
+            return Err(Failure::Unsupported);
+        }
+        let len = u64::from(sectors) * u64::from(SECTOR_SIZE);
+        if !(1..=most).contains(&sectors) {
+            return Err(Failure::Size(len));
+        }
+        Ok(Range { offset: self.offset(sector, len)?, len, unmap: flags & UNMAP != 0 })
+    }
+}
+
+/// Bytes of the disk to discard or zero.
+struct Range {
+    offset: u64,
+    len: u64,
+    unmap: bool,
+}
+
+/// Whether the front-end has started and enabled the queue.
+fn is_running(state: &VringState) -> bool {
+    state.is_enabled() && state.get_queue().ready()
+}
+
+/// Whether earlier requests should not have to wait for this one to be announced.
+fn is_slow(request: &Request) -> bool {
+    !matches!(request.kind, VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_GET_ID)
+}
+
+impl VhostUserBackend for Device {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        self.queues.len()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        QUEUE_SIZE_MAX.into()
+    }
+
+    fn features(&self) -> u64 {
+        config::features(&self.disk)
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.write_through.store(features & 1 << VIRTIO_BLK_F_FLUSH == 0, Ordering::Relaxed);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        config::protocol_features()
+    }
+
+    fn reset_device(&self) {
+        for index in 0..self.queues.len() {
+            drop(self.queue(index));
+        }
+        self.write_through.store(true, Ordering::Relaxed);
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let queues = u16::try_from(self.queues.len()).unwrap_or(u16::MAX);
+        config::read(&self.disk, queues, offset, size)
+    }
+
+    fn set_config(&self, offset: u32, _data: &[u8]) -> io::Result<()> {
+        // No field is the driver's to write, and an error would cost it the connection.
+        log::debug!("front-end wrote to offset {offset} of the configuration, which is read-only");
+        Ok(())
+    }
+
+    fn update_memory(&self, _memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.queues.len()).map(|index| 1 << index).collect()
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        self.exit_events.create()
+    }
+
+    fn stop_vring(&self, index: u32) -> io::Result<()> {
+        // The queue was marked as stopped, so its thread is done after the request it is at.
+        drop(usize::try_from(index).ok().and_then(|index| self.queue(index)));
+        Ok(())
+    }
+
+    fn handle_event(&self, _event: u16, _set: EventSet, vrings: &[Vring], thread: usize) -> io::Result<()> {
+        // Each thread has the one queue of its own number. An error here would end the thread.
+        if let (Some(vring), Some(_at_work)) = (vrings.first(), self.queue(thread))
+            && let Err(error) = self.process(vring)
+        {
+            log::warn!("queue {thread} is stopped, since its rings are broken: {error}");
+            vring.set_queue_ready(false);
+        }
+        Ok(())
+    }
+}

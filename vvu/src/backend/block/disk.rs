@@ -1,0 +1,320 @@
+//! The disk: a file or block device whose bytes move straight to and from guest memory.
+#![expect(unsafe_code, reason = "preadv and pwritev take guest memory as raw pointers")]
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, ErrorKind, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use vm_memory::VolatileSlice;
+
+use super::{Options, QUEUES_MAX, SERIAL_MAX};
+
+/// Bytes of a sector, the unit of every address and length (virtio 1.2, 5.2.4).
+pub(super) const SECTOR_SIZE: u16 = 512;
+
+/// Pieces of memory that one system call takes (`IOV_MAX`).
+const PIECES_MAX: usize = 1024;
+
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Why a disk cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no such file.
+    #[error("disk {path:?} does not exist: create one, for example with `truncate -s 1G {}`", path.display())]
+    NotFound {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A directory.
+    #[error("disk {path:?} is a directory: name a disk image or block device")]
+    Directory {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A pipe, socket or character device.
+    #[error("disk {path:?} is neither a regular file nor a block device")]
+    Kind {
+        /// The path.
+        path: PathBuf,
+    },
+    /// This user may not open it.
+    #[error("no permission to open disk {path:?} for {access}: change its mode or owner{}",
+        if *.access == "writing" { ", or serve it read-only" } else { "" })]
+    Permission {
+        /// The path.
+        path: PathBuf,
+        /// "reading" or "writing".
+        access: &'static str,
+    },
+    /// It has no bytes.
+    #[error("disk {path:?} is empty: give it a size, for example with `truncate -s 1G {}`", path.display())]
+    Empty {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Its size is no multiple of [`SECTOR_SIZE`].
+    #[error(
+        "disk {path:?} has {got} bytes, which is no multiple of {SECTOR_SIZE}: enlarge it with `truncate -s {} {}`",
+        got.next_multiple_of(SECTOR_SIZE.into()), path.display()
+    )]
+    Size {
+        /// The path.
+        path: PathBuf,
+        /// Bytes it has.
+        got: u64,
+    },
+    /// Another back-end serves it.
+    #[error("disk {path:?} is served by another process: stop that one, or serve it read-only in both")]
+    Busy {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The serial number is too long or not printable.
+    #[error("serial number {got:?}: want 1 to {SERIAL_MAX} printable ASCII characters")]
+    Serial {
+        /// The one asked for.
+        got: String,
+    },
+    /// Too few or too many queues.
+    #[error("{got} queues: want 1 to {QUEUES_MAX}")]
+    Queues {
+        /// The number asked for.
+        got: u16,
+    },
+    /// A system call failed.
+    #[error("cannot {what} disk {path:?}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+/// An open, locked disk. All offsets and lengths are in bytes and the caller has checked them
+/// against [`size`](Self::size).
+#[derive(Debug)]
+pub(super) struct Disk {
+    file: File,
+    size: u64,
+    read_only: bool,
+    serial: [u8; SERIAL_MAX],
+}
+
+impl Disk {
+    pub(super) fn open(options: &Options) -> Result<Self, OpenError> {
+        let Options { path, read_only, .. } = options;
+        let read_only = *read_only;
+        let serial = serial(options)?;
+        let failed = |what, source: io::Error| match source.kind() {
+            ErrorKind::NotFound => OpenError::NotFound { path: path.clone() },
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => OpenError::Permission {
+                path: path.clone(),
+                access: if read_only { "reading" } else { "writing" },
+            },
+            _ => OpenError::Io { what, path: path.clone(), source },
+        };
+
+        // Looked at before it is opened, since opening a pipe or a tape is an act of its own.
+        let kind = fs::metadata(path).map_err(|error| failed("look up", error))?.file_type();
+        if kind.is_dir() {
+            return Err(OpenError::Directory { path: path.clone() });
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(OpenError::Kind { path: path.clone() });
+        }
+        let mut file =
+            File::options().read(true).write(!read_only).open(path).map_err(|error| failed("open", error))?;
+        lock(&file, path, read_only)?;
+
+        let size = file.seek(SeekFrom::End(0)).map_err(|error| failed("get the size of", error))?;
+        if size == 0 {
+            return Err(OpenError::Empty { path: path.clone() });
+        }
+        if !size.is_multiple_of(SECTOR_SIZE.into()) {
+            return Err(OpenError::Size { path: path.clone(), got: size });
+        }
+        Ok(Self { file, size, read_only, serial })
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(super) fn sectors(&self) -> u64 {
+        self.size / u64::from(SECTOR_SIZE)
+    }
+
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Serial number, padded with zeroes.
+    pub(super) fn serial(&self) -> &[u8; SERIAL_MAX] {
+        &self.serial
+    }
+
+    /// Fills `memory` with the bytes at `offset`.
+    pub(super) fn read(&self, offset: u64, memory: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.transfer(offset, memory, ErrorKind::UnexpectedEof, |fd, pieces, count, offset| {
+            // SAFETY: `pieces` points to `count` ranges of mapped memory that `memory` borrows, in
+            // which Rust has no references, as it is the guest's to change at any time.
+            unsafe { libc::preadv(fd, pieces, count, offset) }
+        })
+    }
+
+    /// Writes `memory` at `offset`.
+    pub(super) fn write(&self, offset: u64, memory: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.transfer(offset, memory, ErrorKind::WriteZero, |fd, pieces, count, offset| {
+            // SAFETY: as in `read`; the memory is only read.
+            unsafe { libc::pwritev(fd, pieces, count, offset) }
+        })
+    }
+
+    fn transfer(
+        &self,
+        offset: u64,
+        memory: &[VolatileSlice<'_>],
+        ended: ErrorKind,
+        call: impl Fn(i32, *const libc::iovec, i32, libc::off_t) -> isize,
+    ) -> io::Result<()> {
+        let piece = |slice: &VolatileSlice<'_>| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        };
+        let mut pieces: Vec<_> = memory.iter().map(piece).collect();
+        let mut pieces = pieces.as_mut_slice();
+        let mut offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        while !pieces.is_empty() {
+            let count = i32::try_from(pieces.len().min(PIECES_MAX)).map_err(io::Error::other)?;
+            let moved = call(self.file.as_raw_fd(), pieces.as_ptr(), count, offset);
+            let Ok(moved) = usize::try_from(moved) else {
+                match io::Error::last_os_error() {
+                    error if error.kind() == ErrorKind::Interrupted => continue,
+                    error => return Err(error),
+                }
+            };
+            if moved == 0 {
+                return Err(ended.into());
+            }
+            offset += libc::off_t::try_from(moved).map_err(io::Error::other)?;
+            pieces = advance(pieces, moved);
+        }
+        Ok(())
+    }
+
+    /// Makes all writes so far durable.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Frees `len` bytes at `offset`, after which they may read as anything. No more than a hint, so
+    /// a file system that cannot is fine.
+    pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        self.fallocate(flags, offset, len).map(drop)
+    }
+
+    /// Makes `len` bytes at `offset` read as zeroes, and frees them if `unmap`.
+    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let flags = if unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
+        if self.fallocate(flags | FallocateFlags::KEEP_SIZE, offset, len)? {
+            return Ok(());
+        }
+        let (mut offset, mut rest) = (offset, len);
+        while rest != 0 {
+            let count = usize::try_from(rest).unwrap_or(usize::MAX).min(ZEROES.len());
+            self.file.write_all_at(&ZEROES[..count], offset)?;
+            let count = u64::try_from(count).map_err(io::Error::other)?;
+            (offset, rest) = (offset + count, rest - count);
+        }
+        Ok(())
+    }
+
+    /// Returns whether the file system can do it.
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
+        loop {
+            match rustix::fs::fallocate(&self.file, flags, offset, len) {
+                Ok(()) => return Ok(true),
+                Err(Errno::INTR) => {}
+                // A block device says INVAL when its blocks are larger than the range's alignment.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Takes an advisory lock, shared with other readers if `read_only`.
+fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), OpenError> {
+    let taken = if read_only { file.try_lock_shared() } else { file.try_lock() };
+    match taken {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(OpenError::Busy { path: path.to_owned() }),
+        // Some file systems and lean kernels have no locks.
+        Err(TryLockError::Error(error))
+            if [Errno::NOSYS, Errno::OPNOTSUPP, Errno::NOLCK]
+                .iter()
+                .any(|errno| error.raw_os_error() == Some(errno.raw_os_error())) =>
+        {
+            log::warn!("disk {path:?} cannot be locked, so nothing keeps others from writing it: {error}");
+            Ok(())
+        }
+        Err(TryLockError::Error(source)) => {
+            Err(OpenError::Io { what: "lock", path: path.to_owned(), source })
+        }
+    }
+}
+
+/// The rest of `pieces` when `moved` bytes from their start are done.
+fn advance(pieces: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
+    let done = pieces
+        .iter()
+        .take_while(|piece| {
+            let whole = moved >= piece.iov_len;
+            if whole {
+                moved -= piece.iov_len;
+            }
+            whole
+        })
+        .count();
+    let rest = &mut pieces[done..];
+    if let Some(first) = rest.first_mut() {
+        first.iov_base = first.iov_base.wrapping_byte_add(moved);
+        first.iov_len -= moved;
+    }
+    rest
+}
+
+fn serial(options: &Options) -> Result<[u8; SERIAL_MAX], OpenError> {
+    let printable = |byte: &u8| byte.is_ascii_graphic() || *byte == b' ';
+    let text: Vec<u8> = match &options.serial {
+        Some(serial) => {
+            let good = (1..=SERIAL_MAX).contains(&serial.len()) && serial.as_bytes().iter().all(printable);
+            if !good {
+                return Err(OpenError::Serial { got: serial.clone() });
+            }
+            serial.clone().into_bytes()
+        }
+        None => {
+            let name = options.path.file_name().map(OsStrExt::as_bytes).unwrap_or_default();
+            name.iter().copied().filter(printable).take(SERIAL_MAX).collect()
+        }
+    };
+    let text = if text.is_empty() { b"vvu" } else { text.as_slice() };
+    let mut serial = [0; SERIAL_MAX];
+    serial[..text.len()].copy_from_slice(text);
+    Ok(serial)
+}
+
+#[cfg(test)]
+#[path = "disk_test.rs"]
+pub(super) mod tests;

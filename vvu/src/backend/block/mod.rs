@@ -1,0 +1,69 @@
+//! The block back-end: one disk served as a virtio block device (virtio 1.2, 5.2).
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::{ServeError, Stop, serve};
+use device::Device;
+use disk::Disk;
+
+pub use disk::OpenError;
+
+mod config;
+mod device;
+mod disk;
+mod request;
+
+/// Most queues of a block device.
+pub const QUEUES_MAX: u16 = 16;
+/// Longest serial number in bytes (virtio 1.2, 5.2.6.1).
+pub const SERIAL_MAX: usize = 20;
+
+/// What to serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// A regular file or block device, of a size that is a multiple of 512 bytes.
+    pub path: PathBuf,
+    /// Refuse writes; several back-ends may serve a disk that none of them writes.
+    pub read_only: bool,
+    /// Queues, 1 to [`QUEUES_MAX`], each with a thread of its own. A front-end need not use all.
+    pub queues: u16,
+    /// At most [`SERIAL_MAX`] printable ASCII characters; by default the file name, cut to fit.
+    pub serial: Option<String>,
+}
+
+/// A disk, open and locked, ready to be served.
+#[derive(Clone, Debug)]
+pub struct Block {
+    disk: Arc<Disk>,
+    queues: u16,
+}
+
+impl Block {
+    /// Opens the disk and locks it against other back-ends for as long as this value lives.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(options: &Options) -> Result<Self, OpenError> {
+        if !(1..=QUEUES_MAX).contains(&options.queues) {
+            return Err(OpenError::Queues { got: options.queues });
+        }
+        Ok(Self { disk: Arc::new(Disk::open(options)?), queues: options.queues })
+    }
+
+    /// Size of the disk in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    /// Serves one front-end after another until `stop` says so.
+    ///
+    /// # Errors
+    /// [`ServeError`].
+    pub fn serve(&self, listener: &UnixListener, stop: &Stop) -> Result<(), ServeError> {
+        serve(listener, stop, |memory| io::Result::Ok(Device::new(self.disk.clone(), self.queues, memory)))
+    }
+}

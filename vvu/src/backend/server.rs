@@ -1,0 +1,189 @@
+//! Serves front-ends one after another.
+#![expect(unsafe_code, reason = "closes descriptors that vhost-user-backend forgets")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use vhost::vhost_user::{Error as VhostUserError, Listener};
+use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserBackend, VhostUserDaemon};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+use super::Vring;
+
+/// Memory of the front-end's VM: empty until the front-end describes it.
+pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// Why serving came to an end before it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The device for a new front-end could not be made.
+    #[error("cannot make a device for the next front-end: {0}")]
+    Device(#[source] io::Error),
+    /// Threads or descriptors for a new front-end could not be had.
+    #[error("cannot start serving the next front-end: {0}; check the limits on threads and open files")]
+    Start(String),
+    /// The socket could not be waited for.
+    #[error("cannot wait for the next front-end: {0}")]
+    Wait(#[source] io::Error),
+}
+
+/// Ends one call of [`serve`] from another thread; clones end the same one.
+#[derive(Clone)]
+pub struct Stop {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    requested: AtomicBool,
+    event: OwnedFd,
+    listener: OnceLock<UnixListener>,
+    connection: Mutex<Option<ShutdownHandle>>,
+}
+
+impl Stop {
+    /// A handle nobody has used yet.
+    ///
+    /// # Errors
+    /// When there is no file descriptor left.
+    pub fn new() -> io::Result<Self> {
+        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let (requested, connection) = (AtomicBool::new(false), Mutex::new(None));
+        let listener = OnceLock::new();
+        Ok(Self { shared: Arc::new(Shared { requested, event, listener, connection }) })
+    }
+
+    /// Disconnects the front-end, if there is one, and makes [`serve`] return once the requests it
+    /// has begun are done. Harmless when repeated.
+    pub fn stop(&self) {
+        self.shared.requested.store(true, Ordering::SeqCst);
+        // Fails only when the counter is full, and then the event is signalled already.
+        let _ = rustix::io::write(&self.shared.event, &1u64.to_ne_bytes());
+        // First the listener: a front-end that reconnects at once is to find nobody here, rather than
+        // to wait in the backlog of a server that is about to go.
+        if let Some(listener) = self.shared.listener.get() {
+            let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
+        }
+        if let Some(connection) = self.connection().as_ref() {
+            connection.shutdown();
+        }
+    }
+
+    /// Whether [`stop`](Self::stop) was called.
+    #[must_use]
+    pub fn is_requested(&self) -> bool {
+        self.shared.requested.load(Ordering::SeqCst)
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Option<ShutdownHandle>> {
+        self.shared.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attach(&self, connection: Option<ShutdownHandle>) {
+        *self.connection() = connection;
+        // A request made before the line above did not see the connection.
+        if self.is_requested() {
+            self.stop();
+        }
+    }
+}
+
+impl std::fmt::Debug for Stop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stop").field("requested", &self.is_requested()).finish_non_exhaustive()
+    }
+}
+
+/// Serves the front-ends that connect to `listener`, one at a time and each with a device of its
+/// own, until `stop` says so, after which nobody can connect to `listener` any more. A front-end that
+/// breaks the protocol loses its connection, no more.
+///
+/// # Errors
+/// [`ServeError`].
+pub fn serve<D>(
+    listener: &UnixListener,
+    stop: &Stop,
+    new_device: impl Fn(Memory) -> io::Result<D>,
+) -> Result<(), ServeError>
+where
+    D: VhostUserBackend<Bitmap = (), Vring = Vring> + 'static,
+{
+    // A second call with the same order would leave its own listener alone, which does no harm.
+    let _ = stop.shared.listener.set(listener.try_clone().map_err(ServeError::Wait)?);
+    while wait_for_front_end(listener, stop).map_err(ServeError::Wait)? {
+        let memory = Memory::new(GuestMemoryMmap::new());
+        let device = new_device(memory.clone()).map_err(ServeError::Device)?;
+        let start = |error: DaemonError| ServeError::Start(error.to_string());
+        let mut daemon =
+            VhostUserDaemon::new("vhost-user".to_owned(), Arc::new(device), memory).map_err(start)?;
+        let mut connection = Listener::from(listener.try_clone().map_err(ServeError::Wait)?);
+        match daemon.start(&mut connection) {
+            Ok(()) => {}
+            // The listener is closed by now.
+            Err(_) if stop.is_requested() => return Ok(()),
+            Err(error) => return Err(start(error)),
+        }
+        log::info!("front-end connected");
+        stop.attach(daemon.shutdown_handle());
+        match daemon.wait() {
+            Ok(())
+            | Err(DaemonError::HandleRequest(
+                VhostUserError::Disconnected | VhostUserError::PartialMessage,
+            )) => {
+                log::info!("front-end disconnected");
+            }
+            Err(error) => log::warn!("front-end disconnected: {error}"),
+        }
+        stop.attach(None);
+    }
+    Ok(())
+}
+
+/// Returns true when a front-end can be accepted, false when it is time to stop.
+fn wait_for_front_end(listener: &UnixListener, stop: &Stop) -> io::Result<bool> {
+    let wait_for = [listener.as_fd(), stop.shared.event.as_fd()];
+    loop {
+        let mut fds = wait_for.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        match rustix::event::poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) if stop.is_requested() => return Ok(false),
+            Ok(_) => return Ok(true),
+        }
+    }
+}
+
+/// The events that end a device's worker threads.
+///
+/// vhost-user-backend 0.24 takes the reading end of each and never closes it, which would cost a
+/// descriptor for each queue of each connection. Belongs into the device, since that is the last
+/// thing of a connection to go.
+#[derive(Debug, Default)]
+pub struct ExitEvents {
+    consumers: Mutex<Vec<RawFd>>,
+}
+
+impl ExitEvents {
+    /// What [`VhostUserBackend::exit_event`] returns; none when there is no descriptor left.
+    pub fn create(&self) -> Option<(EventConsumer, EventNotifier)> {
+        let (consumer, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
+            .inspect_err(|error| log::error!("cannot make an event for a worker thread: {error}"))
+            .ok()?;
+        self.consumers.lock().unwrap_or_else(PoisonError::into_inner).push(consumer.as_raw_fd());
+        Some((consumer, notifier))
+    }
+}
+
+impl Drop for ExitEvents {
+    fn drop(&mut self) {
+        for fd in self.consumers.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // SAFETY: vhost-user-backend made a raw descriptor of the consumer and forgot it, its
+            // worker threads are gone, and so nothing else owns or uses it.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+}

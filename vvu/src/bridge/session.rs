@@ -1,0 +1,306 @@
+//! One front-end and one connection to the back-end, from the link going up to its end.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use vhost::vhost_user::message::FrontendReq;
+
+use super::attachments::{Attachments, Limits, Refusal};
+use super::{BridgeError, wait};
+use crate::driver::pci_device::PciDevice;
+use crate::driver::{Driver, DriverError, Incoming, eventfd};
+use crate::message_socket::{Message, MessageSocket, SocketError};
+
+/// Messages moved before the other file descriptors get their turn.
+const MESSAGES_PER_TURN: usize = 64;
+/// Payload of an acknowledgement that says no.
+const FAILURE: [u8; 8] = 1u64.to_le_bytes();
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
+/// How a session ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// It was time to stop.
+    Stopped,
+    /// The front-end left by itself; the device has cleared the link.
+    FrontendLeft,
+    /// One side broke the protocol; the link is still up.
+    Refused(String),
+    /// The back-end hung up; the link is still up.
+    BackendLeft { reason: SocketError, serving: bool },
+}
+
+/// A session. Buffers are bounded: a message is taken from one side only when the other takes it.
+pub(super) struct Session<'d, D: PciDevice> {
+    driver: &'d mut Driver<D>,
+    backend: MessageSocket,
+    /// The end of the pair that the back-end's requests come from.
+    channel: Option<MessageSocket>,
+    /// The front-end has sent something, so the back-end cannot be used for another one.
+    serving: bool,
+    frontend_up: bool,
+}
+
+impl<'d, D: PciDevice> Session<'d, D> {
+    pub(super) fn new(driver: &'d mut Driver<D>, backend: MessageSocket) -> Self {
+        Self { driver, backend, channel: None, serving: false, frontend_up: false }
+    }
+
+    /// Lets a front-end connect.
+    pub(super) fn open(&mut self) -> Result<(), BridgeError> {
+        Ok(self.driver.set_backend_up(true)?)
+    }
+
+    /// Disconnects the front-end and forgets what it sent.
+    pub(super) fn close(&mut self) -> Result<(), BridgeError> {
+        self.driver.set_backend_up(false)?;
+        // The write has taken effect when a read that follows it returns; what is in the queue
+        // then is all there will be of this front-end.
+        self.driver.link()?;
+        while self.driver.receive()?.is_some() {}
+        Ok(())
+    }
+
+    /// Moves messages until the session ends.
+    pub(super) fn run(&mut self, stop: BorrowedFd<'_>) -> Result<End, BridgeError> {
+        let mut more = true;
+        let mut left = false;
+        loop {
+            if self.wait(stop, more)? {
+                return Ok(End::Stopped);
+            }
+            // The link is read before the queue: what a front-end sent before it left is there then.
+            left |= eventfd::take(self.driver.rx_event()) && self.link_is_down()?;
+            let _ = eventfd::take(self.driver.tx_event());
+            more = match self.pump() {
+                Ok(more) => more,
+                Err(Halt::Session(end)) => return Ok(end),
+                Err(Halt::Bridge(error)) => return Err(error),
+            };
+            if left && !more {
+                if self.serving {
+                    return Ok(End::FrontendLeft);
+                }
+                self.open()?;
+                left = false;
+            }
+        }
+    }
+
+    /// Waits until something can be done, or only looks if there is `more` to do anyway. Returns
+    /// true if it is time to stop.
+    fn wait(&mut self, stop: BorrowedFd<'_>, more: bool) -> Result<bool, BridgeError> {
+        let room = self.driver.can_send()?;
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(stop, PollFlags::IN),
+            PollFd::from_borrowed_fd(eventfd::borrow(self.driver.rx_event()), PollFlags::IN),
+            PollFd::from_borrowed_fd(eventfd::borrow(self.driver.tx_event()), PollFlags::IN),
+        ];
+        let backend = (Some(&self.backend), room);
+        let channel = (self.channel.as_ref(), room && !self.channel_is_congested());
+        for (socket, readable) in [backend, channel] {
+            let Some(socket) = socket else { continue };
+            let mut events = PollFlags::empty();
+            events.set(PollFlags::IN, readable);
+            events.set(PollFlags::OUT, socket.is_congested());
+            // A socket that is not to be read is left out: its hang-up would end every wait.
+            if !events.is_empty() {
+                fds.push(PollFd::new(socket, events));
+            }
+        }
+        wait(&mut fds, more.then_some(NOW))?;
+        Ok(!fds[0].revents().is_empty())
+    }
+
+    /// Whether the device has taken the link down, as it does when the front-end left.
+    fn link_is_down(&mut self) -> Result<bool, DriverError> {
+        let link = self.driver.link()?;
+        if link.frontend_up && !std::mem::replace(&mut self.frontend_up, true) {
+            log::info!("a front-end connected");
+        }
+        Ok(!link.backend_up)
+    }
+
+    fn channel_is_congested(&self) -> bool {
+        self.channel.as_ref().is_some_and(MessageSocket::is_congested)
+    }
+
+    /// Moves what can be moved; true if there may be more.
+    fn pump(&mut self) -> Result<bool, Halt> {
+        for _ in 0..MESSAGES_PER_TURN {
+            let moved = self.move_request()? | self.move_answer()? | self.move_backend_request()?;
+            if !moved {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Moves a message of the front-end to the back-end; false if there is none or no room.
+    fn move_request(&mut self) -> Result<bool, Halt> {
+        self.backend.flush().map_err(|reason| self.backend_left(reason))?;
+        if let Some(channel) = &mut self.channel
+            && let Err(error) = channel.flush()
+        {
+            log::info!("the back-end closed its request channel: {error}");
+            self.channel = None;
+        }
+        // Room to send is needed since the bridge itself may have to answer.
+        if self.backend.is_congested() || self.channel_is_congested() || !self.driver.can_send()? {
+            return Ok(false);
+        }
+        match self.driver.receive()? {
+            None => Ok(false),
+            // Marks the end of a front-end that sent nothing, or that is dealt with already.
+            Some(Incoming::FrontendLeft) if !self.serving => Ok(true),
+            Some(Incoming::FrontendLeft) => Err(End::FrontendLeft.into()),
+            Some(Incoming::Message(message)) => {
+                self.serving = true;
+                self.give_to_backend(message)?;
+                Ok(true)
+            }
+        }
+    }
+
+    fn give_to_backend(&mut self, message: Message) -> Result<(), Halt> {
+        let header = message.header;
+        if header.is_reply() {
+            let Some(channel) = &mut self.channel else {
+                log::warn!("dropped the answer to request {}: no back-end waits for it", header.request);
+                return Ok(());
+            };
+            // A channel that is closed is found out by the next look at it.
+            let _ = channel.send(message.bytes, Vec::new());
+            return Ok(());
+        }
+        let limits = Limits { queues: self.driver.queues(), shared_memory: self.driver.shared_memory_size() };
+        let attachments = match Attachments::of(&message, limits) {
+            Ok(attachments) => attachments,
+            Err(refusal) if header.needs_reply() => {
+                log::error!("refused a message of the front-end: {refusal}");
+                self.driver.send(&Message::new(header.reply(8), &FAILURE).bytes)?;
+                return Ok(());
+            }
+            Err(refusal) => return Err(refusal.into()),
+        };
+        let fds = self.attach(attachments)?;
+        log::debug!("request {} to the back-end with {attachments:?}", header.request);
+        self.backend.send(message.bytes, fds).map_err(|reason| self.backend_left(reason))?;
+        if let Attachments::Kick(index) = attachments {
+            // Whoever had this eventfd before may have taken a kick that was not yet served. One
+            // too many is harmless, and one can be written since the counter is far from full.
+            let _ = self.driver.kick(index)?.write(1);
+        }
+        Ok(())
+    }
+
+    /// The descriptors that go with a message.
+    fn attach(&mut self, attachments: Attachments) -> Result<Vec<OwnedFd>, Halt> {
+        let io = |source| BridgeError::Io { what: "duplicating a descriptor for the back-end", source };
+        let event = match attachments {
+            Attachments::None => return Ok(Vec::new()),
+            Attachments::Memory(regions) => {
+                let memory = self.driver.shared_memory()?;
+                let each = (0..regions).map(|_| memory.try_clone().map(OwnedFd::from));
+                return Ok(each.collect::<Result<_, _>>().map_err(io)?);
+            }
+            Attachments::BackendChannel => {
+                let (ours, theirs) = UnixStream::pair().map_err(io)?;
+                self.channel = Some(MessageSocket::new(ours));
+                return Ok(vec![theirs.into()]);
+            }
+            Attachments::Kick(index) => self.driver.kick(index)?,
+            Attachments::Call(index) => self.driver.call(index)?,
+            Attachments::Err(index) => self.driver.err(index)?,
+        };
+        Ok(vec![eventfd::borrow(event).try_clone_to_owned().map_err(io)?])
+    }
+
+    /// Moves an answer of the back-end to the front-end; false if there is none or no room.
+    fn move_answer(&mut self) -> Result<bool, Halt> {
+        if !self.driver.can_send()? {
+            return Ok(false);
+        }
+        let message = match self.backend.receive() {
+            Ok(Some(message)) => message,
+            Ok(None) => return Ok(false),
+            Err(reason) => return Err(self.backend_left(reason)),
+        };
+        let request = message.header.request;
+        if !message.header.is_reply() {
+            return Err(Refusal::Direction { request }.into());
+        }
+        // The one that comes with an in-flight region is not needed: the device replaces the region.
+        if !message.fds.is_empty() && request != u32::from(FrontendReq::GET_INFLIGHT_FD) {
+            log::warn!("closed the descriptors in the answer to request {request}: they cannot be carried");
+        }
+        self.driver.send(&message.bytes)?;
+        Ok(true)
+    }
+
+    /// Moves a request of the back-end to the front-end; false if there is none or no room.
+    fn move_backend_request(&mut self) -> Result<bool, Halt> {
+        if self.channel_is_congested() || !self.driver.can_send()? {
+            return Ok(false);
+        }
+        let Some(channel) = &mut self.channel else { return Ok(false) };
+        let message = match channel.receive() {
+            Ok(Some(message)) => message,
+            Ok(None) => return Ok(false),
+            Err(reason) => {
+                log::info!("the back-end closed its request channel: {reason}");
+                self.channel = None;
+                return Ok(true);
+            }
+        };
+        let header = message.header;
+        if header.is_reply() {
+            log::warn!("dropped an answer on the back-end's request channel");
+        } else if message.fds.is_empty() {
+            self.driver.send(&message.bytes)?;
+        } else {
+            log::warn!("refused request {} of the back-end: it carries descriptors", header.request);
+            if header.needs_reply() {
+                let refused = Message::new(header.reply(8), &FAILURE);
+                // A channel that is closed is found out by the next look at it.
+                let _ = channel.send(refused.bytes, Vec::new());
+            }
+        }
+        Ok(true)
+    }
+
+    fn backend_left(&self, reason: SocketError) -> Halt {
+        Halt::Session(End::BackendLeft { reason, serving: self.serving })
+    }
+}
+
+/// What stops the pump.
+enum Halt {
+    Session(End),
+    Bridge(BridgeError),
+}
+
+impl From<End> for Halt {
+    fn from(end: End) -> Self {
+        Self::Session(end)
+    }
+}
+
+impl From<Refusal> for Halt {
+    fn from(refusal: Refusal) -> Self {
+        Self::Session(End::Refused(refusal.to_string()))
+    }
+}
+
+impl From<BridgeError> for Halt {
+    fn from(error: BridgeError) -> Self {
+        Self::Bridge(error)
+    }
+}
+
+impl From<DriverError> for Halt {
+    fn from(error: DriverError) -> Self {
+        Self::Bridge(error.into())
+    }
+}

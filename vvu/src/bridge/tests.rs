@@ -1,0 +1,379 @@
+//! Tests of the bridge between a device in memory and a back-end that is the test.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tempfile::TempDir;
+
+use super::*;
+use crate::driver::fake::FakeDevice;
+use crate::message_socket::{Message, MessageSocket, SocketError};
+use crate::spec::addr::{BarOffset, SiblingGpa, SiblingVa};
+use crate::spec::vhost_user::{Header, MemoryRegion, memory_table_to_bytes};
+use crate::spec::virtio::device_config::{BACKEND_UP, FRONTEND_UP};
+
+const VERSION: u32 = 1;
+const REPLY: u32 = 1 | 4;
+const NEED_REPLY: u32 = 1 | 8;
+
+/// A running bridge; dropping it stops it and checks how it ended.
+struct Harness {
+    fake: FakeDevice,
+    listener: UnixListener,
+    stop: Option<UnixStream>,
+    bridge: Option<JoinHandle<Result<(), BridgeError>>>,
+    /// The connection that the bridge made before it was ready.
+    first: Option<MessageSocket>,
+    _directory: TempDir,
+}
+
+impl Harness {
+    fn new(absent: Absent) -> Self {
+        let directory = tempfile::tempdir().expect("directory");
+        let socket = directory.path().join("backend");
+        let listener = UnixListener::bind(&socket).expect("bind");
+        let fake = FakeDevice::new(4);
+        let driver = Driver::new(fake.clone()).expect("bring-up");
+        let (stop, stopped) = UnixStream::pair().expect("pair");
+        let (ready, is_ready) = mpsc::channel();
+        let bridge = std::thread::spawn(move || {
+            let mut bridge = Bridge::new(driver, Options { socket, absent });
+            bridge.run(stopped.as_fd(), || ready.send(()).expect("test waits"))
+        });
+        assert_eq!(fake.state().link, 0, "no front-end before there is a back-end");
+        let first = Some(accept(&listener));
+        is_ready.recv().expect("ready");
+        assert_eq!(fake.state().link, BACKEND_UP);
+        Self { fake, listener, stop: Some(stop), bridge: Some(bridge), first, _directory: directory }
+    }
+
+    /// The connection of the next session.
+    fn backend(&mut self) -> MessageSocket {
+        self.first.take().unwrap_or_else(|| accept(&self.listener))
+    }
+
+    /// Waits for a message that the bridge sent through the device.
+    fn sent(&self) -> Vec<u8> {
+        within_deadline("a sent message", || self.fake.sent_next())
+    }
+
+    fn end(mut self) -> Result<(), BridgeError> {
+        self.bridge.take().expect("runs").join().expect("no panic")
+    }
+}
+
+impl Drop for Harness {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(bridge) = self.bridge.take() {
+            let end = bridge.join().expect("no panic");
+            // The test's end of the connection may have gone first.
+            assert!(matches!(end, Ok(()) | Err(BridgeError::BackendLeft { .. })), "{end:?}");
+        }
+    }
+}
+
+/// Accepts a connection and answers the bridge's question whether anybody is there.
+fn accept(listener: &UnixListener) -> MessageSocket {
+    wait_readable(listener);
+    let mut socket = MessageSocket::new(listener.accept().expect("accept").0);
+    assert_eq!(receive(&mut socket).expect("question").bytes, message(1, VERSION, &[]));
+    socket.send(message(1, REPLY, &[0; 8]), Vec::new()).expect("answer");
+    socket
+}
+
+fn within_deadline<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+    for _ in 0..10_000 {
+        if let Some(value) = attempt() {
+            return value;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    panic!("no {what} within 10 s");
+}
+
+fn wait_readable(fd: impl AsFd) {
+    let deadline = Timespec { tv_sec: 10, tv_nsec: 0 };
+    let count = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&deadline)).expect("poll");
+    assert_eq!(count, 1, "nothing to read within 10 s");
+}
+
+fn receive(socket: &mut MessageSocket) -> Result<Message, SocketError> {
+    loop {
+        if let Some(message) = socket.receive()? {
+            return Ok(message);
+        }
+        wait_readable(&*socket);
+    }
+}
+
+fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(payload.len()).expect("small payload");
+    Message::new(Header { request, flags, size }, payload).bytes
+}
+
+fn inode(fd: impl AsFd) -> u64 {
+    rustix::fs::fstat(fd).expect("fstat").st_ino
+}
+
+fn signalled(fd: &OwnedFd) -> bool {
+    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).expect("poll") == 1
+}
+
+fn take(fd: &OwnedFd) {
+    rustix::io::read(fd, &mut [0; 8]).expect("a signalled eventfd");
+}
+
+#[test]
+fn requests_reach_the_back_end_with_their_descriptors() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    harness.fake.request(1, VERSION, &[]);
+    let plain = receive(&mut backend).expect("GET_FEATURES");
+    assert_eq!((plain.bytes, plain.fds.len()), (message(1, VERSION, &[]), 0));
+
+    let region = |gpa, offset| MemoryRegion {
+        gpa: SiblingGpa(gpa),
+        size: 0x1000,
+        va: SiblingVa(gpa),
+        offset: BarOffset(offset),
+    };
+    let table = memory_table_to_bytes(&[region(0, 0), region(0x10000, 0x1000)]);
+    harness.fake.request(5, VERSION, &table);
+    let memory = receive(&mut backend).expect("SET_MEM_TABLE");
+    assert_eq!(memory.payload(), table);
+    let shared = harness.fake.shared().metadata().expect("metadata").ino();
+    assert_eq!(memory.fds.iter().map(inode).collect::<Vec<_>>(), [shared, shared]);
+
+    harness.fake.request(12, VERSION, &2u64.to_le_bytes());
+    let kick = receive(&mut backend).expect("SET_VRING_KICK").fds.remove(0);
+    within_deadline("kick after the hand-over", || signalled(&kick).then_some(()));
+    take(&kick);
+    harness.fake.interrupt(4);
+    assert!(signalled(&kick), "vector 2 + i is the kick of queue i");
+
+    for (request, offset) in [(13, 4 * 2), (14, 4 * (4 + 2))] {
+        harness.fake.request(request, VERSION, &2u64.to_le_bytes());
+        let event = receive(&mut backend).expect("SET_VRING_CALL or ERR").fds.remove(0);
+        rustix::io::write(&event, &1u64.to_ne_bytes()).expect("signal");
+        let state = harness.fake.state();
+        let (_, _, doorbell) = state.doorbells.iter().find(|(at, ..)| *at == offset).expect("doorbell");
+        assert_eq!(doorbell.read().expect("signalled"), 1);
+    }
+
+    harness.fake.request(13, VERSION, &0x101u64.to_le_bytes());
+    assert!(receive(&mut backend).expect("no descriptor").fds.is_empty());
+}
+
+#[test]
+fn answers_go_back_and_descriptors_in_them_do_not() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    harness.fake.request(1, VERSION, &[]);
+    receive(&mut backend).expect("GET_FEATURES");
+    let answer = message(1, REPLY, &7u64.to_le_bytes());
+    let extra = harness.listener.as_fd().try_clone_to_owned().expect("dup");
+    backend.send(answer.clone(), vec![extra]).expect("send");
+    assert_eq!(harness.sent(), answer);
+}
+
+#[test]
+fn the_back_end_can_ask_the_front_end() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    harness.fake.request(21, VERSION, &[]);
+    let stream = receive(&mut backend).expect("SET_BACKEND_REQ_FD").fds.remove(0);
+    let mut channel = MessageSocket::new(stream.into());
+
+    let config_change = message(2, NEED_REPLY, &[]);
+    channel.send(config_change.clone(), Vec::new()).expect("send");
+    assert_eq!(harness.sent(), config_change);
+    harness.fake.request(2, REPLY, &0u64.to_le_bytes());
+    assert_eq!(receive(&mut channel).expect("answer").bytes, message(2, REPLY, &0u64.to_le_bytes()));
+
+    let fd = harness.listener.as_fd().try_clone_to_owned().expect("dup");
+    channel.send(message(9, NEED_REPLY, &[0; 40]), vec![fd]).expect("send");
+    assert_eq!(receive(&mut channel).expect("refusal").bytes, message(9, REPLY, &1u64.to_le_bytes()));
+    assert!(harness.fake.sent().is_empty());
+
+    // A back-end that closes its channel is still served.
+    drop(channel);
+    backend.send(message(1, REPLY, &[]), Vec::new()).expect("send");
+    assert_eq!(harness.sent(), message(1, REPLY, &[]));
+}
+
+#[test]
+fn what_cannot_be_carried_is_refused_with_an_answer_or_ends_the_session() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    harness.fake.request(12, NEED_REPLY, &4u64.to_le_bytes());
+    assert_eq!(harness.sent(), message(12, REPLY, &1u64.to_le_bytes()));
+
+    harness.fake.request(7, VERSION, &[]);
+    assert!(matches!(receive(&mut backend), Err(SocketError::Closed)));
+    let mut next = harness.backend();
+    within_deadline("link up again", || (harness.fake.state().link == BACKEND_UP).then_some(()));
+    harness.fake.request(1, VERSION, &[]);
+    receive(&mut next).expect("the next front-end is served");
+}
+
+#[test]
+fn the_next_front_end_gets_a_new_connection() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    harness.fake.set_link(BACKEND_UP | FRONTEND_UP);
+    for _ in 0..3 {
+        harness.fake.request(3, VERSION, &[]);
+        receive(&mut backend).expect("SET_OWNER");
+        // As the proxy does it: a mark in the queue, then both bits cleared.
+        harness.fake.request(1, VERSION, &[]);
+        assert!(harness.fake.deliver(&[]));
+        harness.fake.set_link(0);
+        receive(&mut backend).expect("what came before the mark is delivered");
+        assert!(matches!(receive(&mut backend), Err(SocketError::Closed)));
+        backend = harness.backend();
+        within_deadline("link up again", || (harness.fake.state().link == BACKEND_UP).then_some(()));
+    }
+}
+
+#[test]
+fn a_front_end_that_leaves_without_a_mark_is_noticed() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    harness.fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+    harness.fake.set_link(0);
+    assert!(matches!(receive(&mut backend), Err(SocketError::Closed)));
+    let _next = harness.backend();
+}
+
+#[test]
+fn a_front_end_that_sent_nothing_costs_no_connection() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    assert!(harness.fake.deliver(&[]));
+    harness.fake.set_link(0);
+    within_deadline("link up again", || (harness.fake.state().link == BACKEND_UP).then_some(()));
+    harness.fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER on the first connection");
+}
+
+#[test]
+fn a_back_end_that_hangs_up_ends_the_bridge_or_is_waited_for() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    harness.fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+    let fake = harness.fake.clone();
+    drop(backend);
+    assert!(matches!(harness.end(), Err(BridgeError::BackendLeft { serving: true, .. })));
+    assert_eq!(fake.state().status, 0, "the device is reset");
+
+    let mut harness = Harness::new(Absent::Wait);
+    let mut backend = harness.backend();
+    harness.fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+    drop(backend);
+    let mut backend = harness.backend();
+    within_deadline("link up again", || (harness.fake.state().link == BACKEND_UP).then_some(()));
+    harness.fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+}
+
+#[test]
+fn a_back_end_that_does_not_read_holds_messages_in_the_device() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    let payload = |i: u32| [&i.to_le_bytes()[..], &[0; 4000]].concat();
+    // More than socket buffers hold: the bridge stops taking messages and the receive queue fills.
+    let mut count = 0;
+    let mut refusals = 0;
+    while refusals < 200 {
+        if harness.fake.deliver(&message(1000, VERSION, &payload(count))) {
+            (count, refusals) = (count + 1, 0);
+        } else {
+            refusals += 1;
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert!(count < 10_000, "messages pile up in the bridge");
+    }
+    for i in 0..count {
+        assert_eq!(receive(&mut backend).expect("message").payload()[..4], i.to_le_bytes());
+    }
+}
+
+#[test]
+fn a_device_that_does_not_send_holds_messages_in_the_back_end() {
+    let mut harness = Harness::new(Absent::Fail);
+    let mut backend = harness.backend();
+    let mut count = 0u32;
+    while count < 64 || !backend.is_congested() {
+        let payload = [&count.to_le_bytes()[..], &[0; 4000]].concat();
+        backend.send(message(1, REPLY, &payload), Vec::new()).expect("send");
+        count += 1;
+        assert!(count < 10_000, "messages pile up in the bridge");
+    }
+    for i in 0..count {
+        let got = within_deadline("sent message", || {
+            backend.flush().expect("flush");
+            harness.fake.sent_next()
+        });
+        assert_eq!(got[12..16], i.to_le_bytes());
+    }
+}
+
+#[test]
+fn a_device_that_breaks_the_rules_ends_the_bridge() {
+    let mut harness = Harness::new(Absent::Wait);
+    let _backend = harness.backend();
+    let fake = harness.fake.clone();
+    assert!(fake.deliver_as(&message(1, VERSION, &[]), 13));
+    assert!(matches!(harness.end(), Err(BridgeError::Driver(DriverError::Length { got: 13, want: 12 }))));
+    assert_eq!(fake.state().status, 0);
+}
+
+#[test]
+fn a_back_end_that_accepts_and_hangs_up_is_not_used() {
+    let directory = tempfile::tempdir().expect("directory");
+    let socket = directory.path().join("backend");
+    let listener = UnixListener::bind(&socket).expect("bind");
+    let fake = FakeDevice::new(1);
+    let driver = Driver::new(fake.clone()).expect("bring-up");
+    let (stop, stopped) = UnixStream::pair().expect("pair");
+    let options = Options { socket: socket.clone(), absent: Absent::Wait };
+    let bridge = std::thread::spawn(move || {
+        let mut ready = false;
+        let end = Bridge::new(driver, options).run(stopped.as_fd(), || ready = true);
+        (end, ready)
+    });
+    // In the backlog of a socket that is closed, and then accepted but not answered.
+    wait_readable(&listener);
+    std::fs::remove_file(&socket).expect("remove");
+    drop(listener);
+    let listener = UnixListener::bind(&socket).expect("bind");
+    wait_readable(&listener);
+    drop(listener.accept().expect("accept"));
+    assert_eq!(fake.state().link, 0);
+    let mut backend = accept(&listener);
+    within_deadline("link up", || (fake.state().link == BACKEND_UP).then_some(()));
+    fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+    drop(stop);
+    let (end, ready) = bridge.join().expect("no panic");
+    end.expect("a clean stop");
+    assert!(ready);
+}
+
+#[test]
+fn nobody_listening_is_an_error_that_says_so() {
+    let directory = tempfile::tempdir().expect("directory");
+    let driver = Driver::new(FakeDevice::new(1)).expect("bring-up");
+    let (_stop, stopped) = UnixStream::pair().expect("pair");
+    let options = Options { socket: directory.path().join("none"), absent: Absent::Fail };
+    let error = Bridge::new(driver, options).run(stopped.as_fd(), || ()).expect_err("nobody there");
+    assert!(error.to_string().ends_with("start the back-end first"), "{error}");
+}

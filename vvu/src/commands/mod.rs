@@ -1,0 +1,5 @@
+//! One file for each subcommand.
+
+pub(crate) mod bind;
+pub(crate) mod device;
+pub(crate) mod proxy;

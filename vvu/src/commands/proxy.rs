@@ -1,0 +1,147 @@
+//! `vvu proxy`: the vvu device of one device VM.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+use uuid::Uuid;
+use vvu::listening_socket::ListeningSocket;
+use vvu::proxy::{Device, DeviceConfig, SiblingMemory};
+use vvu::vfio_user::Server;
+
+use crate::stop;
+
+/// Options of `vvu proxy`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Where the device VM's VMM connects: QEMU's vfio-user-pci device.
+    #[arg(long, value_name = "PATH")]
+    vfio_user: PathBuf,
+    /// Where the sibling's vhost-user front-end connects.
+    #[arg(long, value_name = "PATH")]
+    vhost_user: PathBuf,
+    /// Memory of the sibling VM in bytes, or with K, M or G.
+    #[arg(long, value_name = "SIZE")]
+    memory_size: Size,
+    /// Name to make for the sibling memory file: the sibling's memory-backend-file,mem-path.
+    #[arg(long, value_name = "PATH")]
+    memory_link: PathBuf,
+    /// vhost queues that the device can carry.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    queues: u16,
+    /// Identifies the device to its driver.
+    #[arg(long, value_name = "UUID", default_value_t = Uuid::nil())]
+    uuid: Uuid,
+}
+
+/// Runs the device until a signal asks it to end.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let stop = stop::on_signal().context("cannot catch signals")?;
+    let Size(size) = args.memory_size;
+    let memory = SiblingMemory::create(size)
+        .with_context(|| format!("cannot create a sibling memory file for {size} bytes"))?;
+    let _link = MemoryLink::new(&args.memory_link, memory.file().as_raw_fd())?;
+    let vhost_user = ListeningSocket::bind(&args.vhost_user)?;
+    let vfio_user = ListeningSocket::bind(&args.vfio_user)?;
+    let mut device = Device::new(DeviceConfig {
+        memory,
+        listener: vhost_user.listener().try_clone()?,
+        queues: args.queues,
+        uuid: args.uuid.into_bytes(),
+    })
+    .context("cannot make the vvu device")?;
+    let mut server = Server::new(vfio_user.listener().try_clone()?, stop)?;
+    writeln!(io::stdout(), "vvu: proxy ready").context("cannot write to standard output")?;
+    server.serve(&mut device)?;
+    Ok(())
+}
+
+/// The name of the sibling memory file, which has no other; it goes when the proxy goes.
+#[derive(Debug)]
+struct MemoryLink {
+    path: PathBuf,
+    target: PathBuf,
+}
+
+impl MemoryLink {
+    fn new(path: &Path, memory: i32) -> anyhow::Result<Self> {
+        match fs::symlink_metadata(path) {
+            Ok(found) if found.is_symlink() => fs::remove_file(path)
+                .with_context(|| format!("cannot replace {}, left by an earlier proxy", path.display()))?,
+            Ok(_) => bail!("{} is in the way: remove it or choose another --memory-link", path.display()),
+            Err(_) => {}
+        }
+        let target = PathBuf::from(format!("/proc/{}/fd/{memory}", std::process::id()));
+        symlink(&target, path)
+            .with_context(|| format!("cannot make {}: does its directory exist?", path.display()))?;
+        Ok(Self { path: path.to_owned(), target })
+    }
+}
+
+impl Drop for MemoryLink {
+    fn drop(&mut self) {
+        if fs::read_link(&self.path).is_ok_and(|target| target == self.target)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            log::warn!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// A number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Size(u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (number, unit) = match text.find(|c: char| !c.is_ascii_digit()) {
+            Some(at) => text.split_at(at),
+            None => (text, ""),
+        };
+        let shift = match unit {
+            "" => Some(0),
+            "K" | "k" => Some(10),
+            "M" | "m" => Some(20),
+            "G" | "g" => Some(30),
+            _ => None,
+        };
+        let bytes = shift.and_then(|shift| number.parse::<u64>().ok()?.checked_mul(1 << shift));
+        let bytes = bytes.filter(|bytes| *bytes > 0 && bytes.is_multiple_of(4096) && *bytes <= 1 << 46);
+        bytes.map(Self).ok_or_else(|| format!("{text:?}: want a multiple of 4096 bytes, for example 512M"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units_and_whole_pages() {
+        assert_eq!("512M".parse(), Ok(Size(512 << 20)));
+        assert_eq!("4096".parse(), Ok(Size(4096)));
+        assert_eq!("64G".parse(), Ok(Size(64 << 30)));
+        for text in ["", "M", "0", "4095", "1T", "-1M", "99999999999999999999", "1G1", "18014398509481984K"] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_link_replaces_a_stale_one_only_and_goes_away() {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("memory");
+        symlink("/proc/1/fd/3", &path).expect("stale");
+        let link = MemoryLink::new(&path, 0).expect("link");
+        assert!(fs::metadata(&path).is_ok());
+        drop(link);
+        assert!(fs::symlink_metadata(&path).is_err());
+        fs::write(&path, "precious").expect("file");
+        assert!(MemoryLink::new(&path, 0).is_err());
+        assert_eq!(fs::read(&path).expect("kept"), b"precious");
+    }
+}

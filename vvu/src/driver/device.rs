@@ -1,0 +1,259 @@
+//! The driver of a vvu device that is up: sends and receives its messages, watches its link.
+
+use std::fs::File;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::bring_up::{BringUp, MessageQueue, Prepared, QUEUES_MAX, event};
+use super::error::DriverError;
+use super::layout::Layout;
+use super::pci_device::PciDevice;
+use super::queue::QueueError;
+use super::registers::Registers;
+use crate::message_socket::Message;
+use crate::spec::addr::QueueIndex;
+use crate::spec::pci::{SHARED_MEMORY_BAR, Structure};
+use crate::spec::vhost_user::{HEADER_SIZE, Header};
+use crate::spec::virtio::{RX_QUEUE, TX_QUEUE, common, device_config, status};
+
+/// What came from the device.
+#[derive(Debug)]
+pub enum Incoming {
+    /// A message of the front-end; no file descriptors come with it.
+    Message(Message),
+    /// The front-end left; what comes next is from another one.
+    FrontendLeft,
+}
+
+/// State of the link, from the device configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// The back-end waits for a front-end or has one. The device clears this when the front-end
+    /// leaves.
+    pub backend_up: bool,
+    /// A front-end is connected.
+    pub frontend_up: bool,
+}
+
+/// A vvu device that is up and running. Dropping it resets the device.
+#[derive(Debug)]
+pub struct Driver<D: PciDevice> {
+    device: D,
+    layout: Layout,
+    rx: MessageQueue,
+    tx: MessageQueue,
+    /// Receive buffers were given back that the device has not been told about.
+    rx_posted: bool,
+    kicks: Vec<EventFd>,
+    calls: Vec<Option<EventFd>>,
+    errs: Vec<Option<EventFd>>,
+    /// Doorbell of the first vhost queue's errors.
+    err_base: u16,
+}
+
+impl<D: PciDevice> Driver<D> {
+    /// Checks that `device` is a vvu device and brings it up to `DRIVER_OK`.
+    ///
+    /// # Errors
+    /// Any [`DriverError`] about the device; it is left alone.
+    pub fn new(device: D) -> Result<Self, DriverError> {
+        let layout = Layout::probe(&device)?;
+        let Prepared { rx, tx, kicks, err_base } = BringUp { device: &device, layout: &layout }.prepare()?;
+        let unbound = || kicks.iter().map(|_| None).collect();
+        let (calls, errs) = (unbound(), unbound());
+        let mut driver = Self { device, layout, rx, tx, rx_posted: false, kicks, calls, errs, err_base };
+        driver.registers().start()?;
+        driver.rx.queue.post_all().map_err(rx_error)?;
+        driver.notify(RX_QUEUE, driver.rx.notify)?;
+        Ok(driver)
+    }
+
+    fn registers(&self) -> BringUp<'_, D> {
+        BringUp { device: &self.device, layout: &self.layout }
+    }
+
+    /// vhost queues that can be served.
+    #[must_use]
+    pub fn queues(&self) -> u16 {
+        u16::try_from(self.kicks.len()).unwrap_or(QUEUES_MAX)
+    }
+
+    /// Bytes of sibling memory that the shared memory BAR shows.
+    #[must_use]
+    pub fn shared_memory_size(&self) -> u64 {
+        self.layout.shared_memory
+    }
+
+    /// The sibling's memory: offsets are those of the memory regions in messages.
+    ///
+    /// # Errors
+    /// [`DriverError::Device`].
+    pub fn shared_memory(&self) -> Result<File, DriverError> {
+        Ok(self.device.bar_file(SHARED_MEMORY_BAR)?)
+    }
+
+    /// Signalled when something was received or the link changed.
+    #[must_use]
+    pub fn rx_event(&self) -> &EventFd {
+        &self.rx.event
+    }
+
+    /// Signalled when something was sent, so that there is room again.
+    #[must_use]
+    pub fn tx_event(&self) -> &EventFd {
+        &self.tx.event
+    }
+
+    /// Signalled when the sibling kicks vhost queue `index`.
+    ///
+    /// # Errors
+    /// [`DriverError::QueueIndex`].
+    pub fn kick(&self, index: QueueIndex) -> Result<&EventFd, DriverError> {
+        self.kicks.get(usize::from(index.0)).ok_or(self.no_queue(index))
+    }
+
+    /// Signal this to interrupt the sibling on behalf of vhost queue `index`.
+    ///
+    /// # Errors
+    /// [`DriverError::QueueIndex`], [`DriverError::Device`].
+    pub fn call(&mut self, index: QueueIndex) -> Result<&EventFd, DriverError> {
+        let missing = self.no_queue(index);
+        let call = self.calls.get_mut(usize::from(index.0)).ok_or(missing)?;
+        bind(&self.device, &self.layout, index.0, call)
+    }
+
+    /// Signal this to tell the sibling's VMM of an error of vhost queue `index`.
+    ///
+    /// # Errors
+    /// [`DriverError::QueueIndex`], [`DriverError::Device`].
+    pub fn err(&mut self, index: QueueIndex) -> Result<&EventFd, DriverError> {
+        let missing = self.no_queue(index);
+        let err = self.errs.get_mut(usize::from(index.0)).ok_or(missing)?;
+        bind(&self.device, &self.layout, self.err_base + index.0, err)
+    }
+
+    fn no_queue(&self, index: QueueIndex) -> DriverError {
+        DriverError::QueueIndex { index, queues: self.queues() }
+    }
+
+    /// Lets a front-end connect, or with `false` disconnects the one that is connected.
+    ///
+    /// # Errors
+    /// [`DriverError::Device`].
+    pub fn set_backend_up(&self, up: bool) -> Result<(), DriverError> {
+        let value = if up { device_config::BACKEND_UP } else { 0 };
+        Ok(self.registers().device_config().write32(device_config::STATUS, value)?)
+    }
+
+    /// Reads the state of the link.
+    ///
+    /// # Errors
+    /// [`DriverError::Device`], [`DriverError::Gone`], [`DriverError::NeedsReset`].
+    pub fn link(&self) -> Result<Link, DriverError> {
+        let status = self.registers().common().read8(common::DEVICE_STATUS)?;
+        if status == ALL_ONES {
+            return Err(DriverError::Gone);
+        }
+        if status & status::NEEDS_RESET != 0 {
+            return Err(DriverError::NeedsReset { status });
+        }
+        let link = self.registers().device_config().read32(device_config::STATUS)?;
+        Ok(Link {
+            backend_up: link & device_config::BACKEND_UP != 0,
+            frontend_up: link & device_config::FRONTEND_UP != 0,
+        })
+    }
+
+    /// The next message of the front-end, or `None` if none is there now.
+    ///
+    /// # Errors
+    /// [`DriverError::Queue`], [`DriverError::Length`], [`DriverError::Message`],
+    /// [`DriverError::Device`]; the device cannot be trusted any longer.
+    pub fn receive(&mut self) -> Result<Option<Incoming>, DriverError> {
+        let Some(used) = self.rx.queue.pop().map_err(rx_error)? else {
+            // One notification for all buffers given back since the last: each is a trap.
+            if std::mem::take(&mut self.rx_posted) {
+                self.notify(RX_QUEUE, self.rx.notify)?;
+            }
+            return Ok(None);
+        };
+        let bytes = self.rx.queue.read(used).map_err(rx_error)?;
+        self.rx.queue.post_all().map_err(rx_error)?;
+        self.rx_posted = true;
+        if bytes.is_empty() {
+            return Ok(Some(Incoming::FrontendLeft));
+        }
+        let header = Header::parse(&bytes)?;
+        let want = HEADER_SIZE + header.payload_size();
+        if bytes.len() != want {
+            return Err(DriverError::Length { got: bytes.len(), want });
+        }
+        Ok(Some(Incoming::Message(Message { header, bytes, fds: Vec::new() })))
+    }
+
+    /// Whether [`send`](Self::send) would take a message.
+    ///
+    /// # Errors
+    /// [`DriverError::Queue`].
+    pub fn can_send(&mut self) -> Result<bool, DriverError> {
+        while self.tx.queue.pop().map_err(tx_error)?.is_some() {}
+        Ok(self.tx.queue.has_free())
+    }
+
+    /// Sends a whole message towards the front-end; false if there is no room now.
+    ///
+    /// # Errors
+    /// [`DriverError::Queue`], [`DriverError::Device`].
+    pub fn send(&mut self, message: &[u8]) -> Result<bool, DriverError> {
+        let sent = self.can_send()? && self.tx.queue.push(message).map_err(tx_error)?;
+        if sent {
+            self.notify(TX_QUEUE, self.tx.notify)?;
+        }
+        Ok(sent)
+    }
+
+    fn notify(&self, queue: u16, offset: u64) -> Result<(), DriverError> {
+        let at = Registers { device: &self.device, at: self.layout.notify };
+        Ok(at.write16(offset, queue)?)
+    }
+}
+
+impl<D: PciDevice> Drop for Driver<D> {
+    fn drop(&mut self) {
+        // The device must not touch memory that is about to be freed; nobody is left to be told.
+        if let Err(error) = self.registers().reset() {
+            log::warn!("resetting the device at the end: {error}");
+        }
+    }
+}
+
+/// What a byte of a device that does not answer reads as.
+const ALL_ONES: u8 = 0xff;
+
+fn rx_error(source: QueueError) -> DriverError {
+    DriverError::Queue { queue: "receive", source }
+}
+
+fn tx_error(source: QueueError) -> DriverError {
+    DriverError::Queue { queue: "transmit", source }
+}
+
+/// The eventfd in `slot`, tied to doorbell `index` on its first use.
+fn bind<'s, D: PciDevice>(
+    device: &D,
+    layout: &Layout,
+    index: u16,
+    slot: &'s mut Option<EventFd>,
+) -> Result<&'s EventFd, DriverError> {
+    let event = match slot.take() {
+        Some(event) => event,
+        None => {
+            let event = event()?;
+            let Structure { bar, offset, .. } = layout.doorbells;
+            let offset = offset + u64::from(index) * u64::from(layout.doorbell_multiplier);
+            device.bind_doorbell(bar, offset, index, &event)?;
+            event
+        }
+    };
+    Ok(slot.insert(event))
+}

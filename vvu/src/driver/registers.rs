@@ -1,0 +1,66 @@
+//! Typed access to the registers of one structure.
+
+use super::pci_device::{DeviceError, PciDevice};
+use crate::spec::pci::{Region, Structure};
+
+/// The registers of one structure of a device.
+pub(super) struct Registers<'d, D> {
+    pub(super) device: &'d D,
+    pub(super) at: Structure,
+}
+
+impl<D: PciDevice> Registers<'_, D> {
+    fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N], DeviceError> {
+        let mut bytes = [0; N];
+        self.check(offset, N)?;
+        self.device.read(Region::Bar(self.at.bar), self.at.offset + offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        self.check(offset, bytes.len())?;
+        self.device.write(Region::Bar(self.at.bar), self.at.offset + offset, bytes)
+    }
+
+    /// The device chooses some offsets, so each access is checked against the structure.
+    fn check(&self, offset: u64, len: usize) -> Result<(), DeviceError> {
+        let Structure { bar, offset: start, length } = self.at;
+        let end = offset.checked_add(u64::try_from(len).unwrap_or(u64::MAX));
+        if end.is_some_and(|end| end <= length) {
+            return Ok(());
+        }
+        let offset = start.saturating_add(offset);
+        Err(DeviceError::OutOfRange { region: Region::Bar(bar), offset, len, size: start + length })
+    }
+
+    pub(super) fn read8(&self, offset: u64) -> Result<u8, DeviceError> {
+        self.read(offset).map(u8::from_le_bytes)
+    }
+
+    pub(super) fn read16(&self, offset: u64) -> Result<u16, DeviceError> {
+        self.read(offset).map(u16::from_le_bytes)
+    }
+
+    pub(super) fn read32(&self, offset: u64) -> Result<u32, DeviceError> {
+        self.read(offset).map(u32::from_le_bytes)
+    }
+
+    pub(super) fn write8(&self, offset: u64, value: u8) -> Result<(), DeviceError> {
+        self.write(offset, &[value])
+    }
+
+    pub(super) fn write16(&self, offset: u64, value: u16) -> Result<(), DeviceError> {
+        self.write(offset, &value.to_le_bytes())
+    }
+
+    pub(super) fn write32(&self, offset: u64, value: u32) -> Result<(), DeviceError> {
+        self.write(offset, &value.to_le_bytes())
+    }
+
+    /// Writes a 64-bit field as two 32-bit accesses, as virtio 1.2, 4.1.3.1 wants it.
+    pub(super) fn write64(&self, offset: u64, value: u64) -> Result<(), DeviceError> {
+        let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+        self.write(offset, &[a, b, c, d])?;
+        self.write(offset + 4, &[e, f, g, h])
+    }
+}

@@ -1,0 +1,294 @@
+//! PCI devices in sysfs: finds a vvu device, binds it to vfio-pci, and says what is missing.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::spec::addr::Bdf;
+use crate::spec::pci::{DEVICE_ID, VENDOR_ID};
+
+/// How often a file that has yet to appear is looked for.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+const VFIO_PCI: &str = "vfio-pci";
+
+/// Why a device cannot be used through VFIO.
+#[derive(Debug, thiserror::Error)]
+pub enum SysfsError {
+    /// There is no such device.
+    #[error("no PCI device {bdf}; {}", Candidates(.vvu))]
+    Absent {
+        /// Address asked for.
+        bdf: Bdf,
+        /// vvu devices that there are.
+        vvu: Vec<Bdf>,
+    },
+    /// Another device.
+    #[error(
+        "{bdf} is not a vvu device: its PCI id is {vendor:04x}:{device:04x}, want {VENDOR_ID:04x}:{DEVICE_ID:04x}; {}",
+        Candidates(.vvu)
+    )]
+    Identity {
+        /// Address asked for.
+        bdf: Bdf,
+        /// Vendor id there.
+        vendor: u16,
+        /// Device id there.
+        device: u16,
+        /// vvu devices that there are.
+        vvu: Vec<Bdf>,
+    },
+    /// vfio-pci does not drive the device.
+    #[error("{bdf} is {} instead of vfio-pci: run `vvu bind {bdf}` first", Bound(.driver))]
+    NotBound {
+        /// The device.
+        bdf: Bdf,
+        /// Its driver.
+        driver: Option<String>,
+    },
+    /// The kernel has no vfio-pci.
+    #[error(
+        "the kernel has no vfio-pci driver: load it with `modprobe vfio-pci`, or build with CONFIG_VFIO_PCI=y"
+    )]
+    NoVfioPci,
+    /// The device is in no IOMMU group.
+    #[error(
+        "{bdf} has no IOMMU group: the VM has no IOMMU for it; add one to the VM (QEMU: `-device \
+         virtio-iommu-pci`) and check that the kernel has CONFIG_VIRTIO_IOMMU and CONFIG_ACPI"
+    )]
+    NoGroup {
+        /// The device.
+        bdf: Bdf,
+    },
+    /// The device file of the group did not appear.
+    #[error(
+        "{} did not appear: check that the kernel has CONFIG_VFIO_GROUP and that /dev is a devtmpfs or run by udev",
+        .path.display()
+    )]
+    NoGroupFile {
+        /// The device file.
+        path: PathBuf,
+    },
+    /// vfio-pci refused the device.
+    #[error("vfio-pci does not take {bdf}: {source}; `dmesg` may say why")]
+    Bind {
+        /// The device.
+        bdf: Bdf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A file could not be read or written.
+    #[error("cannot {what} {}: {source}{}", .path.display(), root_hint(.source))]
+    Io {
+        /// `read` or `write`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+/// Tells which vvu devices there are.
+struct Candidates<'a>(&'a [Bdf]);
+
+impl std::fmt::Display for Candidates<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.is_empty() {
+            return f
+                .write_str("this machine has no vvu device: start the proxy and add its device to this VM");
+        }
+        f.write_str("the vvu devices of this machine:")?;
+        self.0.iter().try_for_each(|bdf| write!(f, " {bdf}"))
+    }
+}
+
+/// Tells which driver a device has.
+struct Bound<'a>(&'a Option<String>);
+
+impl std::fmt::Display for Bound<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(driver) => write!(f, "bound to {driver}"),
+            None => f.write_str("bound to no driver"),
+        }
+    }
+}
+
+fn root_hint(error: &io::Error) -> &'static str {
+    if error.kind() == io::ErrorKind::PermissionDenied { "; run as root" } else { "" }
+}
+
+/// The sysfs and `/dev` of a machine.
+#[derive(Clone, Debug)]
+pub struct PciSysfs {
+    sys: PathBuf,
+    dev: PathBuf,
+}
+
+impl Default for PciSysfs {
+    fn default() -> Self {
+        Self::under(Path::new("/"))
+    }
+}
+
+/// A device that VFIO can open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VfioReady {
+    /// Its sysfs directory.
+    pub directory: PathBuf,
+    /// Number of its IOMMU group.
+    pub group: u32,
+}
+
+impl PciSysfs {
+    /// The `sys` and `dev` directories under `root`.
+    #[must_use]
+    pub fn under(root: &Path) -> Self {
+        Self { sys: root.join("sys"), dev: root.join("dev") }
+    }
+
+    /// Checks that `bdf` is a vvu device that VFIO can open.
+    ///
+    /// # Errors
+    /// Any [`SysfsError`] but `NoVfioPci`, `NoGroupFile` and `Bind`.
+    pub fn ready(&self, bdf: Bdf) -> Result<VfioReady, SysfsError> {
+        self.check_identity(bdf)?;
+        let driver = self.driver(bdf);
+        if driver.as_deref() != Some(VFIO_PCI) {
+            return Err(SysfsError::NotBound { bdf, driver });
+        }
+        let group = self.group(bdf).ok_or(SysfsError::NoGroup { bdf })?;
+        Ok(VfioReady { directory: self.device(bdf), group })
+    }
+
+    /// Binds the vvu device `bdf` to vfio-pci, taking it from another driver, and waits at most
+    /// `patience` until VFIO can open it. Does nothing to a device that is bound already.
+    ///
+    /// # Errors
+    /// Any [`SysfsError`] but `NotBound`.
+    pub fn bind(&self, bdf: Bdf, patience: Duration) -> Result<VfioReady, SysfsError> {
+        self.check_identity(bdf)?;
+        let driver = self.driver(bdf);
+        if driver.as_deref() != Some(VFIO_PCI) {
+            let vfio_pci = self.sys.join("bus/pci/drivers").join(VFIO_PCI);
+            if !vfio_pci.is_dir() {
+                return Err(SysfsError::NoVfioPci);
+            }
+            write(&self.device(bdf).join("driver_override"), VFIO_PCI)?;
+            if driver.is_some() {
+                write(&self.device(bdf).join("driver/unbind"), &bdf.to_string())?;
+            }
+            let bound = fs::write(vfio_pci.join("bind"), bdf.to_string());
+            bound.map_err(|source| match self.group(bdf) {
+                None if source.kind() != io::ErrorKind::PermissionDenied => SysfsError::NoGroup { bdf },
+                _ => SysfsError::Bind { bdf, source },
+            })?;
+        }
+        let deadline = Instant::now() + patience;
+        let group = appears(deadline, || self.group(bdf)).ok_or(SysfsError::NoGroup { bdf })?;
+        let path = self.dev.join("vfio").join(group.to_string());
+        match appears(deadline, || path.exists().then_some(())) {
+            Some(()) => Ok(VfioReady { directory: self.device(bdf), group }),
+            None => Err(SysfsError::NoGroupFile { path }),
+        }
+    }
+
+    /// The file of a BAR: it has the BAR's size, and mapping it is mapping the BAR.
+    #[must_use]
+    pub fn resource(&self, bdf: Bdf, bar: u8) -> PathBuf {
+        self.device(bdf).join(format!("resource{bar}"))
+    }
+
+    /// I/O virtual addresses that no device of `group` may use, as (first, last).
+    ///
+    /// # Errors
+    /// [`SysfsError::Io`].
+    pub fn reserved(&self, group: u32) -> Result<Vec<(u64, u64)>, SysfsError> {
+        let path = self.sys.join(format!("kernel/iommu_groups/{group}/reserved_regions"));
+        let text = read(&path)?;
+        let number = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok();
+        let ranges = text.lines().map(|line| {
+            let mut words = line.split_whitespace();
+            Some((number(words.next()?)?, number(words.next()?)?))
+        });
+        ranges.collect::<Option<_>>().ok_or_else(|| SysfsError::Io {
+            what: "read",
+            path,
+            source: io::Error::new(io::ErrorKind::InvalidData, format!("{text:?} is not a list of ranges")),
+        })
+    }
+
+    fn device(&self, bdf: Bdf) -> PathBuf {
+        self.sys.join("bus/pci/devices").join(bdf.to_string())
+    }
+
+    fn check_identity(&self, bdf: Bdf) -> Result<(), SysfsError> {
+        if !self.device(bdf).is_dir() {
+            return Err(SysfsError::Absent { bdf, vvu: self.vvu_devices() });
+        }
+        match self.identity(bdf)? {
+            (VENDOR_ID, DEVICE_ID) => Ok(()),
+            (vendor, device) => Err(SysfsError::Identity { bdf, vendor, device, vvu: self.vvu_devices() }),
+        }
+    }
+
+    fn identity(&self, bdf: Bdf) -> Result<(u16, u16), SysfsError> {
+        let id = |name| {
+            let path = self.device(bdf).join(name);
+            let text = read(&path)?;
+            u16::from_str_radix(text.trim().trim_start_matches("0x"), 16).map_err(|error| {
+                let source = io::Error::new(io::ErrorKind::InvalidData, error);
+                SysfsError::Io { what: "read", path, source }
+            })
+        };
+        Ok((id("vendor")?, id("device")?))
+    }
+
+    fn vvu_devices(&self) -> Vec<Bdf> {
+        let entries = fs::read_dir(self.sys.join("bus/pci/devices")).into_iter().flatten().flatten();
+        let addresses = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let mut found: Vec<_> = addresses
+            .filter(|bdf| self.identity(*bdf).is_ok_and(|id| id == (VENDOR_ID, DEVICE_ID)))
+            .collect();
+        found.sort_unstable();
+        found
+    }
+
+    fn driver(&self, bdf: Bdf) -> Option<String> {
+        link_name(&self.device(bdf).join("driver"))
+    }
+
+    fn group(&self, bdf: Bdf) -> Option<u32> {
+        link_name(&self.device(bdf).join("iommu_group"))?.parse().ok()
+    }
+}
+
+/// Last part of what a symbolic link points to.
+fn link_name(path: &Path) -> Option<String> {
+    Some(fs::read_link(path).ok()?.file_name()?.to_str()?.to_owned())
+}
+
+fn read(path: &Path) -> Result<String, SysfsError> {
+    fs::read_to_string(path).map_err(|source| SysfsError::Io { what: "read", path: path.to_owned(), source })
+}
+
+fn write(path: &Path, text: &str) -> Result<(), SysfsError> {
+    fs::write(path, text).map_err(|source| SysfsError::Io { what: "write", path: path.to_owned(), source })
+}
+
+/// Looks for something until the deadline: neither sysfs nor `/dev` tell when it appears.
+fn appears<T>(deadline: Instant, look: impl Fn() -> Option<T>) -> Option<T> {
+    loop {
+        let found = look();
+        if found.is_some() || Instant::now() >= deadline {
+            return found;
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+}
+
+#[cfg(test)]
+#[path = "sysfs_test.rs"]
+mod tests;

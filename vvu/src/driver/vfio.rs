@@ -1,0 +1,329 @@
+//! A PCI device of this machine through VFIO: the driver's way to the device inside a VM.
+#![expect(
+    unsafe_code,
+    reason = "maps memory for DMA, and uses a descriptor and an ioctl vfio-ioctls keeps to itself"
+)]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_DEVICE_IOEVENTFD_16, VFIO_TYPE, vfio_device_ioeventfd};
+use vfio_ioctls::{VfioContainer, VfioError};
+use vm_memory::MmapRegion;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
+use super::sysfs::{PciSysfs, SysfsError, VfioReady};
+use crate::spec::addr::{Bdf, Iova};
+use crate::spec::pci::Region;
+use crate::spec::vfio_user::region_index;
+
+const PAGE_SIZE: u64 = 4096;
+/// I/O virtual addresses given out: above what firmware likes, below what every IOMMU reaches.
+const IOVA_START: u64 = 16 << 20;
+const IOVA_END: u64 = 1 << 32;
+
+/// `_IO(VFIO_TYPE, VFIO_BASE + 16)` of the kernel header.
+const VFIO_DEVICE_IOEVENTFD: libc::c_ulong =
+    ((VFIO_TYPE as libc::c_ulong) << 8) | (VFIO_BASE as libc::c_ulong + 16);
+
+/// Why a device cannot be opened through VFIO.
+#[derive(Debug, thiserror::Error)]
+pub enum VfioOpenError {
+    /// Not there, not a vvu device, or not bound.
+    #[error(transparent)]
+    Sysfs(#[from] SysfsError),
+    /// VFIO itself is missing.
+    #[error(
+        "cannot open /dev/vfio/vfio: {0}; run as root on a kernel with CONFIG_VFIO and CONFIG_VFIO_CONTAINER"
+    )]
+    Container(io::Error),
+    /// Another process has the group.
+    #[error("IOMMU group {group} is in use by another process: stop the back-end that runs on {bdf}")]
+    Busy {
+        /// The device.
+        bdf: Bdf,
+        /// Its group.
+        group: u32,
+    },
+    /// The group cannot be opened.
+    #[error("cannot open /dev/vfio/{group}: {source}; run as root")]
+    Group {
+        /// The group.
+        group: u32,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Another device of the group is not bound to vfio-pci.
+    #[error(
+        "IOMMU group {group} of {bdf} has other devices that kernel drivers use: bind every device in \
+         /sys/kernel/iommu_groups/{group}/devices to vfio-pci, or give {bdf} a group of its own"
+    )]
+    NotViable {
+        /// The device.
+        bdf: Bdf,
+        /// Its group.
+        group: u32,
+    },
+    /// The IOMMU cannot keep the device from sending any interrupt.
+    #[error(
+        "VFIO refuses the IOMMU since it does not remap interrupts: add \
+         vfio_iommu_type1.allow_unsafe_interrupts=1 to the kernel command line, or use an IOMMU with \
+         interrupt remapping (QEMU: `-device intel-iommu,intremap=on`)"
+    )]
+    UnsafeInterrupts,
+    /// Anything else.
+    #[error("VFIO on {bdf}: {source}")]
+    Vfio {
+        /// The device.
+        bdf: Bdf,
+        /// The cause.
+        source: VfioError,
+    },
+}
+
+impl VfioOpenError {
+    fn new(bdf: Bdf, group: u32, error: VfioError) -> Self {
+        match error {
+            VfioError::OpenContainer(source) => Self::Container(source),
+            VfioError::OpenGroup(source, _) if source.raw_os_error() == Some(libc::EBUSY) => {
+                Self::Busy { bdf, group }
+            }
+            VfioError::OpenGroup(source, _) => Self::Group { group, source },
+            VfioError::GroupViable => Self::NotViable { bdf, group },
+            VfioError::ContainerSetIOMMU(errno) if errno.errno() == libc::EPERM => Self::UnsafeInterrupts,
+            source => Self::Vfio { bdf, source },
+        }
+    }
+}
+
+/// A PCI device that is bound to vfio-pci. Dropping it gives it back to the kernel, which takes all
+/// DMA maps and interrupts away.
+pub struct VfioDevice {
+    device: vfio_ioctls::VfioDevice,
+    container: Arc<VfioContainer>,
+    sysfs: PciSysfs,
+    bdf: Bdf,
+    state: Mutex<State>,
+}
+
+struct State {
+    iovas: IovaSpace,
+    msix: bool,
+}
+
+impl std::fmt::Debug for VfioDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VfioDevice").field("bdf", &self.bdf).finish_non_exhaustive()
+    }
+}
+
+impl VfioDevice {
+    /// Opens the vvu device `bdf`.
+    ///
+    /// # Errors
+    /// [`VfioOpenError`].
+    pub fn open(sysfs: PciSysfs, bdf: Bdf) -> Result<Self, VfioOpenError> {
+        let VfioReady { directory, group } = sysfs.ready(bdf)?;
+        let reserved = sysfs.reserved(group)?;
+        let failed = |error| VfioOpenError::new(bdf, group, error);
+        let container = Arc::new(VfioContainer::new(None).map_err(failed)?);
+        let device = vfio_ioctls::VfioDevice::new(&directory, container.clone(), false).map_err(failed)?;
+        let state = State { iovas: IovaSpace { next: IOVA_START, reserved }, msix: false };
+        Ok(Self { device, container, sysfs, bdf, state: Mutex::new(state) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the device has its descriptor open until it is dropped.
+        unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
+    }
+
+    /// Offset of an access in the device's descriptor.
+    fn locate(&self, region: Region, offset: u64, len: usize) -> Result<u64, DeviceError> {
+        let size = self.region_size(region);
+        let end = u64::try_from(len).ok().and_then(|len| offset.checked_add(len));
+        if end.is_none_or(|end| end > size) {
+            return Err(DeviceError::OutOfRange { region, offset, len, size });
+        }
+        Ok(self.device.get_region_offset(region_index(region)) + offset)
+    }
+
+    fn access(
+        &self,
+        verb: &str,
+        region: Region,
+        offset: u64,
+        len: usize,
+        access: impl FnOnce(u64) -> rustix::io::Result<usize>,
+    ) -> Result<(), DeviceError> {
+        let at = self.locate(region, offset, len)?;
+        let failed = |source| {
+            let what = format!("{verb} {len} bytes at {offset:#x} of {region:?} of {}", self.bdf);
+            Err(DeviceError::Io { what, source })
+        };
+        match access(at) {
+            Ok(done) if done == len => Ok(()),
+            Ok(done) => failed(io::Error::other(format!("the kernel stopped after {done}"))),
+            Err(error) => failed(error.into()),
+        }
+    }
+}
+
+impl PciDevice for VfioDevice {
+    fn region_size(&self, region: Region) -> u64 {
+        self.device.get_region_size(region_index(region))
+    }
+
+    // Not region_read and region_write of vfio-ioctls: they do not tell of failures.
+    fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
+        self.access("read", region, offset, data.len(), |at| rustix::io::pread(self.fd(), data, at))
+    }
+
+    fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.access("write", region, offset, data.len(), |at| rustix::io::pwrite(self.fd(), data, at))
+    }
+
+    fn bar_file(&self, bar: u8) -> Result<File, DeviceError> {
+        let path = self.sysfs.resource(self.bdf, bar);
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|source| DeviceError::Io { what: format!("open {}", path.display()), source })
+    }
+
+    fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {
+        let failed = |source| DeviceError::Io { what: format!("allocate {len} bytes for DMA"), source };
+        let pages = u64::try_from(len).ok().and_then(|len| len.checked_next_multiple_of(PAGE_SIZE));
+        let bytes = pages.filter(|bytes| *bytes > 0).ok_or_else(|| failed(Errno::INVAL.into()))?;
+        let len = usize::try_from(bytes).map_err(|_| failed(Errno::NOMEM.into()))?;
+        let memory = MmapRegion::new(len).map_err(|error| failed(io::Error::other(error)))?;
+        let iova = self.state().iovas.take(bytes).ok_or_else(|| failed(Errno::NOSPC.into()))?;
+        // SAFETY: only volatile accesses reach the memory, since it is handed out as a region of
+        // vm-memory that nobody else knows of. The kernel holds the pages until the container is
+        // closed, so the device can never reach memory of another use even after the region is gone.
+        unsafe { self.container.vfio_dma_map(iova, len, memory.as_ptr()) }.map_err(|error| {
+            let hint = "is the limit on locked memory (`ulimit -l`) too low?";
+            failed(io::Error::other(format!("{error}; {hint}")))
+        })?;
+        Ok(DmaBuffer { memory, iova: Iova(iova) })
+    }
+
+    fn enable_msix(&self, vectors: &[&EventFd]) -> Result<(), DeviceError> {
+        let failed = |error: VfioError| DeviceError::Io {
+            what: format!("set {} MSI-X vectors of {}", vectors.len(), self.bdf),
+            source: io::Error::other(error),
+        };
+        let mut state = self.state();
+        if std::mem::take(&mut state.msix) {
+            self.device.disable_msix().map_err(failed)?;
+        }
+        self.device.enable_msix(vectors.to_vec()).map_err(failed)?;
+        state.msix = true;
+        Ok(())
+    }
+
+    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &EventFd) -> Result<(), DeviceError> {
+        let region = Region::Bar(bar);
+        let request = vfio_device_ioeventfd {
+            argsz: u32::try_from(size_of::<vfio_device_ioeventfd>()).unwrap_or(0),
+            flags: VFIO_DEVICE_IOEVENTFD_16,
+            offset: self.locate(region, offset, size_of_val(&value))?,
+            data: value.into(),
+            fd: event.as_raw_fd(),
+            reserved: 0,
+        };
+        // SAFETY: the ioctl reads the request and nothing else of this process; the kernel holds the
+        // eventfd itself.
+        if unsafe { ioctl_with_ref(&self.device, VFIO_DEVICE_IOEVENTFD, &request) } == 0 {
+            return Ok(());
+        }
+        let source = io::Error::last_os_error();
+        Err(DeviceError::Io { what: format!("tie an eventfd to {offset:#x} of {region:?}"), source })
+    }
+}
+
+/// Gives out I/O virtual addresses, each once.
+#[derive(Debug)]
+struct IovaSpace {
+    next: u64,
+    /// Ranges (first, last) that the IOMMU keeps for itself, such as the window for interrupts.
+    reserved: Vec<(u64, u64)>,
+}
+
+impl IovaSpace {
+    /// Takes `len` bytes, whole pages; `None` if there are no more.
+    fn take(&mut self, len: u64) -> Option<u64> {
+        loop {
+            let start = self.next;
+            let end = start.checked_add(len).filter(|end| *end <= IOVA_END)?;
+            let hit = self.reserved.iter().find(|(first, last)| *first < end && start <= *last);
+            match hit {
+                None => {
+                    self.next = end;
+                    return Some(start);
+                }
+                Some((_, last)) => {
+                    self.next = last.checked_add(1)?.checked_next_multiple_of(PAGE_SIZE)?;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm_sys_util::errno;
+
+    #[test]
+    fn iovas_step_over_what_is_reserved() {
+        let reserved = vec![(0x100_1000, 0x100_17ff), (0x100_1800, 0x100_2fff), (0xfee0_0000, 0xfeef_ffff)];
+        let mut space = IovaSpace { next: IOVA_START, reserved };
+        assert_eq!(space.take(0x1000), Some(0x100_0000));
+        assert_eq!(space.take(0x1000), Some(0x100_3000));
+        assert_eq!(space.take(0xfe00_0000 - 0x1000), None, "crosses the interrupt window");
+        assert_eq!(space.take(0x1000), Some(0xfef0_0000));
+        assert_eq!(space.take(0x110_0000), None);
+        assert_eq!(IovaSpace { next: IOVA_START, reserved: vec![(0, u64::MAX)] }.take(0x1000), None);
+    }
+
+    #[test]
+    fn failures_to_open_name_their_remedy() {
+        let bdf: Bdf = "0000:00:10.0".parse().expect("address");
+        let text = |error| VfioOpenError::new(bdf, 7, error).to_string();
+        let errno = |number| errno::Error::new(number);
+        let unsafe_interrupts = text(VfioError::ContainerSetIOMMU(errno(libc::EPERM)));
+        assert!(unsafe_interrupts.contains("vfio_iommu_type1.allow_unsafe_interrupts=1"));
+        assert!(unsafe_interrupts.contains("intremap=on"));
+        let other = text(VfioError::ContainerSetIOMMU(errno(libc::EINVAL)));
+        assert!(other.starts_with("VFIO on 0000:00:10.0"), "{other}");
+        let open = |number| VfioError::OpenGroup(io::Error::from_raw_os_error(number), "7".to_owned());
+        assert!(text(open(libc::EBUSY)).contains("in use by another process"));
+        assert!(text(open(libc::EACCES)).ends_with("run as root"));
+        assert!(text(VfioError::GroupViable).contains("/sys/kernel/iommu_groups/7/devices"));
+        let container = VfioError::OpenContainer(io::Error::from_raw_os_error(libc::ENOENT));
+        assert!(text(container).contains("CONFIG_VFIO"));
+    }
+
+    #[test]
+    fn the_ioctl_has_the_number_of_the_kernel_header() {
+        assert_eq!(VFIO_DEVICE_IOEVENTFD, 0x3b74);
+    }
+
+    #[test]
+    fn what_sysfs_lacks_is_told_before_vfio_is_asked() {
+        let root = tempfile::tempdir().expect("directory");
+        let bdf: Bdf = "0000:00:10.0".parse().expect("address");
+        let error = VfioDevice::open(PciSysfs::under(root.path()), bdf).expect_err("absent");
+        assert!(matches!(error, VfioOpenError::Sysfs(SysfsError::Absent { .. })));
+    }
+}

@@ -1,0 +1,188 @@
+//! A PCI device behind a vfio-user server: the driver's way to the proxy without a VM.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
+use vm_memory::{FileOffset, MmapRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use self::connection::Connection;
+use super::doorbells::Doorbells;
+use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
+use crate::spec::addr::Iova;
+use crate::spec::pci::{Region, cap_id, config, msix};
+use crate::spec::vfio_user::{REGION_COUNT, region_index};
+
+mod connection;
+
+/// First I/O virtual address given out.
+const FIRST_IOVA: u64 = 1 << 32;
+const PAGE_SIZE: u64 = 4096;
+
+/// A device that a vfio-user server hosts. Dropping it disconnects, which takes all DMA maps and
+/// interrupts away.
+#[derive(Debug)]
+pub struct VfioUserDevice {
+    connection: Arc<Connection>,
+    regions: Vec<RegionView>,
+    vectors: u32,
+    next_iova: Mutex<u64>,
+    doorbells: Doorbells,
+}
+
+/// A region as the server described it.
+#[derive(Debug)]
+struct RegionView {
+    size: u64,
+    file: Option<(File, u64)>,
+}
+
+impl VfioUserDevice {
+    /// Connects to the server that listens at `path`.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when there is none, or when it does not speak vfio-user for a PCI device.
+    pub fn connect(path: &Path) -> Result<Self, DeviceError> {
+        let stream = UnixStream::connect(path)
+            .map_err(|source| DeviceError::Io { what: format!("connect to {}", path.display()), source })?;
+        Self::from_stream(stream)
+    }
+
+    /// Uses a stream that is connected to a server.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the server does not speak vfio-user for a PCI device.
+    pub fn from_stream(stream: UnixStream) -> Result<Self, DeviceError> {
+        let connection = Arc::new(Connection::new(stream)?);
+        connection.device_info()?;
+        let regions = (0..REGION_COUNT).map(|index| connection.region(index)).collect::<Result<_, _>>()?;
+        let vectors = connection.vector_count()?;
+        let doorbells = Doorbells::new({
+            let connection = Arc::clone(&connection);
+            move |bar, offset, value: u16| connection.write(bar, offset, &value.to_le_bytes())
+        })?;
+        Ok(Self { connection, regions, vectors, next_iova: Mutex::new(FIRST_IOVA), doorbells })
+    }
+
+    fn region(&self, region: Region) -> Option<&RegionView> {
+        self.regions.get(usize::try_from(region_index(region)).ok()?)
+    }
+
+    /// Checks that an access lies inside its region.
+    fn check(&self, region: Region, offset: u64, len: usize) -> Result<(), DeviceError> {
+        let size = self.region_size(region);
+        let end = u64::try_from(len).ok().and_then(|len| offset.checked_add(len));
+        if end.is_some_and(|end| end <= size) {
+            return Ok(());
+        }
+        Err(DeviceError::OutOfRange { region, offset, len, size })
+    }
+
+    /// Turns the device's MSI-X capability on, as the kernel does for VFIO.
+    fn set_msix_enable(&self) -> Result<(), DeviceError> {
+        let read_byte = |at: u8| {
+            let mut byte = [0];
+            self.read(Region::Config, at.into(), &mut byte).map(|()| byte[0])
+        };
+        let [pointer, ..] = config::CAPABILITIES.to_le_bytes();
+        let mut at = read_byte(pointer)?;
+        // Each capability takes four bytes at least, so there are no more than this.
+        for _ in 0..48 {
+            if at < 0x40 {
+                break;
+            }
+            if read_byte(at)? == cap_id::MSIX {
+                let control_at = u64::from(at) + msix::CONTROL as u64;
+                let mut control = [0; 2];
+                self.read(Region::Config, control_at, &mut control)?;
+                let enabled = (u16::from_le_bytes(control) | msix::CONTROL_ENABLE) & !msix::CONTROL_MASK_ALL;
+                return self.write(Region::Config, control_at, &enabled.to_le_bytes());
+            }
+            at = read_byte(at.saturating_add(1))?;
+        }
+        Err(io_error("enable MSI-X", "the device has no MSI-X capability"))
+    }
+}
+
+impl PciDevice for VfioUserDevice {
+    fn region_size(&self, region: Region) -> u64 {
+        self.region(region).map_or(0, |view| view.size)
+    }
+
+    fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
+        self.check(region, offset, data.len())?;
+        self.connection.read(region, offset, data)
+    }
+
+    fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.check(region, offset, data.len())?;
+        self.connection.write(region, offset, data)
+    }
+
+    fn bar_file(&self, bar: u8) -> Result<File, DeviceError> {
+        let what = || format!("map BAR {bar}");
+        match self.region(Region::Bar(bar)).and_then(|view| view.file.as_ref()) {
+            Some((file, 0)) => file.try_clone().map_err(|source| DeviceError::Io { what: what(), source }),
+            Some((_, offset)) => {
+                Err(io_error(what(), format!("it starts at {offset:#x} of its file: want 0")))
+            }
+            None => Err(io_error(what(), "the server gives no file for it")),
+        }
+    }
+
+    fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {
+        let what = || format!("allocate {len} bytes for DMA");
+        let size = u64::try_from(len).ok().and_then(|len| len.max(1).checked_next_multiple_of(PAGE_SIZE));
+        let size = size.ok_or_else(|| io_error(what(), Errno::NOMEM))?;
+        let file = memfd_create("dma", MemfdFlags::CLOEXEC).map_err(|error| io_error(what(), error))?;
+        ftruncate(&file, size).map_err(|error| io_error(what(), error))?;
+        let for_server = file.try_clone().map_err(|error| io_error(what(), error))?;
+        let length = usize::try_from(size).map_err(|error| io_error(what(), error))?;
+        let memory = MmapRegion::from_file(FileOffset::new(File::from(file), 0), length)
+            .map_err(|error| io_error(what(), error))?;
+        let iova = {
+            let mut next = lock(&self.next_iova);
+            let iova = *next;
+            // A page that is never mapped keeps overruns from reaching the next buffer.
+            *next = size
+                .checked_add(PAGE_SIZE)
+                .and_then(|size| iova.checked_add(size))
+                .ok_or_else(|| io_error(what(), Errno::NOMEM))?;
+            iova
+        };
+        self.connection.map_dma(iova, size, for_server)?;
+        Ok(DmaBuffer { memory, iova: Iova(iova) })
+    }
+
+    fn enable_msix(&self, vectors: &[&EventFd]) -> Result<(), DeviceError> {
+        let count = u32::try_from(vectors.len()).ok().filter(|count| *count <= self.vectors);
+        let count = count.ok_or_else(|| {
+            let what = format!("enable {} MSI-X vectors", vectors.len());
+            io_error(what, format!("the device has {}", self.vectors))
+        })?;
+        self.connection.set_vectors(vectors)?;
+        self.connection.clear_vectors(count, self.vectors - count)?;
+        self.set_msix_enable()
+    }
+
+    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &EventFd) -> Result<(), DeviceError> {
+        self.check(Region::Bar(bar), offset, size_of_val(&value))?;
+        self.doorbells.bind(Region::Bar(bar), offset, value, event)
+    }
+}
+
+fn io_error(
+    what: impl Into<String>,
+    cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> DeviceError {
+    DeviceError::Io { what: what.into(), source: io::Error::other(cause) }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,185 @@
+//! The PCI configuration space as the guest reads and writes it.
+
+use crate::spec::pci::{self, CONFIG_SPACE_SIZE, af, config, msix, virtio_cap};
+
+/// What a write to the configuration space asks of the device besides being remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// Nothing.
+    None,
+    /// A function level reset.
+    Reset,
+    /// A write of `pci_cfg_data` through the window.
+    WindowWrite,
+}
+
+/// An access through `VIRTIO_PCI_CAP_PCI_CFG` (virtio 1.2, 4.1.4.9).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Window {
+    pub(crate) bar: u8,
+    pub(crate) offset: u64,
+    /// 1, 2 or 4 bytes.
+    pub(crate) len: usize,
+    /// Where the bytes are in the configuration space.
+    pub(crate) data: usize,
+}
+
+#[derive(Debug)]
+pub(crate) struct ConfigSpace {
+    initial: pci::ConfigSpace,
+    bytes: [u8; CONFIG_SPACE_SIZE],
+    /// Bits the guest can change.
+    writable: [u8; CONFIG_SPACE_SIZE],
+}
+
+impl ConfigSpace {
+    /// `bar_size` gives the size of each BAR, a power of two, or 0 for none.
+    pub(crate) fn new(initial: pci::ConfigSpace, bar_size: impl Fn(u8) -> u64) -> Self {
+        let mut writable = [0; CONFIG_SPACE_SIZE];
+        let command = config::COMMAND_MEMORY | config::COMMAND_BUS_MASTER | config::COMMAND_INTX_DISABLE;
+        writable[config::COMMAND..][..2].copy_from_slice(&command.to_le_bytes());
+        for bar in [pci::REGISTER_BAR, pci::NOTIFY_BAR, pci::SHARED_MEMORY_BAR] {
+            let address = bar_size(bar).wrapping_neg() & !0xf;
+            let width = if bar == pci::REGISTER_BAR { 4 } else { 8 };
+            writable[pci::bar_register(bar)..][..width].copy_from_slice(&address.to_le_bytes()[..width]);
+        }
+        let control = msix::CONTROL_ENABLE | msix::CONTROL_MASK_ALL;
+        writable[initial.msix + msix::CONTROL..][..2].copy_from_slice(&control.to_le_bytes());
+        writable[initial.pci_cfg + virtio_cap::BAR] = 0xff;
+        writable[initial.pci_cfg + virtio_cap::OFFSET..][..8].fill(0xff);
+        writable[initial.pci_cfg + virtio_cap::EXTENSION..][..4].fill(0xff);
+        Self { bytes: initial.bytes, initial, writable }
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.bytes = self.initial.bytes;
+    }
+
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(bytes) = usize::try_from(offset).ok().and_then(|at| self.bytes.get(at..)) {
+            data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        }
+    }
+
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        let Some(start) = usize::try_from(offset).ok().filter(|at| *at < CONFIG_SPACE_SIZE) else {
+            return Effect::None;
+        };
+        for (at, value) in (start..CONFIG_SPACE_SIZE).zip(data) {
+            let mask = self.writable[at];
+            self.bytes[at] = self.bytes[at] & !mask | value & mask;
+        }
+        let written = |at: usize| at.checked_sub(start).and_then(|i| data.get(i)).copied();
+        if written(self.initial.af + af::CONTROL).is_some_and(|control| control & af::INITIATE_FLR != 0) {
+            Effect::Reset
+        } else if start == self.initial.pci_cfg + virtio_cap::EXTENSION {
+            Effect::WindowWrite
+        } else {
+            Effect::None
+        }
+    }
+
+    /// The access that reading or writing `pci_cfg_data` stands for, if it is a valid one.
+    pub(crate) fn window(&self) -> Option<Window> {
+        let cap = self.initial.pci_cfg;
+        let word = |at: usize| {
+            let field = &self.bytes[cap + at..][..4];
+            field.iter().rev().fold(0u32, |value, byte| value << 8 | u32::from(*byte))
+        };
+        let len = usize::try_from(word(virtio_cap::STRUCTURE_LENGTH)).ok()?;
+        let offset = u64::from(word(virtio_cap::OFFSET));
+        let aligned =
+            matches!(len, 1 | 2 | 4) && offset.is_multiple_of(u64::from(word(virtio_cap::STRUCTURE_LENGTH)));
+        let bar = self.bytes[cap + virtio_cap::BAR];
+        let data = cap + virtio_cap::EXTENSION;
+        (aligned && bar <= pci::NOTIFY_BAR).then_some(Window { bar, offset, len, data })
+    }
+
+    /// Whether an access of `len` bytes at `offset` reads `pci_cfg_data`.
+    pub(crate) fn is_window(&self, offset: u64, len: usize) -> bool {
+        let data = self.initial.pci_cfg + virtio_cap::EXTENSION;
+        usize::try_from(offset).is_ok_and(|at| at == data) && len <= 4
+    }
+
+    /// Stores what a read through the window found.
+    pub(crate) fn set_window_data(&mut self, window: Window, data: &[u8]) {
+        self.bytes[window.data..][..window.len].copy_from_slice(data);
+    }
+
+    /// What is to be written through the window.
+    pub(crate) fn window_data(&self, window: Window) -> [u8; 4] {
+        let mut data = [0; 4];
+        data.copy_from_slice(&self.bytes[window.data..][..4]);
+        data
+    }
+
+    /// Whether the guest lets the device access memory and send interrupts.
+    pub(crate) fn bus_master(&self) -> bool {
+        let [command, _] = config::COMMAND_BUS_MASTER.to_le_bytes();
+        self.bytes[config::COMMAND] & command != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn space() -> ConfigSpace {
+        ConfigSpace::new(pci::ConfigSpace::new(19, 1 << 20), |bar| match bar {
+            pci::REGISTER_BAR => pci::REGISTER_BAR_SIZE,
+            pci::NOTIFY_BAR => pci::NOTIFY_BAR_SIZE,
+            _ => 1 << 36,
+        })
+    }
+
+    fn read32(space: &ConfigSpace, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        space.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn bars_size_themselves() {
+        let mut space = space();
+        for register in 0..6 {
+            assert_eq!(space.write(0x10 + 4 * register, &[0xff; 4]), Effect::None);
+        }
+        let sizes: Vec<_> = (0..6).map(|register| read32(&space, 0x10 + 4 * register)).collect();
+        assert_eq!(sizes, [0xffff_8000, 0, 0xffff_c004, 0xffff_ffff, 0x0000_000c, 0xffff_fff0]);
+    }
+
+    #[test]
+    fn only_what_is_writable_changes_and_reset_undoes_it() {
+        let mut space = space();
+        for offset in 0..256 {
+            space.write(offset, &[0xff]);
+        }
+        assert_eq!(read32(&space, 0), 0x107d_1af4);
+        assert_eq!(read32(&space, 4), 0x0010_0406);
+        assert!(space.bus_master());
+        space.reset();
+        assert_eq!(space.bytes, space.initial.bytes);
+        assert!(!space.bus_master());
+    }
+
+    #[test]
+    fn accesses_beyond_the_end_are_harmless() {
+        let mut space = space();
+        assert_eq!(space.write(254, &[1; 8]), Effect::None);
+        assert_eq!(space.write(u64::MAX, &[1; 8]), Effect::None);
+        let mut data = [7; 8];
+        space.read(252, &mut data);
+        assert_eq!(data, [0; 8]);
+        space.read(u64::MAX - 1, &mut data);
+    }
+
+    #[test]
+    fn function_level_reset_is_asked_for_by_any_write_that_covers_the_control_byte() {
+        let mut space = space();
+        let control = u64::try_from(space.initial.af + af::CONTROL).expect("small");
+        assert_eq!(space.write(control, &[1]), Effect::Reset);
+        assert_eq!(space.write(control - 4, &[0, 0, 0, 0, 1]), Effect::Reset);
+        assert_eq!(space.write(control, &[2]), Effect::None);
+    }
+}

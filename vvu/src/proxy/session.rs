@@ -1,0 +1,151 @@
+//! The connection of one front-end, from accept to hang-up.
+
+use std::collections::VecDeque;
+use std::os::unix::net::UnixStream;
+
+use super::sibling_memory::SiblingMemory;
+use super::treatment::{Refusal, Treatment, is_query, treat_backend_request, treat_reply, treat_request};
+use crate::message_socket::{Message, MessageSocket, SocketError};
+use crate::spec::vhost_user::Header;
+use vhost::vhost_user::VhostUserProtocolFeatures;
+
+/// Requests that may wait for the back-end's answers; a front-end normally waits for each one.
+const UNANSWERED_MAX: usize = 64;
+
+/// Why a session ends.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SessionError {
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error("refused a message of the front-end that it cannot be told about: {0}")]
+    Refused(#[from] Refusal),
+    #[error("the front-end sent {UNANSWERED_MAX} requests without waiting for answers")]
+    Flood,
+    #[error("a message of {want} bytes does not fit a receive buffer of the guest driver, which has {got}")]
+    TooSmall { got: usize, want: usize },
+}
+
+#[derive(Debug)]
+pub(crate) struct Session {
+    frontend: MessageSocket,
+    channel: Option<MessageSocket>,
+    reply_ack: bool,
+    /// Codes of requests that the back-end has yet to answer, oldest first.
+    unanswered: VecDeque<u32>,
+    /// A message on its way to the driver that waits for a buffer.
+    pub(crate) to_driver: Option<Message>,
+    /// The answer to a refused request of the back-end; it goes the same way.
+    pub(crate) answer: Option<Message>,
+}
+
+impl Session {
+    pub(crate) fn new(stream: UnixStream) -> Self {
+        Self {
+            frontend: MessageSocket::new(stream),
+            channel: None,
+            reply_ack: false,
+            unanswered: VecDeque::new(),
+            to_driver: None,
+            answer: None,
+        }
+    }
+
+    /// The front-end's socket.
+    pub(crate) fn frontend(&self) -> &MessageSocket {
+        &self.frontend
+    }
+
+    /// The socket for requests of the back-end.
+    pub(crate) fn channel(&self) -> Option<&MessageSocket> {
+        self.channel.as_ref()
+    }
+
+    pub(crate) fn set_channel(&mut self, stream: UnixStream) {
+        self.channel = Some(MessageSocket::new(stream));
+    }
+
+    /// Sends what the front-end did not take before.
+    pub(crate) fn flush(&mut self) -> Result<(), SessionError> {
+        self.frontend.flush()?;
+        if let Some(channel) = &mut self.channel {
+            channel.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Whether the front-end takes messages now.
+    pub(crate) fn is_congested(&self) -> bool {
+        self.frontend.is_congested() || self.channel.as_ref().is_some_and(MessageSocket::is_congested)
+    }
+
+    /// The next message for the driver and what it changes in the device. What is refused is answered
+    /// here if the front-end can be told, and ends the session if not.
+    pub(crate) fn next_message(
+        &mut self,
+        memory: &SiblingMemory,
+        queues: u16,
+    ) -> Result<Option<(Message, Treatment)>, SessionError> {
+        while let Some(mut message) = self.frontend.receive()? {
+            let Header { request, .. } = message.header;
+            let answered = is_query(request) || self.reply_ack && message.header.needs_reply();
+            match treat_request(&mut message, memory, queues) {
+                Ok(treatment) => {
+                    if answered && self.unanswered.len() == UNANSWERED_MAX {
+                        return Err(SessionError::Flood);
+                    }
+                    if answered {
+                        self.unanswered.push_back(request);
+                    }
+                    if let Treatment::ProtocolFeatures(bits) = treatment {
+                        self.reply_ack = bits & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
+                    }
+                    return Ok(Some((message, treatment)));
+                }
+                Err(refusal) if answered && !is_query(request) && !self.frontend.is_congested() => {
+                    log::error!("refused request {request} of the front-end: {refusal}");
+                    let refused = Message::new(message.header.reply(8), &1u64.to_le_bytes());
+                    self.frontend.send(refused.bytes, Vec::new())?;
+                }
+                Err(refusal) => return Err(refusal.into()),
+            }
+        }
+        let Some(channel) = &mut self.channel else { return Ok(None) };
+        let Some(message) = channel.receive()? else { return Ok(None) };
+        if message.header.is_reply() && message.fds.is_empty() {
+            Ok(Some((message, Treatment::Relay)))
+        } else {
+            Err(Refusal::Direction { request: message.header.request }.into())
+        }
+    }
+
+    /// Passes a message of the driver to the front-end. One that the front-end must not see is not
+    /// passed on; if the back-end waits for an answer, the answer is returned.
+    pub(crate) fn deliver(
+        &mut self,
+        mut message: Message,
+        memory: &SiblingMemory,
+        queues: u16,
+    ) -> Result<Option<Message>, SessionError> {
+        if message.header.is_reply() {
+            if self.unanswered.front() != Some(&message.header.request) {
+                log::warn!("dropped an answer to request {} that nobody asked for", message.header.request);
+                return Ok(None);
+            }
+            self.unanswered.pop_front();
+            treat_reply(&mut message, memory, queues)?;
+            self.frontend.send(message.bytes, message.fds)?;
+            return Ok(None);
+        }
+        let refusal = match (treat_backend_request(&message), &mut self.channel) {
+            (Ok(()), Some(channel)) => {
+                channel.send(message.bytes, Vec::new())?;
+                return Ok(None);
+            }
+            (Ok(()), None) => Refusal::NoChannel,
+            (Err(refusal), _) => refusal,
+        };
+        log::warn!("refused request {} of the back-end: {refusal}", message.header.request);
+        let answer = || Message::new(message.header.reply(8), &1u64.to_le_bytes());
+        Ok(message.header.needs_reply().then(answer))
+    }
+}

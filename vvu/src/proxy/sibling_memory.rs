@@ -1,0 +1,198 @@
+//! The sibling memory file: the sibling's RAM, which the shared memory BAR is a window of.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fstat, ftruncate, memfd_create,
+};
+
+use crate::spec::addr::BarOffset;
+use crate::spec::vhost_user::{InflightArea, MemoryRegion, PAGE_SIZE};
+
+/// Bytes at the end of the file, after the sibling's RAM, for the back-end's in-flight region: both the
+/// front-end and the device VM can map it there (vhost-user, "Inflight I/O tracking"). Enough for 128
+/// queues of 1024 descriptors.
+const INFLIGHT_SIZE: u64 = 4 << 20;
+
+/// Why a memory region of the front-end cannot be shown in the shared memory BAR.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MemoryError {
+    #[error(
+        "memory region {gpa:#x} is not in the sibling memory file: start the sibling with \
+         -object memory-backend-file,id=mem,share=on,mem-path=<the file vvu proxy names> -machine memory-backend=mem"
+    )]
+    Foreign { gpa: u64 },
+    #[error(
+        "memory region at offset {offset} of size {size:#x} ends beyond the sibling memory file of {len:#x} bytes: \
+         give vvu proxy the sibling's memory size"
+    )]
+    Beyond { offset: BarOffset, size: u64, len: u64 },
+    #[error(
+        "in-flight region of {size:#x} bytes: want at most {INFLIGHT_SIZE:#x}, behind the RAM in the sibling memory file"
+    )]
+    Inflight { size: u64 },
+    #[error("cannot use the file of a memory region: {0}")]
+    Io(#[from] rustix::io::Errno),
+    #[error("cannot hand out the sibling memory file: {0}")]
+    File(io::Error),
+}
+
+/// The sibling memory file.
+#[derive(Debug)]
+pub struct SiblingMemory {
+    file: File,
+    ram: u64,
+    identity: (u64, u64),
+}
+
+impl SiblingMemory {
+    /// Creates a file for `ram` bytes of sibling RAM, a multiple of the page size above 0. Nobody can
+    /// resize it: neither the front-end nor a guest can make an access to the shared memory BAR fault.
+    ///
+    /// # Errors
+    /// When `ram` is not such a number, or the kernel refuses, for instance for want of memory.
+    pub fn create(ram: u64) -> io::Result<Self> {
+        let size = ram.checked_add(INFLIGHT_SIZE).filter(|_| ram > 0 && ram.is_multiple_of(PAGE_SIZE));
+        let size = size.ok_or_else(|| {
+            let text = format!("sibling memory of {ram} bytes: want a multiple of {PAGE_SIZE} above 0");
+            io::Error::new(io::ErrorKind::InvalidInput, text)
+        })?;
+        let file = memfd_create("vvu-sibling-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        ftruncate(&file, size)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let stat = fstat(&file)?;
+        Ok(Self { file: file.into(), ram, identity: (stat.st_dev, stat.st_ino) })
+    }
+
+    /// The file; the sibling's RAM is at its start.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Bytes in the file, which are more than the sibling's RAM.
+    pub(crate) fn size(&self) -> u64 {
+        self.ram + INFLIGHT_SIZE
+    }
+
+    /// Checks that `region`, which the front-end says is in the file `fd`, is in this file's RAM.
+    pub(crate) fn check(&self, region: &MemoryRegion, fd: impl AsFd) -> Result<(), MemoryError> {
+        let MemoryRegion { gpa, size, offset, .. } = *region;
+        if !self.is(fd)? {
+            return Err(MemoryError::Foreign { gpa: gpa.0 });
+        }
+        let end = offset.0.checked_add(size);
+        if end.is_none_or(|end| end > self.ram) {
+            return Err(MemoryError::Beyond { offset, size, len: self.ram });
+        }
+        Ok(())
+    }
+
+    /// Checks that an in-flight region, which the front-end says is in the file `fd`, is where this
+    /// file has one.
+    pub(crate) fn check_inflight(&self, area: InflightArea, fd: impl AsFd) -> Result<(), MemoryError> {
+        let fits = area.offset.0 == self.ram && area.size <= INFLIGHT_SIZE;
+        if fits && self.is(fd)? { Ok(()) } else { Err(MemoryError::Inflight { size: area.size }) }
+    }
+
+    /// Gives the back-end `size` zeroed bytes to track requests in.
+    pub(crate) fn allocate_inflight(&self, size: u64) -> Result<InflightArea, MemoryError> {
+        if size > INFLIGHT_SIZE {
+            return Err(MemoryError::Inflight { size });
+        }
+        let zero = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&self.file, zero, self.ram, INFLIGHT_SIZE)?;
+        Ok(InflightArea { size, offset: BarOffset(self.ram) })
+    }
+
+    /// Whether `fd` is this very file.
+    fn is(&self, fd: impl AsFd) -> Result<bool, MemoryError> {
+        let stat = fstat(fd)?;
+        Ok((stat.st_dev, stat.st_ino) == self.identity)
+    }
+
+    /// Reads for a VMM that does not map the BAR; what is beyond the file reads as zeroes.
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let end = data.len().min(usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX));
+        if let Err(error) = self.file.read_exact_at(&mut data[..end], offset) {
+            log::warn!("reading sibling memory at {offset:#x}: {error}");
+        }
+    }
+
+    /// Writes for a VMM that does not map the BAR; what is beyond the file is ignored.
+    pub(crate) fn write(&self, offset: u64, data: &[u8]) {
+        let end = data.len().min(usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX));
+        if let Err(error) = self.file.write_all_at(&data[..end], offset) {
+            log::warn!("writing sibling memory at {offset:#x}: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::addr::{SiblingGpa, SiblingVa};
+
+    fn region(offset: u64, size: u64) -> MemoryRegion {
+        MemoryRegion { gpa: SiblingGpa(0), size, va: SiblingVa(0), offset: BarOffset(offset) }
+    }
+
+    #[test]
+    fn only_ranges_of_this_very_file_are_accepted() {
+        let memory = SiblingMemory::create(0x4000).expect("memory");
+        let other = SiblingMemory::create(0x4000).expect("memory");
+        let same = memory.file().try_clone().expect("dup");
+        assert!(memory.check(&region(0x1000, 0x3000), &same).is_ok());
+        assert!(matches!(memory.check(&region(0, 0x1000), other.file()), Err(MemoryError::Foreign { .. })));
+        for (offset, size) in [(0x1000, 0x4000), (0x4000, 0x1000), (u64::MAX - 0xfff, 0x1000)] {
+            assert!(matches!(memory.check(&region(offset, size), &same), Err(MemoryError::Beyond { .. })));
+        }
+    }
+
+    #[test]
+    fn nobody_can_resize_it() {
+        let memory = SiblingMemory::create(0x4000).expect("memory");
+        assert!(memory.file().set_len(0x1000).is_err());
+        assert!(memory.file().set_len(0x4000_0000).is_err());
+    }
+
+    #[test]
+    fn trapped_accesses_reach_the_file_and_nothing_beyond() {
+        let memory = SiblingMemory::create(0x1000).expect("memory");
+        let end = memory.size();
+        memory.write(end - 4, &[1, 2, 3, 4, 5, 6]);
+        let mut data = [9; 6];
+        memory.read(end - 4, &mut data);
+        assert_eq!(data, [1, 2, 3, 4, 0, 0]);
+        memory.write(u64::MAX, &[1]);
+        memory.read(u64::MAX, &mut data);
+        assert_eq!(data, [0; 6]);
+    }
+
+    #[test]
+    fn an_in_flight_region_is_zeroed_and_has_one_place() {
+        let memory = SiblingMemory::create(0x1000).expect("memory");
+        memory.write(0x1000, &[1; 8]);
+        let area = memory.allocate_inflight(0x2000).expect("area");
+        assert_eq!(area, InflightArea { size: 0x2000, offset: BarOffset(0x1000) });
+        let mut data = [9; 8];
+        memory.read(0x1000, &mut data);
+        assert_eq!(data, [0; 8]);
+        assert!(memory.check_inflight(area, memory.file()).is_ok());
+        let other = SiblingMemory::create(0x1000).expect("memory");
+        assert!(memory.check_inflight(area, other.file()).is_err());
+        assert!(memory.check_inflight(InflightArea { offset: BarOffset(0), ..area }, memory.file()).is_err());
+        assert!(memory.allocate_inflight(INFLIGHT_SIZE + 1).is_err());
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        for ram in [0, 1000, !0xfff] {
+            assert!(SiblingMemory::create(ram).is_err());
+        }
+    }
+}

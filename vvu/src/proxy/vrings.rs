@@ -1,0 +1,210 @@
+//! The notification paths of the vhost queues: kicks of the front-end become MSI-X vectors, doorbell
+//! writes of the guest signal the front-end's eventfds.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
+
+use crate::spec::addr::QueueIndex;
+use crate::spec::virtio::NO_VECTOR;
+
+/// An eventfd of the front-end.
+#[derive(Debug)]
+pub(crate) struct Eventfd(OwnedFd);
+
+/// Why a file descriptor is not accepted for notifications.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EventfdError {
+    #[error("a file descriptor for notifications is {got:?}: want an eventfd")]
+    Kind { got: String },
+    #[error("cannot use an eventfd: {0}")]
+    Io(#[from] Errno),
+}
+
+impl Eventfd {
+    /// Accepts nothing but an eventfd, since writing eight bytes to anything else may block or worse.
+    pub(crate) fn new(fd: OwnedFd) -> Result<Self, EventfdError> {
+        use std::os::fd::AsRawFd;
+        let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())?;
+        let got = link.to_string_lossy();
+        if got != "anon_inode:[eventfd]" {
+            return Err(EventfdError::Kind { got: got.into_owned() });
+        }
+        fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+        Ok(Self(fd))
+    }
+
+    /// Adds one to the counter; a full counter already tells the reader all there is to tell.
+    fn signal(&self) {
+        if let Err(error) = rustix::io::write(&self.0, &1u64.to_ne_bytes())
+            && error != Errno::AGAIN
+        {
+            log::warn!("signalling the front-end: {error}");
+        }
+    }
+}
+
+impl AsFd for Eventfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// One vhost queue.
+#[derive(Debug)]
+struct Vring {
+    kick: Option<Eventfd>,
+    call: Option<Eventfd>,
+    err: Option<Eventfd>,
+    /// MSI-X vector that kicks of this queue raise.
+    vector: u16,
+    /// A kick came while there was no vector.
+    kick_pending: bool,
+}
+
+impl Vring {
+    fn new() -> Self {
+        Self { kick: None, call: None, err: None, vector: NO_VECTOR, kick_pending: false }
+    }
+}
+
+/// Which eventfd of a vhost queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Notification {
+    Kick,
+    Call,
+    Err,
+}
+
+#[derive(Debug)]
+pub(crate) struct Vrings(Vec<Vring>);
+
+impl Vrings {
+    pub(crate) fn new(queues: u16) -> Self {
+        Self((0..queues).map(|_| Vring::new()).collect())
+    }
+
+    /// Puts `fd` in the place of the eventfd there was, which is returned.
+    pub(crate) fn set(
+        &mut self,
+        index: QueueIndex,
+        which: Notification,
+        fd: Option<Eventfd>,
+    ) -> Option<Eventfd> {
+        let vring = self.0.get_mut(usize::from(index.0))?;
+        let slot = match which {
+            Notification::Kick => &mut vring.kick,
+            Notification::Call => &mut vring.call,
+            Notification::Err => &mut vring.err,
+        };
+        std::mem::replace(slot, fd)
+    }
+
+    /// Forgets the front-end's eventfds and returns those for kicks; the guest's vectors stay.
+    pub(crate) fn disconnect(&mut self) -> Vec<Eventfd> {
+        let forget = |vring: &mut Vring| {
+            let vector = vring.vector;
+            std::mem::replace(vring, Vring { vector, ..Vring::new() }).kick
+        };
+        self.0.iter_mut().filter_map(forget).collect()
+    }
+
+    /// Forgets the guest's vectors.
+    pub(crate) fn reset(&mut self) {
+        self.0.iter_mut().for_each(|vring| vring.vector = NO_VECTOR);
+    }
+
+    /// The vector to raise for a kick of queue `index`; if there is none, the kick is kept.
+    pub(crate) fn kicked(&mut self, index: QueueIndex) -> Option<u16> {
+        let vring = self.0.get_mut(usize::from(index.0))?;
+        vring.kick_pending = vring.vector == NO_VECTOR;
+        (!vring.kick_pending).then_some(vring.vector)
+    }
+
+    /// The vector of queue `index`.
+    pub(crate) fn vector(&self, index: QueueIndex) -> u16 {
+        self.0.get(usize::from(index.0)).map_or(NO_VECTOR, |vring| vring.vector)
+    }
+
+    /// Sets the vector of queue `index`; returns it if a kick was kept for it.
+    pub(crate) fn set_vector(&mut self, index: QueueIndex, vector: u16) -> Option<u16> {
+        let vring = self.0.get_mut(usize::from(index.0))?;
+        vring.vector = vector;
+        let due = vring.kick_pending && vector != NO_VECTOR;
+        vring.kick_pending &= !due;
+        due.then_some(vector)
+    }
+
+    /// A write to doorbell `index`: with N queues, 0 to N-1 are calls, N to 2N-1 errors. A doorbell
+    /// that nothing is tied to has no effect.
+    pub(crate) fn ring(&self, doorbell: usize) {
+        let eventfd = match self.0.get(doorbell) {
+            Some(vring) => vring.call.as_ref(),
+            None => self.0.get(doorbell - self.0.len()).and_then(|vring| vring.err.as_ref()),
+        };
+        if let Some(eventfd) = eventfd {
+            eventfd.signal();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    fn pair() -> (OwnedFd, Eventfd) {
+        let ours = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("eventfd");
+        let theirs = Eventfd::new(ours.try_clone().expect("dup")).expect("eventfd");
+        (ours, theirs)
+    }
+
+    fn count(fd: &OwnedFd) -> u64 {
+        let mut bytes = [0; 8];
+        match rustix::io::read(fd, &mut bytes) {
+            Ok(_) => u64::from_ne_bytes(bytes),
+            Err(_) => 0,
+        }
+    }
+
+    #[test]
+    fn doorbells_ring_calls_then_errors_and_nothing_else() {
+        let mut vrings = Vrings::new(2);
+        let (call, call_fd) = pair();
+        let (err, err_fd) = pair();
+        vrings.set(QueueIndex(1), Notification::Call, Some(call_fd));
+        vrings.set(QueueIndex(0), Notification::Err, Some(err_fd));
+        for doorbell in [0, 1, 2, 3, 4, 2047] {
+            vrings.ring(doorbell);
+        }
+        assert_eq!((count(&call), count(&err)), (1, 1));
+        vrings.disconnect();
+        vrings.ring(1);
+        assert_eq!(count(&call), 0);
+    }
+
+    #[test]
+    fn a_kick_before_its_vector_is_kept() {
+        let mut vrings = Vrings::new(2);
+        assert_eq!(vrings.kicked(QueueIndex(1)), None);
+        assert_eq!(vrings.set_vector(QueueIndex(0), 2), None);
+        assert_eq!(vrings.set_vector(QueueIndex(1), 3), Some(3));
+        assert_eq!(vrings.set_vector(QueueIndex(1), 4), None);
+        assert_eq!(vrings.kicked(QueueIndex(1)), Some(4));
+        assert_eq!(vrings.kicked(QueueIndex(2)), None);
+    }
+
+    #[test]
+    fn a_full_counter_does_not_block() {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
+        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).expect("fill");
+        Eventfd::new(fd).expect("eventfd").signal();
+    }
+
+    #[test]
+    fn only_eventfds_are_accepted() {
+        let (read, _write) = rustix::pipe::pipe().expect("pipe");
+        assert!(matches!(Eventfd::new(read), Err(EventfdError::Kind { .. })));
+    }
+}

@@ -1,0 +1,345 @@
+//! Device-VM memory as the device reaches it: the client's DMA maps, by I/O virtual address.
+//!
+//! Files are mapped as a whole, once each, however many maps show parts of them: a vIOMMU may map
+//! page by page. A client that shrinks a file after it lent it ends this process; QEMU seals its
+//! memory files against that.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::iter::FusedIterator;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Weak};
+
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::io::Errno;
+use vm_memory::guest_memory::{GuestMemorySliceIterator, Result as MemoryResult};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, MmapRegion, Permissions,
+    VolatileMemory, VolatileSlice,
+};
+
+use crate::spec::addr::Iova;
+use crate::spec::vfio_user::DMA_MAPS_MAX;
+
+/// Most files that maps can show parts of at one time. QEMU has one for each memory backend and ROM.
+const FILES_MAX: usize = 64;
+
+/// Why a DMA map or unmap was refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DmaError {
+    /// No bytes, or more than the address space has.
+    #[error("DMA range of {size:#x} bytes at {iova}: want at least one byte, and an end below 2^64")]
+    Range {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        size: u64,
+    },
+    /// Memory that can be neither read nor written.
+    #[error("DMA map at {iova} allows neither reads nor writes")]
+    NoAccess {
+        /// First address.
+        iova: Iova,
+    },
+    /// The range overlaps one that is mapped.
+    #[error("DMA map of {size:#x} bytes at {iova} overlaps the one at {other}: unmap that one first")]
+    Overlap {
+        /// First address.
+        iova: Iova,
+        /// Bytes.
+        size: u64,
+        /// First address of the map that is there.
+        other: Iova,
+    },
+    /// Too many maps.
+    #[error("{DMA_MAPS_MAX} DMA maps are in use: unmap some, or map larger pages")]
+    TooManyMaps,
+    /// Too many files.
+    #[error("DMA maps show parts of {FILES_MAX} files already: want fewer memory backends")]
+    TooManyFiles,
+    /// A file descriptor that is no file in memory or on disk.
+    #[error("the file of the DMA map at {iova} is no regular file: use memory-backend-memfd,share=on")]
+    NotAFile {
+        /// First address.
+        iova: Iova,
+    },
+    /// The file is too short for the range.
+    #[error(
+        "DMA map of {size:#x} bytes at file offset {offset:#x} ends after the file's {file_size:#x} bytes"
+    )]
+    BeyondFile {
+        /// First byte in the file.
+        offset: u64,
+        /// Bytes.
+        size: u64,
+        /// Bytes of the file.
+        file_size: u64,
+    },
+    /// Memory to write in a file opened for reading.
+    #[error("the file of the writable DMA map at {iova} is opened for reading only")]
+    ReadOnlyFile {
+        /// First address.
+        iova: Iova,
+    },
+    /// The system refused.
+    #[error("cannot map the file of the DMA map at {iova}: {errno}")]
+    Mmap {
+        /// First address.
+        iova: Iova,
+        /// The cause.
+        errno: Errno,
+    },
+}
+
+impl DmaError {
+    /// The errno value that tells the client.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Range { .. } | Self::NoAccess { .. } | Self::NotAFile { .. } | Self::BeyondFile { .. } => {
+                Errno::INVAL
+            }
+            Self::Overlap { .. } => Errno::EXIST,
+            Self::TooManyMaps | Self::TooManyFiles => Errno::NOSPC,
+            Self::ReadOnlyFile { .. } => Errno::ACCESS,
+            Self::Mmap { errno, .. } => *errno,
+        }
+    }
+}
+
+/// The DMA maps of a client.
+#[derive(Debug, Default)]
+pub struct DmaSpace {
+    /// By first address; they do not overlap.
+    maps: BTreeMap<u64, Map>,
+    /// Files that are mapped for as long as a map shows a part of them.
+    files: HashMap<FileId, Weak<MmapRegion>>,
+    /// Whether the log says that memory is inaccessible.
+    reported: Cell<bool>,
+}
+
+#[derive(Debug)]
+struct Map {
+    /// Last address, inclusive: a map may end at the end of the address space.
+    last: u64,
+    access: Permissions,
+    /// `None` for memory that is mapped without a file.
+    memory: Option<Memory>,
+}
+
+#[derive(Debug, Clone)]
+struct Memory {
+    file: Arc<MmapRegion>,
+    offset: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct FileId {
+    device: u64,
+    inode: u64,
+    writable: bool,
+}
+
+impl DmaSpace {
+    /// Maps `size` bytes at `iova` to those at an offset of a file. Without a file the range is taken,
+    /// but every access fails.
+    ///
+    /// # Errors
+    /// [`DmaError`]; nothing is mapped then.
+    pub fn map(
+        &mut self,
+        iova: Iova,
+        size: u64,
+        access: Permissions,
+        file: Option<(OwnedFd, u64)>,
+    ) -> Result<(), DmaError> {
+        let last = last_address(iova, size)?;
+        if access == Permissions::No {
+            return Err(DmaError::NoAccess { iova });
+        }
+        if let Some((&other, _)) = self.last_overlap(iova.0, last) {
+            return Err(DmaError::Overlap { iova, size, other: Iova(other) });
+        }
+        if self.maps.len() >= DMA_MAPS_MAX {
+            return Err(DmaError::TooManyMaps);
+        }
+        let memory = match file {
+            Some((fd, offset)) => {
+                let file = self.map_file(fd, iova, size, offset, access)?;
+                Some(Memory { file, offset })
+            }
+            None => None,
+        };
+        self.maps.insert(iova.0, Map { last, access, memory });
+        Ok(())
+    }
+
+    /// The memory of the file behind `fd`, which holds `size` bytes at `offset`.
+    fn map_file(
+        &mut self,
+        fd: OwnedFd,
+        iova: Iova,
+        size: u64,
+        offset: u64,
+        access: Permissions,
+    ) -> Result<Arc<MmapRegion>, DmaError> {
+        let refused = |errno| DmaError::Mmap { iova, errno };
+        let stat = fstat(&fd).map_err(refused)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(DmaError::NotAFile { iova });
+        }
+        let file_size = u64::try_from(stat.st_size).unwrap_or(0);
+        if offset.checked_add(size).is_none_or(|end| end > file_size) {
+            return Err(DmaError::BeyondFile { offset, size, file_size });
+        }
+        let writable = fcntl_getfl(&fd).map_err(refused)?.intersection(OFlags::RWMODE) == OFlags::RDWR;
+        if access.has_write() && !writable {
+            return Err(DmaError::ReadOnlyFile { iova });
+        }
+        let id = FileId { device: stat.st_dev, inode: stat.st_ino, writable };
+        let length = usize::try_from(file_size).map_err(|_| refused(Errno::FBIG))?;
+        // A file that has grown is mapped anew; older maps keep the shorter view of the same bytes.
+        let mapped = self.files.get(&id).and_then(Weak::upgrade);
+        if let Some(mapped) = mapped.filter(|mapped| mapped.size() >= length) {
+            return Ok(mapped);
+        }
+        self.files.retain(|_, mapped| mapped.strong_count() > 0);
+        if self.files.len() >= FILES_MAX {
+            return Err(DmaError::TooManyFiles);
+        }
+        let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        let file = FileOffset::new(File::from(fd), 0);
+        let mapped = MmapRegion::build(Some(file), length, protection, flags).map_err(|error| {
+            log::debug!("mmap of {length:#x} bytes: {error}");
+            refused(Errno::NOMEM)
+        })?;
+        let mapped = Arc::new(mapped);
+        self.files.insert(id, Arc::downgrade(&mapped));
+        Ok(mapped)
+    }
+
+    /// Takes `size` bytes at `iova` away, mapped or not; maps that only overlap keep the rest. A range
+    /// that would end beyond the address space ends with it.
+    ///
+    /// # Errors
+    /// [`DmaError::TooManyMaps`] when a map would have to become two; nothing changes then.
+    pub fn unmap(&mut self, iova: Iova, size: u64) -> Result<(), DmaError> {
+        let first = iova.0;
+        let Some(last) = size.checked_sub(1).map(|size| first.saturating_add(size)) else {
+            return Ok(());
+        };
+        let splits =
+            self.last_overlap(first, last).is_some_and(|(start, map)| *start < first && map.last > last);
+        if splits && self.maps.len() >= DMA_MAPS_MAX {
+            return Err(DmaError::TooManyMaps);
+        }
+        while let Some((&start, _)) = self.last_overlap(first, last) {
+            let Some(map) = self.maps.remove(&start) else { break };
+            if map.last > last {
+                let skipped = last - start + 1;
+                let memory =
+                    map.memory.clone().map(|memory| Memory { offset: memory.offset + skipped, ..memory });
+                self.maps.insert(last + 1, Map { last: map.last, access: map.access, memory });
+            }
+            if start < first {
+                self.maps.insert(start, Map { last: first - 1, ..map });
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes everything away.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// The last map with an address in `first..=last`.
+    fn last_overlap(&self, first: u64, last: u64) -> Option<(&u64, &Map)> {
+        self.maps.range(..=last).next_back().filter(|(_, map)| map.last >= first)
+    }
+
+    /// At most `count` bytes at `address`: those up to the end of the map that holds it.
+    fn slice(&self, address: u64, count: usize, access: Permissions) -> MemoryResult<VolatileSlice<'_>> {
+        let invalid = || GuestMemoryError::InvalidGuestAddress(GuestAddress(address));
+        let (start, map) = self.last_overlap(address, address).ok_or_else(invalid)?;
+        if !map.access.allow(access) {
+            return Err(invalid());
+        }
+        let Some(memory) = &map.memory else {
+            if !self.reported.replace(true) {
+                log::warn!(
+                    "device-VM memory at {} is not shared with this process, so the device cannot reach it: \
+                     start the device VM with memory-backend-memfd,share=on",
+                    Iova(address)
+                );
+            }
+            return Err(GuestMemoryError::HostAddressNotAvailable);
+        };
+        let rest = usize::try_from(map.last - address).unwrap_or(usize::MAX).saturating_add(1);
+        let offset = usize::try_from(memory.offset + (address - start)).map_err(|_| invalid())?;
+        Ok(memory.file.get_slice(offset, count.min(rest))?)
+    }
+}
+
+fn last_address(iova: Iova, size: u64) -> Result<u64, DmaError> {
+    let last = size.checked_sub(1).and_then(|rest| iova.0.checked_add(rest));
+    last.ok_or(DmaError::Range { iova, size })
+}
+
+impl GuestMemory for DmaSpace {
+    type PhysicalMemory = GuestMemoryMmap<()>;
+    type Bitmap = ();
+
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        self.get_slices(addr, count, access).is_ok_and(|mut slices| slices.all(|slice| slice.is_ok()))
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> MemoryResult<impl GuestMemorySliceIterator<'a, ()>> {
+        let rest = u64::try_from(count.saturating_sub(1)).unwrap_or(u64::MAX);
+        if addr.0.checked_add(rest).is_none() {
+            return Err(GuestMemoryError::GuestAddressOverflow);
+        }
+        Ok(Slices { space: self, address: addr.0, left: count, access })
+    }
+}
+
+/// The slices of a range, one for each map.
+struct Slices<'a> {
+    space: &'a DmaSpace,
+    address: u64,
+    left: usize,
+    access: Permissions,
+}
+
+impl<'a> Iterator for Slices<'a> {
+    type Item = MemoryResult<VolatileSlice<'a>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.left == 0 {
+            return None;
+        }
+        let slice = self.space.slice(self.address, self.left, self.access);
+        match &slice {
+            Ok(slice) => {
+                self.left -= slice.len();
+                // Past the end of the address space nothing is left.
+                self.address = self.address.wrapping_add(slice.len() as u64);
+            }
+            Err(_) => self.left = 0,
+        }
+        Some(slice)
+    }
+}
+
+impl FusedIterator for Slices<'_> {}
+impl<'a> GuestMemorySliceIterator<'a, ()> for Slices<'a> {}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,171 @@
+//! What the connected client lends the device: memory and interrupts.
+
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
+
+use super::dma::DmaSpace;
+use crate::proxy::Host;
+
+/// The client's memory for DMA and its eventfds for MSI-X vectors; both empty without a client.
+#[derive(Debug)]
+pub struct VmmHost {
+    /// Device-VM memory by I/O virtual address.
+    pub(super) dma: DmaSpace,
+    vectors: Vec<Option<OwnedFd>>,
+}
+
+impl VmmHost {
+    /// A host of a device with `vectors` MSI-X vectors that lends nothing yet.
+    #[must_use]
+    pub fn new(vectors: u16) -> Self {
+        Self { dma: DmaSpace::default(), vectors: (0..vectors).map(|_| None).collect() }
+    }
+
+    /// Gives `count` vectors from `start` on one eventfd each, or takes them away if there is none.
+    ///
+    /// # Errors
+    /// `EINVAL` for vectors the device does not have and for a number of eventfds that is neither
+    /// `count` nor 0; what `fcntl` says to the others.
+    pub(super) fn set_vectors(
+        &mut self,
+        start: u32,
+        count: u32,
+        eventfds: Vec<OwnedFd>,
+    ) -> Result<(), Errno> {
+        let vectors = vector_range(start, count).and_then(|range| self.vectors.get_mut(range));
+        let vectors = vectors.ok_or(Errno::INVAL)?;
+        if !eventfds.is_empty() && eventfds.len() != vectors.len() {
+            return Err(Errno::INVAL);
+        }
+        for eventfd in &eventfds {
+            // A full counter must not block the device.
+            fcntl_setfl(eventfd, fcntl_getfl(eventfd)? | OFlags::NONBLOCK)?;
+        }
+        let mut eventfds = eventfds.into_iter();
+        for vector in vectors {
+            *vector = eventfds.next();
+        }
+        Ok(())
+    }
+
+    /// Takes all eventfds away.
+    pub(super) fn clear_vectors(&mut self) {
+        self.vectors.fill_with(|| None);
+    }
+
+    /// Signals `count` vectors from `start` on.
+    ///
+    /// # Errors
+    /// `EINVAL` for vectors the device does not have.
+    pub(super) fn fire_vectors(&self, start: u32, count: u32) -> Result<(), Errno> {
+        let vectors = vector_range(start, count).and_then(|range| self.vectors.get(range));
+        vectors.ok_or(Errno::INVAL)?.iter().flatten().for_each(signal);
+        Ok(())
+    }
+}
+
+fn vector_range(start: u32, count: u32) -> Option<std::ops::Range<usize>> {
+    let end = usize::try_from(start.checked_add(count)?).ok()?;
+    Some(usize::try_from(start).ok()?..end)
+}
+
+fn signal(eventfd: &OwnedFd) {
+    // A full counter is a signal that is pending already.
+    if let Err(error) = rustix::io::write(eventfd, &1u64.to_ne_bytes())
+        && error != Errno::AGAIN
+    {
+        log::debug!("cannot signal an MSI-X vector: {error}");
+    }
+}
+
+impl Host for VmmHost {
+    type Memory = DmaSpace;
+
+    fn memory(&self) -> &DmaSpace {
+        &self.dma
+    }
+
+    fn signal(&self, vector: u16) {
+        if let Some(Some(eventfd)) = self.vectors.get(usize::from(vector)) {
+            signal(eventfd);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use std::os::fd::AsFd;
+
+    /// An eventfd that would block, and a second handle of it to read.
+    fn event() -> (OwnedFd, OwnedFd) {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
+        let reader = event.try_clone().expect("dup");
+        (event, reader)
+    }
+
+    fn count(reader: impl AsFd) -> u64 {
+        let mut value = [0; 8];
+        match rustix::io::read(reader, &mut value) {
+            Ok(_) => u64::from_ne_bytes(value),
+            Err(error) => {
+                assert_eq!(error, Errno::AGAIN);
+                0
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_are_set_replaced_and_taken_away() {
+        let mut host = VmmHost::new(3);
+        let ((a, read_a), (b, read_b), (c, read_c)) = (event(), event(), event());
+        host.set_vectors(1, 2, vec![a, b]).expect("set");
+        host.signal(0);
+        host.signal(1);
+        host.signal(2);
+        host.signal(3);
+        assert_eq!((count(&read_a), count(&read_b)), (1, 1));
+
+        host.set_vectors(1, 1, vec![c]).expect("replace");
+        host.signal(1);
+        assert_eq!((count(&read_a), count(&read_c)), (0, 1));
+
+        host.set_vectors(1, 1, Vec::new()).expect("take away");
+        host.signal(1);
+        host.signal(2);
+        assert_eq!((count(&read_c), count(&read_b)), (0, 1));
+
+        host.fire_vectors(0, 3).expect("fire");
+        assert_eq!(count(&read_b), 1);
+        host.clear_vectors();
+        host.signal(2);
+        assert_eq!(count(&read_b), 0);
+    }
+
+    #[test]
+    fn vectors_out_of_range_change_nothing() {
+        let mut host = VmmHost::new(2);
+        let (a, read_a) = event();
+        host.set_vectors(0, 1, vec![a]).expect("set");
+        for (start, count) in [(2, 1), (0, 3), (u32::MAX, 2), (1, u32::MAX)] {
+            assert_eq!(host.set_vectors(start, count, Vec::new()), Err(Errno::INVAL));
+            assert_eq!(host.fire_vectors(start, count), Err(Errno::INVAL));
+        }
+        assert_eq!(host.set_vectors(0, 2, vec![event().0]), Err(Errno::INVAL));
+        host.signal(0);
+        assert_eq!(count(&read_a), 1);
+    }
+
+    #[test]
+    fn a_full_counter_does_not_block() {
+        let mut host = VmmHost::new(1);
+        let (event, reader) = event();
+        rustix::io::write(&event, &(u64::MAX - 1).to_ne_bytes()).expect("fill");
+        host.set_vectors(0, 1, vec![event]).expect("set");
+        host.signal(0);
+        assert_eq!(count(&reader), u64::MAX - 1);
+    }
+}

@@ -1,0 +1,181 @@
+//! The loop: one client at a time, the device's own events, and the order to stop.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
+
+use super::commands::Session;
+use super::host::VmmHost;
+use super::socket::{MessageSocket, SocketError};
+use crate::proxy::Device;
+use crate::spec::vfio_user::MessageError;
+
+/// Why the server cannot go on. What clients do is never a reason.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Waiting for events failed.
+    #[error("cannot wait for events: {0}")]
+    Epoll(#[from] Errno),
+    /// The listening socket failed.
+    #[error("cannot accept a vfio-user client: {0}")]
+    Accept(std::io::Error),
+}
+
+/// A vfio-user server.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    stop: OwnedFd,
+}
+
+/// What an event is about.
+#[derive(Clone, Copy)]
+#[repr(u64)]
+enum Source {
+    Stop,
+    Device,
+    Listener,
+    Client,
+}
+
+impl Source {
+    const ALL: [Self; 4] = [Self::Stop, Self::Device, Self::Listener, Self::Client];
+
+    fn data(self) -> EventData {
+        EventData::new_u64(self as u64)
+    }
+
+    fn of(data: EventData) -> Option<Self> {
+        Self::ALL.into_iter().find(|source| *source as u64 == data.u64())
+    }
+}
+
+/// A connected client.
+struct Client {
+    socket: MessageSocket,
+    session: Session,
+    refusals: u32,
+}
+
+/// Refused commands of one client that are logged as warnings.
+const LOUD_REFUSALS: u32 = 16;
+
+impl Server {
+    /// Serves clients of `listener` until `stop`, an eventfd for example, is readable.
+    ///
+    /// # Errors
+    /// When the listener cannot be put into non-blocking mode.
+    pub fn new(listener: UnixListener, stop: OwnedFd) -> std::io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, stop })
+    }
+
+    /// Serves `device` to one client after the other until told to stop. Between clients the device is
+    /// reset; its own events are served all the time.
+    ///
+    /// # Errors
+    /// [`ServeError`].
+    pub fn serve(&mut self, device: &mut Device) -> Result<(), ServeError> {
+        let mut host = VmmHost::new(device.vector_count());
+        let result = self.serve_clients(device, &mut host);
+        device.reset();
+        result
+    }
+
+    fn serve_clients(&mut self, device: &mut Device, host: &mut VmmHost) -> Result<(), ServeError> {
+        let poll = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&poll, &self.stop, Source::Stop.data(), EventFlags::IN)?;
+        epoll::add(&poll, device.events(), Source::Device.data(), EventFlags::IN)?;
+        epoll::add(&poll, &self.listener, Source::Listener.data(), EventFlags::IN)?;
+        let mut client: Option<Client> = None;
+        let mut events = Vec::with_capacity(Source::ALL.len());
+        loop {
+            events.clear();
+            match epoll::wait(&poll, spare_capacity(&mut events), None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            for event in &events {
+                match Source::of(event.data) {
+                    Some(Source::Stop) => return Ok(()),
+                    Some(Source::Device) => device.process(host),
+                    Some(Source::Listener) if client.is_none() => {
+                        client = self.accept()?;
+                        if let Some(client) = &client {
+                            // Further clients stay in the backlog.
+                            epoll::delete(&poll, &self.listener)?;
+                            epoll::add(&poll, &client.socket, Source::Client.data(), EventFlags::IN)?;
+                        }
+                    }
+                    Some(Source::Client) => {
+                        let Some(connected) = &mut client else { continue };
+                        let was_congested = connected.socket.is_congested();
+                        if let Err(error) = connected.step(host, device) {
+                            match error {
+                                SocketError::Closed => log::info!("the vfio-user client disconnected"),
+                                error => log::error!("disconnecting the vfio-user client: {error}"),
+                            }
+                            // Closing the socket takes it out of the poll set.
+                            client = None;
+                            device.reset();
+                            *host = VmmHost::new(device.vector_count());
+                            epoll::add(&poll, &self.listener, Source::Listener.data(), EventFlags::IN)?;
+                        } else if connected.socket.is_congested() != was_congested {
+                            let interest = if was_congested { EventFlags::IN } else { EventFlags::OUT };
+                            epoll::modify(&poll, connected.socket.as_fd(), Source::Client.data(), interest)?;
+                        }
+                    }
+                    Some(Source::Listener) | None => {}
+                }
+            }
+        }
+    }
+
+    /// The next client, if it is still there.
+    fn accept(&self) -> Result<Option<Client>, ServeError> {
+        use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+        match self.listener.accept() {
+            Ok((stream, _)) => {
+                log::info!("a vfio-user client connected");
+                let socket = MessageSocket::new(stream);
+                Ok(Some(Client { socket, session: Session::default(), refusals: 0 }))
+            }
+            Err(error) if matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted) => Ok(None),
+            Err(error) => Err(ServeError::Accept(error)),
+        }
+    }
+}
+
+impl Client {
+    /// Goes on with the reply that the client has yet to take, or else with its next message. A
+    /// client that takes no replies is not listened to, so at most one reply waits.
+    fn step(&mut self, host: &mut VmmHost, device: &mut Device) -> Result<(), SocketError> {
+        if self.socket.is_congested() {
+            return self.socket.flush();
+        }
+        let Some(message) = self.socket.receive()? else { return Ok(()) };
+        let header = message.header;
+        if header.is_reply() {
+            return Err(MessageError::Type { got: 1 }.into());
+        }
+        let answer = self.session.answer(message, host, device);
+        if let Err(refusal) = &answer {
+            let level = if self.refusals < LOUD_REFUSALS { log::Level::Warn } else { log::Level::Debug };
+            self.refusals = self.refusals.saturating_add(1);
+            log::log!(level, "refused a command of the vfio-user client: {refusal}");
+        }
+        if !header.wants_reply() {
+            return Ok(());
+        }
+        match answer {
+            Ok(answer) => self.socket.send(header.reply(answer.payload.len()), &answer.payload, answer.fds),
+            Err(refusal) => {
+                let errno = refusal.errno().raw_os_error().unsigned_abs();
+                self.socket.send(header.error_reply(errno), &[], Vec::new())
+            }
+        }
+    }
+}

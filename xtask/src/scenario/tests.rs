@@ -1,0 +1,84 @@
+use super::*;
+
+const MINIMAL: &str = r#"{
+    "name": "one", "description": "d",
+    "vms": {"device": {"memory_mib": 256}, "sibling": {"memory_mib": 256}},
+    "vvu": {"vvu": {}},
+    "disks": {"disk": {"size_mib": 1}},
+    "steps": [{"vm": "device", "run": "lspci -s {bdf}", "expect": {"stdout": "{bdf} (.*)"}, "save": "line"},
+              {"vm": "sibling", "run": "echo {line} {disk} {sha256} {capacity_sectors}"}]
+}"#;
+
+fn parse(text: &str) -> Result<Scenario> {
+    Scenario::parse(text, Path::new("/nonexistent"))
+}
+
+/// `MINIMAL` with `from` replaced by `to` must fail with all of `want` in the message.
+fn refused(from: &str, to: &str, want: &[&str]) {
+    assert!(MINIMAL.contains(from), "{from} is not in the sample");
+    let error = format!("{:#}", parse(&MINIMAL.replace(from, to)).expect_err(to));
+    for want in want {
+        assert!(error.contains(want), "{to}: {error:?} lacks {want:?}");
+    }
+}
+
+#[test]
+fn a_minimal_scenario_gets_its_defaults() {
+    let scenario = parse(MINIMAL).expect("valid");
+    assert_eq!(scenario.vvu["vvu"].addr, Addr::Fixed(Slot::DEFAULT));
+    assert_eq!(scenario.vms["device"].cpus, 1);
+    assert_eq!(scenario.memory_mib(), 512);
+    assert_eq!(scenario.steps[0].expect.exit, 0);
+    assert_eq!(scenario.steps[0].action(), Some(Action::Run("lspci -s {bdf}")));
+}
+
+#[test]
+fn errors_name_the_json_path_and_what_is_wanted() {
+    refused(r#""size_mib": 1"#, r#""size_mib": "1""#, &["disks.disk.size_mib"]);
+    refused(r#""memory_mib": 256}, "s"#, r#""memory": 256}, "s"#, &["vms.device", "memory_mib"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"addr": "10.0"}"#, &["vvu.vvu.addr", "00:10.0"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"addr": "00:1f.0"}"#, &["vvu.vvu.addr", "01 to 1e"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"queues": 0}"#, &["vvu.vvu.queues"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"device_vm": "x"}"#, &["vvu.vvu", "\"x\"", "device, sibling"]);
+    refused(r#""vvu": {}"#, r#""vvu": {}, "b": {}"#, &["vvu.vvu.sibling_vm", "RAM"]);
+    refused(r#""size_mib": 1"#, r#""size_mib": 0"#, &["disks.disk", "size_mib"]);
+    refused(r#""size_mib": 1"#, r#""file": "no.img""#, &["disks.disk", "/nonexistent/no.img"]);
+    refused(r#""run": "lspci -s {bdf}""#, r#""run": "lspci {bfd}""#, &["steps[0]", "{bfd}", "{bdf}"]);
+    refused(r#""run": "lspci -s {bdf}""#, r#""run": "x", "start": true"#, &["steps[0]", "exactly one"]);
+    refused(r#""vm": "sibling", "run""#, r#""vm": "sib", "run""#, &["steps[1]", "\"sib\""]);
+    refused(r#""save": "line""#, r#""save": "line", "timeout_s": -1"#, &["steps[0].timeout_s"]);
+    refused("{bdf} (.*)", "(", &["steps[0]", "expect.stdout"]);
+    refused("{line}", "{later}", &["steps[1]", "{later}", "{line}"]);
+    refused(r#""name": "one""#, r#""name": "../one""#, &["at name"]);
+    refused("]\n}", "]\n} x", &["after the scenario"]);
+}
+
+#[test]
+fn a_disk_file_must_be_a_whole_number_of_sectors() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("odd.img");
+    std::fs::write(&path, [0; 700]).expect("written");
+    let text = MINIMAL.replace(r#""size_mib": 1"#, r#""file": "odd.img""#);
+    let error = format!("{:#}", Scenario::parse(&text, dir.path()).expect_err("odd size"));
+    assert!(error.contains("700 bytes") && error.contains("multiple of 512"), "{error}");
+
+    std::fs::write(&path, [0; 1024]).expect("written");
+    Scenario::parse(&text, dir.path()).expect("two sectors");
+
+    let text = MINIMAL.replace(r#""size_mib": 1"#, r#""file": ".""#);
+    let error = format!("{:#}", Scenario::parse(&text, dir.path()).expect_err("a directory"));
+    assert!(error.contains("not a regular file"), "{error}");
+}
+
+#[test]
+fn an_unknown_scenario_is_answered_with_those_there_are() {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::write(dir.path().join("one.json"), MINIMAL).expect("written");
+    assert_eq!(find(dir.path(), "one").expect("there").name, "one");
+    let error = find(dir.path(), "two").expect_err("not there").to_string();
+    assert!(error.contains("\"two\"") && error.contains("known are one"), "{error}");
+
+    std::fs::write(dir.path().join("other.json"), MINIMAL).expect("written");
+    let error = list(dir.path()).expect_err("misnamed").to_string();
+    assert!(error.contains("other.json") && error.contains("\"one\""), "{error}");
+}
