@@ -18,13 +18,28 @@ const TAIL_LINES: usize = 20;
 /// process group may hold the pipe open for ever.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// Runs `command` to its end in a process group of its own. `on_line` sees every line of its output and says whether
-/// it belongs in `log`.
+/// Runs `command` to its end in a process group of its own; every line of its output goes to `log` and `on_line`.
 ///
 /// # Errors
 ///
 /// It cannot be started or ends with anything but success; the message then has the log's last lines and place.
-pub(crate) fn run(mut command: Command, log: &Path, mut on_line: impl FnMut(&str) -> bool) -> Result<()> {
+pub(crate) fn run(command: Command, log: &Path, mut on_line: impl FnMut(&str)) -> Result<()> {
+    run_filtered(command, log, |line| {
+        on_line(line);
+        true
+    })
+}
+
+/// Like [`run`]; `belongs` says of each line whether it goes to the log.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn run_filtered(
+    mut command: Command,
+    log: &Path,
+    mut belongs: impl FnMut(&str) -> bool,
+) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     let mut file = File::create(log).with_context(|| format!("cannot write the log {}", log.display()))?;
     let (output, input) = std::io::pipe().context("cannot make a pipe")?;
@@ -48,7 +63,7 @@ pub(crate) fn run(mut command: Command, log: &Path, mut on_line: impl FnMut(&str
     loop {
         match lines.recv_timeout(LOOK) {
             Ok(line) => {
-                if !on_line(&line) {
+                if !belongs(&line) {
                     continue;
                 }
                 writeln!(file, "{line}")
@@ -130,7 +145,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let log = dir.path().join("log");
         let mut lines = Vec::new();
-        run(shell("echo one; echo two >&2; echo three"), &log, |line| {
+        run_filtered(shell("echo one; echo two >&2; echo three"), &log, |line| {
             lines.push(line.to_owned());
             line != "three"
         })
@@ -143,7 +158,7 @@ mod tests {
     fn a_failure_shows_the_end_of_the_log_and_where_it_is() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let log = dir.path().join("log");
-        let error = run(shell("seq 1 100; exit 3"), &log, |_| true).expect_err("fails").to_string();
+        let error = run(shell("seq 1 100; exit 3"), &log, |_| ()).expect_err("fails").to_string();
         let same = run_undisturbed(shell("seq 1 100; exit 3"), &log).expect_err("fails").to_string();
         assert_eq!(error, same);
         assert!(error.contains("exit status: 3") && error.contains(&log.display().to_string()), "{error}");
@@ -161,7 +176,7 @@ mod tests {
         run(
             shell(&format!("{script}; while [ ! -s {} ]; do :; done", pid.display())),
             &dir.path().join("log"),
-            |_| true,
+            |_| (),
         )
         .expect("succeeds");
         let pid = std::fs::read_to_string(&pid).expect("started").trim().parse().expect("a pid");

@@ -38,7 +38,7 @@ impl Build<'_> {
         // Not merge_config with olddefconfig: options that become visible on the way would take their defaults.
         let shell = Shell::new().context("the working directory is gone")?;
         let make = self.make(&shell).arg("allnoconfig").env("KCONFIG_ALLCONFIG", &fragment);
-        logged::run(make.into(), self.log, |_| true).context("cannot configure the kernel")?;
+        logged::run(make.into(), self.log, |_| ()).context("cannot configure the kernel")?;
         let path = self.dir.join(".config");
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let resolved = config::parse(&text);
@@ -86,7 +86,6 @@ impl Build<'_> {
             } else if line.starts_with("  LD      vmlinux") {
                 stage.update("linking");
             }
-            true
         })
         .context("cannot build the kernel")?;
         Ok(objects)

@@ -135,7 +135,7 @@ pub(super) fn unpack(
         .args(["--checkpoint-action=echo=%u", "--wildcards"])
         .args(excluded)
         .env("LC_ALL", "C");
-    logged::run(tar.into(), log, |line| {
+    logged::run_filtered(tar.into(), log, |line| {
         let megabytes = line.rsplit(' ').next().and_then(|word| word.parse::<u32>().ok());
         if let Some(megabytes) = megabytes {
             stage.update(format!("{megabytes} MiB"));
