@@ -58,15 +58,17 @@ pub(crate) struct VmSpec {
 
 /// How a VM's devices reach its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case")]
 pub(crate) enum Iommu {
     /// virtio-iommu; it does not remap interrupts, so the guest kernel gets
     /// `vfio_iommu_type1.allow_unsafe_interrupts=1`.
-    VirtioIommu,
+    #[serde(rename = "virtio-iommu")]
+    Virtio,
     /// Intel VT-d with interrupt remapping.
-    IntelIommu,
+    #[serde(rename = "intel-iommu")]
+    Intel,
     /// AMD-Vi with interrupt remapping.
-    AmdIommu,
+    #[serde(rename = "amd-iommu")]
+    Amd,
 }
 
 /// A vvu device and the proxy that serves it.
