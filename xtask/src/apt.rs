@@ -69,9 +69,7 @@ impl<'a> Apt<'a> {
         };
         let dir = cache.dir("apt")?.join(&name);
         let lock = cache.lock(&format!("apt/{name}"))?;
-        for part in ["lists/partial", "archives/partial"] {
-            cache.dir(&format!("apt/{name}/{part}"))?;
-        }
+        cache.dir(&format!("apt/{name}/lists/partial"))?;
         stage.update("reading the machine's apt configuration");
         let sources = sources(suites, &machine_indexes()?)?;
         // The status file says what is installed: nothing, so that dependencies come along.
@@ -82,7 +80,7 @@ impl<'a> Apt<'a> {
             fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         }
         let apt = Self { dir, log: cache.dir("logs")?.join(format!("apt-{name}.log")), stage, _lock: lock };
-        apt.get("fetching package lists", &["update"]).map_err(|error| explain(&error))?;
+        apt.get("fetching package lists", &apt.dir, &["update"]).map_err(|error| explain(&error))?;
         Ok(apt)
     }
 
@@ -102,11 +100,7 @@ impl<'a> Apt<'a> {
     ///
     /// A package does not exist, or the download fails.
     pub(crate) fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
-        let install = [&["install", "--no-install-recommends"], packages].concat();
-        self.stage.update("resolving dependencies");
-        let uris = capture(self.command("apt-get").args(["-q", "-y", "--print-uris"]).args(&install))?;
-        self.get("downloading", &[&["--download-only"], install.as_slice()].concat())?;
-        self.files(&uris)
+        self.fetch(&["install", "--download-only", "--no-install-recommends"], packages)
     }
 
     /// Downloads packages without what they depend on.
@@ -115,10 +109,7 @@ impl<'a> Apt<'a> {
     ///
     /// A package does not exist, or the download fails.
     pub(crate) fn download(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
-        let download = [&["download"], packages].concat();
-        let uris = capture(self.command("apt-get").args(["-q", "--print-uris"]).args(&download))?;
-        self.get("downloading", &download)?;
-        self.files(&uris)
+        self.fetch(&["download"], packages)
     }
 
     /// Downloads the files of a source package (needs [`Suites::MachineSources`]); unpacking them is the caller's.
@@ -127,28 +118,32 @@ impl<'a> Apt<'a> {
     ///
     /// The package does not exist, or the download fails.
     pub(crate) fn source(&self, package: &str) -> Result<Vec<PathBuf>> {
-        let source = ["source", "--download-only", package];
-        let uris = capture(self.command("apt-get").args(["-q", "--print-uris"]).args(source))?;
-        self.get("downloading", &source)?;
-        self.files(&uris)
+        self.fetch(&["source", "--download-only"], &[package])
     }
 
-    fn files(&self, uris: &str) -> Result<Vec<PathBuf>> {
-        let dir = self.dir.join("archives");
-        let files: Vec<PathBuf> = file_names(uris).map(|name| dir.join(name)).collect();
-        if files.is_empty() {
-            bail!("apt named no file to download in {}", self.dir.display());
+    /// Runs one download into a directory of its own; the files there afterwards are what was asked for.
+    fn fetch(&self, action: &[&str], packages: &[&str]) -> Result<Vec<PathBuf>> {
+        let dir = self.dir.join(format!("files-{}", packages.join("+")));
+        fs::create_dir_all(dir.join("partial")).with_context(|| format!("cannot make {}", dir.display()))?;
+        self.get("downloading", &dir, &[action, packages].concat())?;
+        let paths = fs::read_dir(&dir).and_then(|entries| {
+            entries.map(|entry| entry.map(|entry| entry.path())).collect::<std::io::Result<Vec<_>>>()
+        });
+        let mut paths = paths.with_context(|| format!("cannot list {}", dir.display()))?;
+        paths.retain(|path| path.is_file() && !path.ends_with("lock"));
+        paths.sort();
+        if paths.is_empty() {
+            bail!("apt downloaded nothing for {}", packages.join(" "));
         }
-        if let Some(absent) = files.iter().find(|file| !file.is_file()) {
-            bail!("apt downloaded everything, but {} is not there", absent.display());
-        }
-        Ok(files)
+        Ok(paths)
     }
 
-    fn get(&self, what: &str, args: &[&str]) -> Result<()> {
+    fn get(&self, what: &str, dir: &Path, args: &[&str]) -> Result<()> {
         self.stage.update(what);
         let mut command = self.command("apt-get");
-        command.args(["-q", "-y", "-o", "APT::Status-Fd=1"]).args(args);
+        // `download` and `source` write into the current directory, `install` into the archive directory.
+        let archives = format!("Dir::Cache::archives={}", dir.display());
+        command.current_dir(dir).args(["-q", "-y", "-o", "APT::Status-Fd=1", "-o", &archives]).args(args);
         logged::run(command, &self.log, |line| {
             if let Some(percent) = download_percent(line) {
                 self.stage.update(format!("{what} {percent:>3} %"));
@@ -159,8 +154,6 @@ impl<'a> Apt<'a> {
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("APT_CONFIG", self.dir.join("apt.conf")).env("LC_ALL", "C");
-        // `download` and `source` write into the current directory.
-        command.current_dir(self.dir.join("archives"));
         command
     }
 }
@@ -311,15 +304,6 @@ fn config(dir: &Path, suites: Suites) -> Result<String> {
     Ok(text)
 }
 
-/// The file names in what `--print-uris` says: lines of `'URI' NAME SIZE HASH`.
-fn file_names(uris: &str) -> impl Iterator<Item = &str> {
-    uris.lines().filter_map(|line| {
-        let mut words = line.strip_prefix('\'')?.split_once("' ")?.1.split_whitespace();
-        // A name with a directory in it would leave the archive directory.
-        words.next().filter(|name| !name.contains('/'))
-    })
-}
-
 /// What a line of apt's status output says about a download: `dlstatus:ITEM:PERCENT:TEXT`.
 fn download_percent(line: &str) -> Option<&str> {
     line.strip_prefix("dlstatus:")?.split(':').nth(1)?.split('.').next()
@@ -364,12 +348,6 @@ Other|Packages|http://other.example/|bookworm|main
         assert_eq!(own.lines().filter(|line| line.starts_with("deb-src ")).count(), 2);
         let security = indexes.into_iter().filter(|index| index.release.contains("security")).collect();
         sources(Suites::Named(&["trixie"]), &security).expect_err("no archive");
-    }
-
-    #[test]
-    fn names_are_read_from_uris() {
-        let uris = "Reading...\n'http://m.example/p/a_1%3a2_amd64.deb' a_1%3a2_amd64.deb 12 SHA256:0\n'x' ../b 1 M\n";
-        assert_eq!(file_names(uris).collect::<Vec<_>>(), ["a_1%3a2_amd64.deb"]);
     }
 
     #[test]

@@ -274,7 +274,9 @@ impl Cache {
                 if path.extension() == Some(OsStr::new("lock")) {
                     continue;
                 }
-                if let Some(_lock) = try_lock_for(&path)? {
+                // Only directories are made under a lock.
+                let lock = if path.is_dir() { try_lock_for(&path)? } else { None };
+                if lock.is_some() || path.is_file() {
                     freed += size(&path)?;
                     remove(&path)?;
                 } else {
