@@ -76,7 +76,7 @@ fn an_interrupted_run_leaves_nothing_but_its_directory() {
 
         let run = run_dir(dir.path());
         assert_eq!(report(&run)["result"], "interrupted", "after {stage}");
-        assert_eq!(processes(&run), [], "after {stage}");
+        assert_eq!(processes(&run), Vec::<u32>::new(), "after {stage}");
         let left: Vec<_> = fs::read_dir(&run)
             .expect("listed")
             .map(|entry| entry.expect("listed").path())
@@ -84,7 +84,7 @@ fn an_interrupted_run_leaves_nothing_but_its_directory() {
                 path.extension().is_some_and(|kind| ["vfio", "vhost", "mem"].iter().any(|name| kind == *name))
             })
             .collect();
-        assert_eq!(left, [] as [PathBuf; 0], "after {stage}");
+        assert_eq!(left, Vec::<PathBuf>::new(), "after {stage}");
     }
 }
 
