@@ -23,6 +23,7 @@ use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
 use plan::Plan;
+pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{Setup, SetupOptions};
 
 /// How long a proxy may take until it listens, and a bare boot until its first line, at native speed.
