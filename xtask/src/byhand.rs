@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::children;
 use crate::e2e::{ProxyPlan, Setup, SetupOptions, runs};
 use crate::image::{OverlayEntry, with_overlay};
 use crate::leftover::RUN_VARIABLE;
@@ -20,6 +21,9 @@ use crate::vm::proxy::Proxy;
 
 /// How long a proxy may take until it listens.
 const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// How often to look whether the VM has ended or a signal came.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Options of `cargo xtask vm`.
 #[derive(Debug, clap::Subcommand)]
@@ -180,9 +184,17 @@ impl Common {
             initramfs: &initramfs,
         };
         let args = arguments(config, guest, Serial::Terminal)?;
-        // In our own process group, as QEMU reads the terminal.
-        let mut qemu = setup.qemu.command();
-        let status = qemu.args(args).status().context("cannot start QEMU")?;
+        // In our own process group, as QEMU reads the terminal; so a signal to us has to be passed on.
+        let mut qemu = setup.qemu.command().args(args).spawn().context("cannot start QEMU")?;
+        let status = loop {
+            if let Some(status) = qemu.try_wait().context("cannot wait for QEMU")? {
+                break status;
+            }
+            if children::interrupted() {
+                qemu.kill().context("cannot end QEMU")?;
+            }
+            std::thread::sleep(LOOK);
+        };
         Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
     }
 }
