@@ -144,10 +144,12 @@ impl<'a> Apt<'a> {
         // `download` and `source` write into the current directory, `install` into the archive directory.
         let archives = format!("Dir::Cache::archives={}", dir.display());
         command.current_dir(dir).args(["-q", "-y", "-o", "APT::Status-Fd=1", "-o", &archives]).args(args);
-        logged::run(command, &self.log, |line| {
-            if let Some(percent) = download_percent(line) {
+        logged::run_filtered(command, &self.log, |line| {
+            let percent = download_percent(line);
+            if let Some(percent) = percent {
                 self.stage.update(format!("{what} {percent:>3} %"));
             }
+            percent.is_none()
         })
     }
 

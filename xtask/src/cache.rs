@@ -45,15 +45,6 @@ impl Key {
         self
     }
 
-    /// Adds a file's content.
-    ///
-    /// # Errors
-    ///
-    /// The file cannot be read.
-    pub(crate) fn file(self, label: &str, path: &Path) -> Result<Self> {
-        Ok(self.part(label, sha256_file(path)?))
-    }
-
     /// The key's name on disk: the first 128 bits in hexadecimal.
     pub(crate) fn name(&self) -> String {
         hex(&self.0.clone().finalize()[..16])
@@ -257,6 +248,28 @@ impl Cache {
         remove(&place)?;
         fs::rename(&temp, &place).with_context(|| format!("cannot rename into {}", place.display()))?;
         Ok(entry)
+    }
+
+    /// Removes a large tree without making the caller wait.
+    ///
+    /// What is not yet removed when this process ends is left to the next one.
+    ///
+    /// # Errors
+    ///
+    /// `tree` is not on the cache's file system, or the cache cannot be written.
+    pub(crate) fn discard(&self, tree: &Path) -> Result<()> {
+        let trash = self.dir("trash")?;
+        let name = Key::new().part("path", tree.as_os_str().as_encoded_bytes()).name();
+        let lock = self.lock(&format!("trash/{name}"))?;
+        let place = trash.join(format!("{name}.tmp"));
+        remove(&place)?;
+        fs::rename(tree, &place).with_context(|| format!("cannot move {}", tree.display()))?;
+        std::thread::spawn(move || {
+            // What cannot be removed is found again by the next run's sweep.
+            let _ = remove(&place);
+            drop(lock);
+        });
+        Ok(())
     }
 
     /// Removes everything that no other run is making at the moment; returns the bytes freed.
@@ -550,6 +563,21 @@ mod tests {
         assert_eq!(result.expect_err("failed").to_string(), "no luck");
         let left = list(&cache.root.join("kind")).expect("listed");
         assert!(left.iter().all(|path| path.extension() == Some(OsStr::new("lock"))), "{left:?}");
+    }
+
+    #[test]
+    fn discarded_trees_vanish() {
+        let (_dir, cache) = cache();
+        let tree = cache.dir("kind").expect("made").join("tree");
+        for _ in 0..2 {
+            make_dir(&tree.join("sub")).expect("made");
+            cache.discard(&tree).expect("moved");
+            assert!(!tree.exists());
+        }
+        // The remover holds the lock until it is done.
+        let name = Key::new().part("path", tree.as_os_str().as_encoded_bytes()).name();
+        let _lock = cache.lock(&format!("trash/{name}")).expect("locked");
+        assert!(!cache.root.join(format!("trash/{name}.tmp")).exists());
     }
 
     #[test]

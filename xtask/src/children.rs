@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -129,21 +129,6 @@ impl Running {
         self.child.id()
     }
 
-    /// Takes the write end of the child's stdin, if it was piped.
-    pub(crate) fn take_stdin(&mut self) -> Option<ChildStdin> {
-        self.child.stdin.take()
-    }
-
-    /// Takes the read end of the child's stdout, if it was piped.
-    pub(crate) fn take_stdout(&mut self) -> Option<ChildStdout> {
-        self.child.stdout.take()
-    }
-
-    /// Takes the read end of the child's stderr, if it was piped.
-    pub(crate) fn take_stderr(&mut self) -> Option<ChildStderr> {
-        self.child.stderr.take()
-    }
-
     /// Waits until the child ended, then ends what is left of its group.
     pub(crate) fn wait(&mut self) -> io::Result<ExitStatus> {
         if let Some(status) = self.status {
@@ -208,7 +193,7 @@ mod tests {
 
     fn shell(script: &str) -> Command {
         let mut command = Command::new("sh");
-        command.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::null());
         command
     }
 
@@ -220,9 +205,12 @@ mod tests {
 
     #[test]
     fn dropping_a_child_ends_its_grandchildren() {
-        let mut running = spawn(shell("sleep 1000 & echo $!; wait")).expect("sh starts");
+        let (output, input) = std::io::pipe().expect("a pipe");
+        let mut command = shell("sleep 1000 & echo $!; wait");
+        command.stdout(input);
+        let running = spawn(command).expect("sh starts");
         let mut line = String::new();
-        BufReader::new(running.take_stdout().expect("piped")).read_line(&mut line).expect("a pid");
+        BufReader::new(output).read_line(&mut line).expect("a pid");
         let grandchild: i32 = line.trim().parse().expect("a number");
         assert!(exists(grandchild));
         drop(running);

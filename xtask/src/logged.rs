@@ -23,7 +23,23 @@ const LOOK: Duration = Duration::from_millis(250);
 /// # Errors
 ///
 /// It cannot be started or ends with anything but success; the message then has the log's last lines and place.
-pub(crate) fn run(mut command: Command, log: &Path, mut on_line: impl FnMut(&str)) -> Result<()> {
+pub(crate) fn run(command: Command, log: &Path, mut on_line: impl FnMut(&str)) -> Result<()> {
+    run_filtered(command, log, |line| {
+        on_line(line);
+        true
+    })
+}
+
+/// Like [`run`]; `belongs` says of each line whether it goes to the log.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn run_filtered(
+    mut command: Command,
+    log: &Path,
+    mut belongs: impl FnMut(&str) -> bool,
+) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     let mut file = File::create(log).with_context(|| format!("cannot write the log {}", log.display()))?;
     let (output, input) = std::io::pipe().context("cannot make a pipe")?;
@@ -47,9 +63,11 @@ pub(crate) fn run(mut command: Command, log: &Path, mut on_line: impl FnMut(&str
     loop {
         match lines.recv_timeout(LOOK) {
             Ok(line) => {
+                if !belongs(&line) {
+                    continue;
+                }
                 writeln!(file, "{line}")
                     .with_context(|| format!("cannot write the log {}", log.display()))?;
-                on_line(&line);
                 if tail.len() == TAIL_LINES {
                     tail.pop_front();
                 }
@@ -127,8 +145,12 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let log = dir.path().join("log");
         let mut lines = Vec::new();
-        run(shell("echo one; echo two >&2"), &log, |line| lines.push(line.to_owned())).expect("succeeds");
-        assert_eq!(lines, ["one", "two"]);
+        run_filtered(shell("echo one; echo two >&2; echo three"), &log, |line| {
+            lines.push(line.to_owned());
+            line != "three"
+        })
+        .expect("succeeds");
+        assert_eq!(lines, ["one", "two", "three"]);
         assert_eq!(std::fs::read_to_string(&log).expect("logged"), "one\ntwo\n");
     }
 

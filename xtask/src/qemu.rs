@@ -37,8 +37,7 @@ pub(crate) struct Qemu {
 }
 
 /// Where a QEMU comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Origin {
     /// Named with `--qemu`.
     Option,
@@ -57,7 +56,12 @@ impl Qemu {
     pub(crate) fn locate(progress: &Progress, cache: &Cache, wanted: Option<&Path>) -> Result<Self> {
         let stage = progress.stage("qemu");
         let qemu = Self::find(progress, cache, &stage, wanted)?;
-        stage.done(format!("{} ({})", qemu.version, qemu.path.display()));
+        let origin = match qemu.origin {
+            Origin::Option => "as named",
+            Origin::System => "the system's",
+            Origin::Unpacked => "unpacked Debian packages",
+        };
+        stage.done(format!("{}, {origin}", qemu.version));
         Ok(qemu)
     }
 

@@ -67,8 +67,6 @@ pub(crate) struct Kernel {
     pub(crate) version: String,
     /// SHA-256 over its configuration, without the versions of the tools that built it.
     pub(crate) config_digest: String,
-    /// How many objects it was built from; `None` for one that was given.
-    pub(crate) objects: Option<usize>,
 }
 
 /// What is kept beside a built kernel.
@@ -149,7 +147,7 @@ fn given(progress: &Progress, file: &Path, requests: &Requests) -> Result<Kernel
         );
     }
     stage.done(format!("Linux {} as given", image.version));
-    Ok(Kernel { vmlinux: path, config_digest: digest(config), version: image.version, objects: None })
+    Ok(Kernel { vmlinux: path, config_digest: digest(config), version: image.version })
 }
 
 fn from_archive(
@@ -175,11 +173,7 @@ fn from_archive(
         source::unpack(progress, archive, &tree, &work.join("package"), &log)?;
         let build = Build { tree: &tree, dir: &work.join("build"), log: &log };
         make_kernel(progress, cache, &build, requests, dir)?;
-        let stage = progress.stage("tidy");
-        stage.update("removing the kernel's source and objects");
-        fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))?;
-        stage.done("the kernel's source and objects are removed");
-        Ok(())
+        cache.discard(&work)
     })?;
     read_kernel(progress, &entry.path)
 }
@@ -208,9 +202,10 @@ fn make_kernel(
     let stage = progress.stage("kernel build");
     let counts = cache.dir("objects")?.join(Key::new().part("fragments", requests.text()).name());
     let last = fs::read_to_string(&counts).ok().and_then(|text| text.trim().parse().ok());
-    let objects = build.compile(&stage, last.unwrap_or(EXPECTED_OBJECTS))?;
+    let compiled = build.compile(&stage, last.unwrap_or(EXPECTED_OBJECTS))?;
     // An incremental build makes few; the largest number is that of a whole one.
-    fs::write(&counts, last.unwrap_or(0).max(objects).to_string()).context("cannot write to the cache")?;
+    let objects = last.unwrap_or(0).max(compiled);
+    fs::write(&counts, objects.to_string()).context("cannot write to the cache")?;
 
     let vmlinux = out.join(VMLINUX);
     build.strip(&vmlinux)?;
@@ -221,7 +216,7 @@ fn make_kernel(
     let facts = Facts { version: image.version, config_digest: digest(&config), objects };
     let bytes = serde_json::to_vec_pretty(&facts).context("cannot encode the kernel's facts")?;
     fs::write(out.join(FACTS), bytes).context("cannot write to the cache")?;
-    stage.done(format!("{objects} objects"));
+    stage.done(format!("{compiled} objects"));
     Ok(())
 }
 
@@ -229,13 +224,11 @@ fn read_kernel(progress: &Progress, dir: &Path) -> Result<Kernel> {
     let stage = progress.stage("kernel");
     let bytes = fs::read(dir.join(FACTS)).context("the kernel's facts are missing")?;
     let facts: Facts = serde_json::from_slice(&bytes).context("the kernel's facts are unreadable")?;
-    stage.done(format!("Linux {}, configuration {:.12}", facts.version, facts.config_digest));
-    Ok(Kernel {
-        vmlinux: dir.join(VMLINUX),
-        version: facts.version,
-        config_digest: facts.config_digest,
-        objects: Some(facts.objects),
-    })
+    stage.done(format!(
+        "Linux {}, {} objects, configuration {:.12}",
+        facts.version, facts.objects, facts.config_digest
+    ));
+    Ok(Kernel { vmlinux: dir.join(VMLINUX), version: facts.version, config_digest: facts.config_digest })
 }
 
 /// SHA-256 over what makes two kernels behave alike.

@@ -135,10 +135,12 @@ pub(super) fn unpack(
         .args(["--checkpoint-action=echo=%u", "--wildcards"])
         .args(excluded)
         .env("LC_ALL", "C");
-    logged::run(tar.into(), log, |line| {
-        if let Some(megabytes) = line.rsplit(' ').next().and_then(|word| word.parse::<u32>().ok()) {
+    logged::run_filtered(tar.into(), log, |line| {
+        let megabytes = line.rsplit(' ').next().and_then(|word| word.parse::<u32>().ok());
+        if let Some(megabytes) = megabytes {
             stage.update(format!("{megabytes} MiB"));
         }
+        megabytes.is_none()
     })
     .context("cannot unpack the kernel's source")?;
     if !tree.join("Kconfig").is_file() {
