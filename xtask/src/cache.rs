@@ -10,6 +10,7 @@ use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
@@ -22,6 +23,8 @@ const MANIFEST: &str = "manifest.json";
 const FILES: &str = "files";
 /// Well above the granularity of file times.
 const CLOCK_STEP: Duration = Duration::from_millis(100);
+/// How long a failed build waits for the removal of what it leaves.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Entries nobody used for so long are removed.
 const UNUSED_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
@@ -238,11 +241,17 @@ impl Cache {
         make_dir(&files)?;
         let result = build(&files).and_then(|()| write_manifest(&temp, &scan(&files)?));
         if let Err(error) = result {
-            let stage = self.progress.stage("tidy");
-            stage.update(format!("removing the unfinished {kind}"));
-            // The build's error is what matters; the next run removes what this could not.
-            let _ = remove(&temp);
-            stage.done(format!("the unfinished {kind} is removed"));
+            // The build's error is what matters; what is not removed in time is left to the next run.
+            if let Ok(removed) = self.discard(&temp) {
+                let stage = self.progress.stage("tidy");
+                stage.update(format!("removing the unfinished {kind}"));
+                match removed.recv_timeout(PATIENCE) {
+                    Err(RecvTimeoutError::Timeout) => {
+                        stage.done(format!("the next run removes what is left of {kind}"))
+                    }
+                    _ => stage.done(format!("the unfinished {kind} is removed")),
+                }
+            }
             return Err(error);
         }
         remove(&place)?;
@@ -252,24 +261,19 @@ impl Cache {
 
     /// Removes a large tree without making the caller wait.
     ///
-    /// What is not yet removed when this process ends is left to the next one.
+    /// The channel closes when that is done. What is not yet removed when this process ends is left to the next one.
     ///
     /// # Errors
     ///
     /// `tree` is not on the cache's file system, or the cache cannot be written.
-    pub(crate) fn discard(&self, tree: &Path) -> Result<()> {
+    pub(crate) fn discard(&self, tree: &Path) -> Result<Receiver<()>> {
         let trash = self.dir("trash")?;
         let name = Key::new().part("path", tree.as_os_str().as_encoded_bytes()).name();
         let lock = self.lock(&format!("trash/{name}"))?;
         let place = trash.join(format!("{name}.tmp"));
         remove(&place)?;
         fs::rename(tree, &place).with_context(|| format!("cannot move {}", tree.display()))?;
-        std::thread::spawn(move || {
-            // What cannot be removed is found again by the next run's sweep.
-            let _ = remove(&place);
-            drop(lock);
-        });
-        Ok(())
+        Ok(remove_aside(place, lock))
     }
 
     /// Removes everything that no other run is making at the moment; returns the bytes freed.
@@ -306,17 +310,25 @@ impl Cache {
         for kind in list(&self.root)?.into_iter().filter(|path| path.is_dir()) {
             for path in list(&kind)? {
                 let stale = path.extension() == Some(OsStr::new("tmp")) || is_unused(&path);
-                if stale && let Some(_lock) = try_lock_for(&path)? {
-                    let stage = self.progress.stage("tidy");
-                    let kind = kind.file_name().unwrap_or_default().to_string_lossy();
-                    stage.update(format!("removing an old {kind}"));
-                    remove(&path)?;
-                    stage.done(format!("an old {kind} is removed"));
+                if stale && let Some(lock) = try_lock_for(&path)? {
+                    remove_aside(path, lock);
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Removes a tree in a thread of its own, which holds `lock` meanwhile; the channel closes when it is done.
+fn remove_aside(path: PathBuf, lock: File) -> Receiver<()> {
+    let (done, closed) = mpsc::channel();
+    std::thread::spawn(move || {
+        // What cannot be removed is found again by the next run's sweep.
+        let _ = remove(&path);
+        drop(lock);
+        drop(done);
+    });
+    closed
 }
 
 fn is_unused(entry: &Path) -> bool {
@@ -571,13 +583,12 @@ mod tests {
         let tree = cache.dir("kind").expect("made").join("tree");
         for _ in 0..2 {
             make_dir(&tree.join("sub")).expect("made");
-            cache.discard(&tree).expect("moved");
+            let removed = cache.discard(&tree).expect("moved");
             assert!(!tree.exists());
+            removed.recv().expect_err("nothing is sent");
         }
-        // The remover holds the lock until it is done.
-        let name = Key::new().part("path", tree.as_os_str().as_encoded_bytes()).name();
-        let _lock = cache.lock(&format!("trash/{name}")).expect("locked");
-        assert!(!cache.root.join(format!("trash/{name}.tmp")).exists());
+        let left = list(&cache.root.join("trash")).expect("listed");
+        assert!(left.iter().all(|path| path.extension() == Some(OsStr::new("lock"))), "{left:?}");
     }
 
     #[test]
@@ -606,6 +617,8 @@ mod tests {
         make_dir(&alive.join(FILES)).expect("made");
         let lock = cache.lock("kind/alive").expect("locked");
         Cache::open_at(cache.root.clone(), &cache.progress).expect("opens");
+        // The remover holds the lock until it is done.
+        drop(cache.lock("kind/dead").expect("locked"));
         assert!(!dead.exists() && alive.exists());
         cache.clean().expect("cleaned");
         assert!(alive.exists());
@@ -621,6 +634,7 @@ mod tests {
         let manifest = File::options().append(true).open(entry.path.join("../manifest.json")).expect("there");
         manifest.set_modified(SystemTime::now() - 2 * UNUSED_FOR).expect("aged");
         Cache::open_at(cache.root.clone(), &cache.progress).expect("opens");
+        drop(cache.lock(&format!("kind/{}", Key::new().part("x", "1").name())).expect("locked"));
         assert!(!entry.path.exists());
     }
 }
