@@ -2,6 +2,7 @@
 
 mod accel;
 mod apt;
+mod byhand;
 mod cache;
 mod children;
 mod console;
@@ -42,6 +43,9 @@ struct Cli {
 enum Task {
     /// Run scenarios in VMs
     E2e(e2e::Options),
+    /// Run one VM in this terminal, with a shell on its console
+    #[command(subcommand)]
+    Vm(byhand::Role),
     /// Run all tests: units, the chain without VMs, faults and scenarios
     Test(test::Options),
     /// Get or build the guest kernel
@@ -72,6 +76,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.task {
         Task::E2e(options) => return e2e::main(options),
+        Task::Vm(role) => return byhand::main(role),
         Task::Test(options) => test::main(options)?,
         Task::Kernel(options) => {
             let progress = Progress::new(false);

@@ -13,6 +13,8 @@ use crate::report::{Outcome, Report};
 
 /// Passed runs of a scenario that are kept.
 const KEPT: usize = 10;
+/// Of these, the newest that keep their initramfs too; it is large, and `replay.sh` needs it.
+const KEPT_WITH_IMAGES: usize = 2;
 /// Longest path of a unix socket in bytes: `sun_path` holds 108 with the terminating zero.
 pub(crate) const MAX_SOCKET_PATH: usize = 107;
 /// Longest file name that a run puts into its socket directory.
@@ -99,12 +101,21 @@ impl RunDir {
             .collect();
         // The time in the name orders them.
         passed.sort();
-        let surplus = passed.len().saturating_sub(KEPT);
-        for path in &passed[..surplus] {
-            if *path != self.path {
-                // Another run may be removing it too; whatever stays is removed next time.
+        // The newest first. Another run may be removing the same; what stays is removed next time.
+        for (age, path) in passed.iter().rev().enumerate() {
+            if age >= KEPT {
                 let _ = fs::remove_dir_all(path);
+            } else if age >= KEPT_WITH_IMAGES {
+                remove_images(path);
             }
+        }
+    }
+}
+
+fn remove_images(run: &Path) {
+    for path in fs::read_dir(run).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        if path.extension().is_some_and(|extension| extension == "cpio") {
+            let _ = fs::remove_file(path);
         }
     }
 }
@@ -145,8 +156,10 @@ impl SocketDir {
             return Ok(Self { path: run.path().to_owned(), _short: None });
         }
         let candidates = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).into_iter();
+        let mut private = tempfile::Builder::new();
+        private.prefix("vvu-").permissions(Permissions::from_mode(0o700));
         for parent in candidates.chain([std::env::temp_dir(), PathBuf::from("/tmp")]) {
-            if let Ok(dir) = tempfile::Builder::new().prefix("vvu-").tempdir_in(parent)
+            if let Ok(dir) = private.tempdir_in(parent)
                 && fits(dir.path())
             {
                 return Ok(Self { path: dir.path().to_owned(), _short: Some(dir) });
@@ -232,6 +245,7 @@ mod tests {
             fs::create_dir(&path).expect("made");
             let report = Report { scenario: scenario.to_owned(), result, ..Report::default() };
             fs::write(path.join("report.json"), serde_json::to_vec(&report).expect("JSON")).expect("written");
+            fs::write(path.join("device.cpio"), "").expect("written");
         };
         for number in 0..KEPT + 2 {
             run(&format!("block-2000010{number:02}"), "block", Outcome::Pass);
@@ -242,7 +256,8 @@ mod tests {
         now.prune("block");
         let exists = |name: &str| parent.path().join(name).exists();
         assert!(!exists("block-200001000") && !exists("block-200001001") && exists("block-200001002"));
-        assert!(exists("block-1999") && exists("block-large-1999"));
+        assert!(!exists("block-200001009/device.cpio") && exists("block-200001010/device.cpio"));
+        assert!(exists("block-1999/device.cpio") && exists("block-large-1999/device.cpio"));
     }
 
     #[test]

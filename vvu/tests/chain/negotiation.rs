@@ -57,7 +57,7 @@ fn features_that_need_what_cannot_be_carried_are_masked() {
     let listener = UnixListener::bind(&path).expect("socket");
     let proxy = Proxy::start(1 << 20, 2);
     let boaster = Task::spawn("boaster", move || boaster(&listener));
-    let guest = Guest::start(&proxy, &path, Absent::Fail);
+    let guest = Guest::start(&proxy, &path, Absent::Wait);
 
     let stream = std::os::unix::net::UnixStream::connect(proxy.vhost_user()).expect("proxy");
     stream.set_read_timeout(Some(DEADLINE)).expect("timeout");

@@ -23,6 +23,7 @@ use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
 use plan::Plan;
+pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{Setup, SetupOptions};
 
 /// How long a proxy may take until it listens, and a bare boot until its first line, at native speed.
@@ -78,6 +79,10 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
         if !overlay.is_dir() {
             bail!("--overlay {}: want a directory", overlay.display());
         }
+    }
+    // Before the kernel is built for nothing.
+    for scenario in &scenarios {
+        memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
     }
     let progress = Progress::new(false);
     let reports: Vec<Report> = run_all(&scenarios, options, &progress)?;
@@ -189,8 +194,6 @@ fn one(
     let kernel = &setup.kernel;
     report.kernel =
         Some(report::Kernel { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() });
-    memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
-
     let sockets = SocketDir::for_run(run)?;
     let plan = Plan::new(scenario, &sockets)?;
     let images = Images::build(scenario, run, setup, options, progress)?;
@@ -204,6 +207,9 @@ fn one(
     if options.measure {
         report.totals.bare_boot_seconds = Some(bench.bare_boot(progress)?);
     }
+    // It may have been long ago that this was looked at.
+    memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
+    let _transient = Transient(plan.transient());
     let mut running = bench.start(scenario, values)?;
     let done = steps::carry_out(scenario, &mut running, progress);
     report.checks = done.checks;
@@ -213,7 +219,7 @@ fn one(
         totals.launch_to_vda_seconds.zip(totals.bare_boot_seconds).map(|(vda, bare)| vda / bare);
     let stage = progress.stage("nothing-left");
     let left = bench.end(running);
-    drop(sockets);
+    interrupt::check()?;
     let left = left.and_then(|()| leftover::check(&run.id(), &plan.transient()));
     match &left {
         Ok(evidence) => stage.done(evidence),
@@ -221,6 +227,18 @@ fn one(
     }
     report.checks.push(checked("nothing-left", left));
     done.error.map_or(Ok(()), Err)
+}
+
+/// Sockets and links that a proxy removes when it ends well; this is for when it was killed.
+struct Transient(Vec<PathBuf>);
+
+impl Drop for Transient {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            // Mostly it is gone already.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 fn checked(name: &str, result: Result<String>) -> Check {

@@ -60,7 +60,7 @@ impl Plan {
             let back_ends: Vec<_> = scenario.vvu_of_device(name).collect();
             let front_ends: Vec<_> = scenario.vvu_of_sibling(name).collect();
             // VFIO in a device VM needs an IOMMU.
-            let iommu = spec.iommu.or((!back_ends.is_empty()).then_some(Iommu::VirtioIommu));
+            let iommu = spec.iommu.or((!back_ends.is_empty()).then_some(Iommu::Virtio));
             let vvu = back_ends.iter().map(|(vvu, _)| Device::Vvu {
                 slot: proxies[*vvu].slot,
                 socket: text(&proxies[*vvu].vfio_user),
@@ -165,7 +165,7 @@ mod tests {
         assert_eq!(plan.vms["one"].memory_file, Some(link.clone()));
         assert_eq!(plan.vms["one"].iommu, None);
         assert_eq!(plan.vms["bare"].memory_file, None);
-        assert_eq!(plan.vms["device"].iommu, Some(Iommu::AmdIommu));
+        assert_eq!(plan.vms["device"].iommu, Some(Iommu::Amd));
         assert_eq!(plan.vms["device"].devices.len(), 2);
         let socket = plan.proxies["b"].vhost_user.display().to_string();
         let want = Device::VhostUserBlk { slot: Slot::DEFAULT, socket, queues: 2 };

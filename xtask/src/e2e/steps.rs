@@ -16,6 +16,9 @@ use crate::vm::{Vm, ending, printed};
 /// The check whose time is in the report's sums.
 const VDA_CHECK: &str = "vda-appears";
 
+/// Starts the VM of a name.
+pub(crate) type Launch<'a> = Box<dyn Fn(&str) -> Result<Vm> + 'a>;
+
 /// Everything that runs.
 pub(crate) struct Running<'a> {
     /// The VMs by name; one that was powered off is gone.
@@ -23,7 +26,7 @@ pub(crate) struct Running<'a> {
     /// The proxies.
     pub(crate) proxies: Vec<Proxy>,
     /// Starts a VM.
-    pub(crate) launch: Box<dyn FnMut(&str) -> Result<Vm> + 'a>,
+    pub(crate) launch: Launch<'a>,
     /// When the first VM was started.
     pub(crate) launched: Option<Instant>,
     /// The placeholders' values.

@@ -59,15 +59,6 @@ pub(crate) struct BaseImage {
 pub(crate) enum OverlayEntry {
     /// Everything below a directory of the host.
     Tree(PathBuf),
-    /// A file with this content.
-    File {
-        /// Absolute path in the guest.
-        path: String,
-        /// Permission bits.
-        mode: u32,
-        /// The content.
-        content: Vec<u8>,
-    },
     /// A disk image, as a file that the guest can write to.
     Disk {
         /// Absolute path in the guest.
@@ -127,9 +118,6 @@ pub(crate) fn with_overlay(base: &BaseImage, overlay: &[OverlayEntry], out: &Pat
     for entry in overlay {
         match entry {
             OverlayEntry::Tree(from) => archive.tree(from)?,
-            OverlayEntry::File { path, mode, content } => {
-                archive.file(path, *mode, Content::Bytes(content.clone()))?;
-            }
             OverlayEntry::Disk { path, image } => archive.file(path, 0o600, Content::Disk(image.clone()))?,
         }
     }
@@ -183,10 +171,7 @@ mod tests {
         let base = build_base(&cache, &binaries, &tools).expect("image");
         let out = dir.path().join("device.cpio");
         let image = DiskImage::seeded(1000, 3);
-        let overlay = [
-            OverlayEntry::Disk { path: "/disk.img".into(), image: image.clone() },
-            OverlayEntry::File { path: "/etc/x".into(), mode: 0o600, content: b"x".to_vec() },
-        ];
+        let overlay = [OverlayEntry::Disk { path: "/disk.img".into(), image: image.clone() }];
         let written = with_overlay(&base, &overlay, &out).expect("overlay");
         let bytes = fs::read(&out).expect("read");
         assert_eq!(bytes.len() as u64, written.bytes);

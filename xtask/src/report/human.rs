@@ -46,15 +46,14 @@ fn line(text: &mut String, line: std::fmt::Arguments<'_>) {
     let _ = writeln!(text, "{line}");
 }
 
-/// The first line of `evidence`, cut to the width.
+/// The last line of `evidence`, which tells most, cut to the width.
 fn shortened(evidence: &str) -> String {
-    let mut lines = evidence.trim().lines();
-    let first = lines.next().unwrap_or_default();
-    if first.chars().count() > EVIDENCE_WIDTH || lines.next().is_some() {
-        let cut: String = first.chars().take(EVIDENCE_WIDTH - 2).collect();
-        return format!("{cut} …");
+    let last = evidence.trim().lines().next_back().unwrap_or_default();
+    if last.chars().count() <= EVIDENCE_WIDTH {
+        return last.to_owned();
     }
-    first.to_owned()
+    let cut: String = last.chars().take(EVIDENCE_WIDTH - 2).collect();
+    format!("{cut} …")
 }
 
 /// All of `evidence`, its further lines set in.

@@ -70,7 +70,7 @@ fn the_table_shows_failures_whole_and_successes_in_a_line() {
         evidence: "no line\nlast lines:\n| x".into(),
     });
     report.checks[0].evidence = "a\nb".into();
-    let want = "  ok    capacity       a …
+    let want = "  ok    capacity       b
   FAIL  backend-ready  no line
         last lines:
         | x

@@ -11,7 +11,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 pub(crate) use addr::{Addr, Slot};
 pub(crate) use text::Values;
@@ -57,16 +57,21 @@ pub(crate) struct VmSpec {
 }
 
 /// How a VM's devices reach its memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 pub(crate) enum Iommu {
     /// virtio-iommu; it does not remap interrupts, so the guest kernel gets
     /// `vfio_iommu_type1.allow_unsafe_interrupts=1`.
-    VirtioIommu,
+    #[serde(rename = "virtio-iommu")]
+    #[value(name = "virtio-iommu")]
+    Virtio,
     /// Intel VT-d with interrupt remapping.
-    IntelIommu,
+    #[serde(rename = "intel-iommu")]
+    #[value(name = "intel-iommu")]
+    Intel,
     /// AMD-Vi with interrupt remapping.
-    AmdIommu,
+    #[serde(rename = "amd-iommu")]
+    #[value(name = "amd-iommu")]
+    Amd,
 }
 
 /// A vvu device and the proxy that serves it.

@@ -106,7 +106,7 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     let mut args = Args::default();
     args.flag("-no-user-config").flag("-nodefaults").flag("-no-reboot");
     args.pair("-display", "none").pair("-name", escaped(&config.name));
-    let irqchip = if config.iommu == Some(Iommu::IntelIommu) { ",kernel-irqchip=split" } else { "" };
+    let irqchip = if config.iommu == Some(Iommu::Intel) { ",kernel-irqchip=split" } else { "" };
     args.pair("-machine", format!("q35,hpet=off,sata=off,smbus=off,memory-backend=mem{irqchip}"));
     match guest.accelerator {
         Kind::Kvm => args.pair("-accel", "kvm").pair("-cpu", "host"),
@@ -143,9 +143,9 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
 fn cmdline(config: &Config, serial: Serial<'_>) -> String {
     let mut words = format!("{CMDLINE} vvu.hostname={}", config.name);
     let extra = match config.iommu {
-        Some(Iommu::VirtioIommu) => " vfio_iommu_type1.allow_unsafe_interrupts=1",
-        Some(Iommu::IntelIommu) => " intel_iommu=on",
-        Some(Iommu::AmdIommu) | None => "",
+        Some(Iommu::Virtio) => " vfio_iommu_type1.allow_unsafe_interrupts=1",
+        Some(Iommu::Intel) => " intel_iommu=on",
+        Some(Iommu::Amd) | None => "",
     };
     words.push_str(extra);
     if matches!(serial, Serial::Terminal) {
@@ -186,9 +186,9 @@ impl Args {
             self.pair(
                 "-device",
                 match iommu {
-                    Iommu::VirtioIommu => format!("virtio-iommu-pci,addr={addr},boot-bypass=off"),
-                    Iommu::IntelIommu => "intel-iommu,intremap=on,caching-mode=on,aw-bits=48".to_owned(),
-                    Iommu::AmdIommu => "amd-iommu,intremap=on".to_owned(),
+                    Iommu::Virtio => format!("virtio-iommu-pci,addr={addr},boot-bypass=off"),
+                    Iommu::Intel => "intel-iommu,intremap=on,caching-mode=on,aw-bits=48".to_owned(),
+                    Iommu::Amd => "amd-iommu,intremap=on".to_owned(),
                 },
             );
         }
@@ -246,7 +246,7 @@ mod tests {
             name: "device".into(),
             memory_mib: 512,
             cpus: 1,
-            iommu: Some(Iommu::VirtioIommu),
+            iommu: Some(Iommu::Virtio),
             devices: vec![Device::Vvu { slot: Slot::DEFAULT, socket: "/r/vfio-user.sock".into() }],
             ..Config::default()
         }
@@ -301,7 +301,7 @@ mod tests {
     #[test]
     fn interrupt_remapping_needs_no_unsafe_flag() {
         for (iommu, want) in
-            [(Iommu::IntelIommu, "intel-iommu,intremap=on"), (Iommu::AmdIommu, "amd-iommu,intremap=on")]
+            [(Iommu::Intel, "intel-iommu,intremap=on"), (Iommu::Amd, "amd-iommu,intremap=on")]
         {
             let line = line(&Config { iommu: Some(iommu), ..device() }, Serial::Terminal);
             assert!(line.contains(want) && !line.contains("allow_unsafe"), "{line}");
