@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::children;
-use crate::e2e::{ProxyPlan, Setup, SetupOptions, runs};
+use crate::e2e::{Needs, ProxyPlan, Setup, SetupOptions, runs};
 use crate::image::{OverlayEntry, with_overlay};
 use crate::leftover::RUN_VARIABLE;
 use crate::progress::Progress;
 use crate::rundir::RunDir;
-use crate::scenario::{Addr, Iommu, Slot};
+use crate::scenario::{Addr, Frontend, Iommu, Slot};
 use crate::vm::args::{Config, Device, Guest, Serial, arguments};
 use crate::vm::proxy::Proxy;
 
@@ -119,7 +119,7 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         vfio_user: with_suffix(socket, ".vfio"),
         vhost_user: socket.clone(),
         memory_link: memory_link(socket),
-        memory_mib: options.sibling_memory,
+        memory_mib: Some(options.sibling_memory),
         queues: 16,
     };
     let words = plan.words(&setup.binaries.vvu);
@@ -149,8 +149,12 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
         );
     }
     let (setup, run) = set_up("vm-sibling", &options.common)?;
-    let device =
-        Device::VhostUserBlk { slot: Slot::DEFAULT, socket: socket.display().to_string(), queues: 1 };
+    let device = Device::VhostUser {
+        slot: Slot::DEFAULT,
+        socket: socket.display().to_string(),
+        frontend: Frontend::default(),
+        queues: 1,
+    };
     let config = Config {
         name: "sibling".to_owned(),
         memory_file: Some(link.display().to_string()),
@@ -161,7 +165,7 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
 }
 
 fn set_up(name: &str, common: &Common) -> Result<(Setup, RunDir)> {
-    let setup = Setup::obtain(&common.setup, &Progress::new(false))?;
+    let setup = Setup::obtain(&common.setup, &Needs::default(), &Progress::new(false))?;
     Ok((setup, RunDir::create(&runs(), name)?))
 }
 
@@ -180,7 +184,7 @@ impl Common {
         }
         let guest = Guest {
             accelerator: setup.accelerator.kind,
-            kernel: &setup.kernel.vmlinux,
+            kernel: &setup.kernel(&[])?.vmlinux,
             initramfs: &initramfs,
         };
         let args = arguments(config, guest, Serial::Terminal)?;
