@@ -248,9 +248,11 @@ mod tests {
     fn with_landlock_names_can_be_removed_and_nothing_opened() {
         let dir = tempfile::tempdir().expect("directory");
         let (own, other) = (dir.path().join("own"), dir.path().join("other"));
-        [&own, &other].map(|path| fs::create_dir(path).expect("directory"));
         let (ours, theirs) = (own.join("name"), other.join("name"));
-        [&ours, &theirs].map(|path| fs::write(path, "").expect("file"));
+        for (directory, name) in [(&own, &ours), (&other, &theirs)] {
+            fs::create_dir(directory).expect("directory");
+            fs::write(name, "").expect("file");
+        }
         // Landlock holds for a thread: that of the test harness stays free.
         let restricted = std::thread::spawn(move || {
             let status = restrict_files(&[&ours]).expect("landlock");
