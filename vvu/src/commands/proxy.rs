@@ -13,7 +13,7 @@ use vvu::listening_socket::ListeningSocket;
 use vvu::proxy::{Device, DeviceConfig, SiblingMemory};
 use vvu::vfio_user::Server;
 
-use crate::stop;
+use crate::{sandbox, stop};
 
 /// Options of `vvu proxy`.
 #[derive(Debug, clap::Args)]
@@ -32,6 +32,18 @@ pub(crate) struct Args {
     /// Identifies the device to its driver.
     #[arg(long, value_name = "UUID", default_value_t = Uuid::nil())]
     uuid: Uuid,
+    /// Give up all access that a running proxy does not need.
+    #[arg(long, value_enum, default_value_t = Sandbox::On)]
+    sandbox: Sandbox,
+}
+
+/// Whether the proxy runs in its sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Sandbox {
+    /// Refuse what is not needed.
+    On,
+    /// Refuse nothing: to debug the proxy.
+    Off,
 }
 
 /// The sibling memory file: a new one, or that of another device of the same sibling.
@@ -83,6 +95,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     })
     .context("cannot make the vvu device")?;
     let mut server = Server::new(vfio_user.listener().try_clone()?, stop)?;
+    match args.sandbox {
+        Sandbox::On => sandbox::enter(&[&args.memory_link, &args.vhost_user, &args.vfio_user])
+            .context("cannot enter the sandbox")?,
+        Sandbox::Off => log::warn!("the proxy runs without its sandbox"),
+    }
     writeln!(io::stdout(), "vvu: proxy ready").context("cannot write to standard output")?;
     server.serve(&mut device)?;
     Ok(())

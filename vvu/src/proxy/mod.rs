@@ -19,6 +19,8 @@ mod sibling_memory;
 mod treatment;
 mod vrings;
 
+#[cfg(any(test, fuzzing))]
+pub mod rig;
 #[cfg(test)]
 mod tests;
 

@@ -19,12 +19,16 @@ use anyhow::{Context, Result};
 
 pub(crate) use self::key::{Key, hex, sha256_file};
 use self::manifest::{FILES, MANIFEST, scan, verify, write_manifest};
+use crate::interrupt;
 use crate::progress::Progress;
 
 /// How long a failed build waits for the removal of what it leaves.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Entries nobody used for so long are removed.
 const UNUSED_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// How often to look whether another run is done.
+const LOCK_PERIOD: Duration = Duration::from_millis(100);
 
 /// The cache directory.
 #[derive(Clone)]
@@ -102,8 +106,15 @@ impl Cache {
         let stage = self.progress.stage("waiting");
         let what = what.as_deref().unwrap_or(name);
         stage.update(format!("for another run that is making the same {what}"));
-        // The wait is as long as the other run works; Ctrl-C ends it.
-        file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+        // The wait is as long as the other run works. A blocking lock would not end at Ctrl-C, which is handled
+        // in another thread.
+        while let Err(error) = file.try_lock() {
+            if let TryLockError::Error(error) = error {
+                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+            }
+            interrupt::check()?;
+            std::thread::sleep(LOCK_PERIOD);
+        }
         stage.done(format!("for another run's {what}"));
         Ok(file)
     }
