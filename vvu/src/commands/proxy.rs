@@ -96,8 +96,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     .context("cannot make the vvu device")?;
     let mut server = Server::new(vfio_user.listener().try_clone()?, stop)?;
     match args.sandbox {
-        Sandbox::On => sandbox::enter(&[&args.memory_link, &args.vhost_user, &args.vfio_user])
-            .context("cannot enter the sandbox")?,
+        Sandbox::On => {
+            let mut names = vec![args.vhost_user.as_path(), &args.vfio_user];
+            names.extend(args.memory.memory_link.as_deref());
+            sandbox::enter(&names).context("cannot enter the sandbox")?;
+        }
         Sandbox::Off => log::warn!("the proxy runs without its sandbox"),
     }
     writeln!(io::stdout(), "vvu: proxy ready").context("cannot write to standard output")?;
