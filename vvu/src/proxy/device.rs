@@ -10,6 +10,7 @@ use super::config_space::{ConfigSpace, Effect};
 use super::events::{Events, Source};
 use super::link::{LinkEvent, LinkState};
 use super::session::Session;
+use super::trace::Trace;
 use super::sibling_memory::SiblingMemory;
 use super::vrings::Vrings;
 use crate::spec::addr::QueueIndex;
@@ -47,6 +48,7 @@ pub struct Device {
     pub(super) link: LinkState,
     /// There if and only if the link is [`LinkState::Connected`].
     pub(super) session: Option<Session>,
+    pub(super) trace: Option<Trace>,
 }
 
 impl Device {
@@ -83,8 +85,14 @@ impl Device {
             vrings: Vrings::new(queues),
             link: LinkState::Down,
             session: None,
+            trace: None,
             memory,
         })
+    }
+
+    /// Writes down every message from now on.
+    pub fn set_trace(&mut self, trace: Trace) {
+        self.trace = Some(trace);
     }
 
     /// Size in bytes of `region`: a power of two for a BAR, 0 if there is none.

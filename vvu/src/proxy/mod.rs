@@ -5,6 +5,7 @@ use vm_memory::GuestMemory;
 pub use device::{Device, DeviceConfig};
 pub use link::{LinkEvent, LinkState};
 pub use sibling_memory::{OpenError, SiblingMemory};
+pub use trace::Trace;
 
 mod claim;
 mod common_config;
@@ -16,6 +17,7 @@ mod message_queues;
 mod relay;
 mod session;
 mod sibling_memory;
+mod trace;
 mod treatment;
 mod vrings;
 
