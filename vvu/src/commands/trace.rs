@@ -71,6 +71,7 @@ fn values(fields: &Value) -> String {
         }
         Value::Array(items) => format!("[{}]", items.iter().map(values).collect::<Vec<_>>().join(", ")),
         Value::String(text) => text.clone(),
+        Value::Null => String::new(),
         other => other.to_string(),
     }
 }
