@@ -5,6 +5,7 @@ mod apt;
 mod byhand;
 mod cache;
 mod children;
+mod compatibility;
 mod console;
 mod control;
 mod e2e;
@@ -50,6 +51,8 @@ enum Task {
     Test(test::Options),
     /// Get or build the guest kernel
     Kernel(kernel::KernelOptions),
+    /// Write the table of back-ends in docs/compatibility.md from the last runs
+    Compatibility,
     /// Remove the cache and the run directories
     Clean,
     #[command(name = accel::PROBE_COMMAND, hide = true)]
@@ -83,6 +86,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let kernel = Kernel::obtain(&progress, &Cache::open(&progress)?, options)?;
             println!("{}", kernel.vmlinux.display());
         }
+        Task::Compatibility => compatibility::main()?,
         Task::Clean => clean()?,
         Task::AccelProbe => accel::serve_probe()?,
     }

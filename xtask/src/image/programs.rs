@@ -67,6 +67,13 @@ impl GuestPrograms {
         self.source(name).map(drop)
     }
 
+    /// The version of the program `name`.
+    pub(crate) fn version(&self, name: &str) -> Option<&str> {
+        match self.0.get(name)? {
+            Source::Package { version, .. } | Source::Crate { version, .. } => Some(version),
+        }
+    }
+
     fn source(&self, name: &str) -> Result<&Source> {
         let known = || self.0.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         self.0.get(name).with_context(|| format!("no program {name:?} in guest-images/programs.json: known are {}", known()))
