@@ -39,7 +39,8 @@ pub(crate) fn main() -> Result<()> {
     }
     let path = workspace().join("docs/compatibility.md");
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let text = replaced(&text, &table).with_context(|| format!("{} has no place for the table", path.display()))?;
+    let text =
+        replaced(&text, &table).with_context(|| format!("{} has no place for the table", path.display()))?;
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
@@ -71,7 +72,9 @@ fn last_run(name: &str) -> Result<Option<PathBuf>> {
         let path = entry.context("cannot list the runs")?.path();
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let time = file.strip_prefix(name).and_then(|rest| rest.strip_prefix('-'));
-        if time.is_some_and(|time| time.starts_with(|c: char| c.is_ascii_digit())) && path.join("report.json").is_file() {
+        if time.is_some_and(|time| time.starts_with(|c: char| c.is_ascii_digit()))
+            && path.join("report.json").is_file()
+        {
             found.push(path);
         }
     }
@@ -98,7 +101,9 @@ fn traced(run: Option<&Path>) -> Result<(String, String)> {
             note(&message, &mut requests, &mut masked);
         }
     }
-    let list = |set: BTreeSet<String>| if set.is_empty() { "none".to_owned() } else { set.into_iter().collect::<Vec<_>>().join(", ") };
+    let list = |set: BTreeSet<String>| {
+        if set.is_empty() { "none".to_owned() } else { set.into_iter().collect::<Vec<_>>().join(", ") }
+    };
     Ok((list(requests), list(masked)))
 }
 

@@ -22,8 +22,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     for (index, line) in lines.enumerate() {
         let line = line.with_context(context)?;
-        let message: Value = serde_json::from_str(&line)
-            .with_context(|| format!("{}, line {}: not a trace of vvu proxy", args.file.display(), index + 1))?;
+        let message: Value = serde_json::from_str(&line).with_context(|| {
+            format!("{}, line {}: not a trace of vvu proxy", args.file.display(), index + 1)
+        })?;
         match writeln!(out, "{}", describe(&message)) {
             // Whoever reads has seen enough.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),

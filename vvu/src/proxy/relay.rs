@@ -167,7 +167,9 @@ impl Device {
             session.to_driver = session.answer.take();
         }
         if session.to_driver.is_none() {
-            let Some((message, treatment)) = session.next_message(&self.memory, self.queues, &mut self.trace)? else {
+            let Some((message, treatment)) =
+                session.next_message(&self.memory, self.queues, &mut self.trace)?
+            else {
                 return Ok(false);
             };
             session.to_driver = Some(message);

@@ -133,7 +133,8 @@ fn fields(request: u32, reply: bool, payload: &[u8]) -> Value {
         Ok(R::SET_VRING_KICK | R::SET_VRING_CALL | R::SET_VRING_ERR) if !reply => number(payload)
             .map(|value| json!({"queue": value & VRING_INDEX_MASK, "eventfd": value & VRING_NO_FD == 0})),
         Ok(R::SET_VRING_ADDR) if payload.len() == 40 => {
-            let word = |at: usize| payload[at..at + 4].iter().rev().fold(0, |sum, byte| sum << 8 | u32::from(*byte));
+            let word =
+                |at: usize| payload[at..at + 4].iter().rev().fold(0, |sum, byte| sum << 8 | u32::from(*byte));
             let address = |at: usize| hex(u64::from(word(at + 4)) << 32 | u64::from(word(at)));
             Some(json!({
                 "queue": word(0), "flags": word(4), "descriptors": address(8), "used": address(16),

@@ -193,7 +193,10 @@ mod tests {
         assert_eq!(plan.transient().len(), 6);
         let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");
         assert!(words.starts_with("/v/vvu proxy --vfio-user /"), "{words}");
-        assert!(words.contains(&format!("--memory-size 1024M --memory-link {link} --queues 1 --trace ")), "{words}");
+        assert!(
+            words.contains(&format!("--memory-size 1024M --memory-link {link} --queues 1 --trace ")),
+            "{words}"
+        );
     }
 
     #[test]
@@ -207,7 +210,10 @@ mod tests {
         assert_eq!((a.memory_mib, b.memory_mib), (Some(256), None));
         assert_eq!(a.memory_link, b.memory_link);
         let words = b.words(Path::new("vvu")).join(" ");
-        assert!(words.contains(&format!("--memory {} --queues 4 --trace /", a.memory_link.display())), "{words}");
+        assert!(
+            words.contains(&format!("--memory {} --queues 4 --trace /", a.memory_link.display())),
+            "{words}"
+        );
         let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().qemu()).collect();
         assert_eq!(slots, ["10.0", "11.0"]);
         assert_eq!(plan.transient().len(), 5);

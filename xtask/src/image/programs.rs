@@ -76,7 +76,9 @@ impl GuestPrograms {
 
     fn source(&self, name: &str) -> Result<&Source> {
         let known = || self.0.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-        self.0.get(name).with_context(|| format!("no program {name:?} in guest-images/programs.json: known are {}", known()))
+        self.0.get(name).with_context(|| {
+            format!("no program {name:?} in guest-images/programs.json: known are {}", known())
+        })
     }
 
     /// A tree to lay over a guest's root, with the program `name` and all that it needs.

@@ -78,7 +78,8 @@ impl Frontend {
                 let netdev = format!("vhost-user,id=net{number},chardev=vhost{number},queues={queues}");
                 words.extend(["-netdev".to_owned(), netdev]);
                 let multiqueue = if queues > 1 { ",mq=on" } else { "" };
-                device = format!("{},netdev=net{number},addr={addr},romfile={multiqueue}", self.kind.device());
+                device =
+                    format!("{},netdev=net{number},addr={addr},romfile={multiqueue}", self.kind.device());
             }
             // virtio 1.2, 5.3: device 3, two queues for each of two ports, 12 bytes of configuration.
             FrontendKind::Console => device.push_str(",virtio-id=3,num_vqs=4,config_size=12"),

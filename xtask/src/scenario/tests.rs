@@ -44,7 +44,11 @@ fn errors_name_the_json_path_and_what_is_wanted() {
     refused(r#""vvu": {}"#, r#""vvu": {"frontend": {"kind": "x"}}"#, &["vvu.vvu.frontend.kind", "console"]);
     let comma = r#""vvu": {"frontend": {"properties": {"a": "b,c"}}}"#;
     refused(r#""vvu": {}"#, comma, &["vvu.vvu.frontend", "\"b,c\""]);
-    refused(r#""memory_mib": 256}, "s"#, r#""memory_mib": 256, "programs": ["x"]}, "s"#, &["vms.device", "\"x\""]);
+    refused(
+        r#""memory_mib": 256}, "s"#,
+        r#""memory_mib": 256, "programs": ["x"]}, "s"#,
+        &["vms.device", "\"x\""],
+    );
     refused(r#""name": "one""#, r#""kernel": ["../x"], "name": "one""#, &["at kernel", "../x"]);
     refused(r#""size_mib": 1"#, r#""size_mib": 0"#, &["disks.disk", "size_mib"]);
     refused(r#""size_mib": 1"#, r#""file": "no.img""#, &["disks.disk", "/nonexistent/no.img"]);

@@ -60,7 +60,8 @@ fn meeting(socket: &Path, listen: bool) -> anyhow::Result<Meeting> {
 
 fn run_program(args: &Args, stop: &OwnedFd) -> anyhow::Result<()> {
     let directory = tempfile::Builder::new().prefix("vvu-").tempdir();
-    let directory = directory.context("cannot make a temporary directory: set TMPDIR to one that can be written")?;
+    let directory =
+        directory.context("cannot make a temporary directory: set TMPDIR to one that can be written")?;
     let socket = args.socket.clone().unwrap_or_else(|| directory.path().join("back-end"));
     let words = words(&args.command, &socket, args.socket.is_some())?;
     let options = Options { meeting: meeting(&socket, args.listen)?, absent: Absent::WaitFor(START_TIME) };

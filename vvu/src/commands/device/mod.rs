@@ -111,7 +111,8 @@ fn behind_bridge(
     let end = Stop::new().context("cannot make an event")?;
     thread::scope(|scope| {
         let backend = scope.spawn(|| serve(listener.listener(), &end));
-        let bridged = bridge_to(bdf, Options { meeting: Meeting::Connect(socket), absent: Absent::Fail }, stop, ready);
+        let bridged =
+            bridge_to(bdf, Options { meeting: Meeting::Connect(socket), absent: Absent::Fail }, stop, ready);
         end.stop();
         // What ended the back-end is the better answer: the bridge only saw it hang up.
         joined(backend.join())?;

@@ -42,7 +42,8 @@ impl Program {
         unsafe { command.pre_exec(dies_with_parent) };
         let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
         let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-        let exit = group.ok_or(Errno::SRCH).and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
+        let exit =
+            group.ok_or(Errno::SRCH).and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
         match (group, exit) {
             (Some(group), Ok(exit)) => Ok(Self { name: name.clone(), child, group, exit }),
             (_, error) => {
