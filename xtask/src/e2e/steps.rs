@@ -66,7 +66,7 @@ pub(crate) fn carry_out(scenario: &Scenario, running: &mut Running<'_>, progress
             stage.update(format!("{}: {}", step.vm, running.values.fill(&text).unwrap_or(text)));
         }
         let result = running.step(step).with_context(|| format!("steps[{index}]"));
-        if name == VDA_CHECK {
+        if name == VDA_CHECK && result.is_ok() {
             done.launch_to_vda = running.launched.map(|launched| launched.elapsed().as_secs_f64());
         }
         let last_of_check = scenario.steps[index + 1..].iter().all(|later| later.check != step.check);
