@@ -57,9 +57,11 @@ impl RunDir {
         &self.path
     }
 
-    /// Its name, which no other run has.
+    /// What marks its processes: its name, and that of this process since another checkout may have a
+    /// run of the same name.
     pub(crate) fn id(&self) -> String {
-        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        format!("{name}-{}", std::process::id())
     }
 
     /// The path of a file in it.
