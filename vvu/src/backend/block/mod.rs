@@ -17,6 +17,8 @@ mod config;
 mod device;
 mod disk;
 mod request;
+#[cfg(any(test, fuzzing))]
+pub mod rig;
 
 /// Most queues of a block device.
 pub const QUEUES_MAX: u16 = 16;
