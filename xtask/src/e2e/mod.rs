@@ -22,6 +22,7 @@ use crate::vm::proxy::Proxy;
 use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
+pub(crate) use memory::ensure_free;
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{Setup, SetupOptions};
