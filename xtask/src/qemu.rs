@@ -100,7 +100,23 @@ impl Qemu {
         Self { path, origin, version: String::new(), env: Vec::new(), argv }.with_version()
     }
 
+    /// The root of a QEMU from Debian's packages with all that it needs, for use elsewhere with [`Qemu::from_root`].
+    ///
+    /// # Errors
+    ///
+    /// Debian's packages cannot be downloaded.
+    pub(crate) fn portable(progress: &Progress, cache: &Cache) -> Result<PathBuf> {
+        let stage = progress.stage("portable qemu");
+        let root = Self::unpacked_root(progress, cache, &stage)?;
+        stage.done("unpacked Debian packages");
+        Ok(root)
+    }
+
     fn unpacked(progress: &Progress, cache: &Cache, stage: &Stage) -> Result<Self> {
+        Self::from_root(&Self::unpacked_root(progress, cache, stage)?)
+    }
+
+    fn unpacked_root(progress: &Progress, cache: &Cache, stage: &Stage) -> Result<PathBuf> {
         if !cfg!(target_arch = "x86_64") {
             bail!("only x86-64 machines can run Debian's x86-64 packages");
         }
@@ -122,11 +138,15 @@ impl Qemu {
             }
             Ok(())
         })?;
-        Self::from_root(&entry.path)
+        Ok(entry.path)
     }
 
     /// The QEMU unpacked in `root`: with its own loader and libraries, since the machine's may be older.
-    fn from_root(root: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it does not run.
+    pub(crate) fn from_root(root: &Path) -> Result<Self> {
         let path = root.join("usr/bin").join(PROGRAM);
         let libraries = root.join(LIBRARIES);
         let argv = vec![

@@ -134,7 +134,8 @@ impl FromStr for Disk {
         if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
             return Ok(Self::File(text.into()));
         }
-        let count: u64 = digits.parse().with_context(|| format!("{text:?} is no size: want one such as 64M"))?;
+        let count: u64 =
+            digits.parse().with_context(|| format!("{text:?} is no size: want one such as 64M"))?;
         let most = u64::MAX >> shift;
         ensure!((1..=most).contains(&count), "{text:?} is no size: want 1M or more");
         Ok(Self::Size(count << shift))

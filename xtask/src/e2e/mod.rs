@@ -1,7 +1,9 @@
 //! `cargo xtask e2e`: runs scenarios in VMs and reports.
 
 mod memory;
+mod nested;
 mod plan;
+mod prepared;
 mod setup;
 mod steps;
 
@@ -56,6 +58,9 @@ pub(crate) struct Options {
     /// Measure a bare boot of the same guest and compare
     #[arg(long)]
     measure: bool,
+    /// Run the scenario with KVM in a VM whose CPU QEMU emulates: for machines without KVM
+    #[arg(long, conflicts_with_all = ["prepared", "overlay", "measure", "accel", "qemu", "file"])]
+    nested: bool,
 }
 
 /// Runs `cargo xtask e2e`.
@@ -81,12 +86,20 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
             bail!("--overlay {}: want a directory", overlay.display());
         }
     }
-    // Before the kernel is built for nothing.
-    for scenario in &scenarios {
-        memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
-    }
     let progress = Progress::new(false);
-    let reports: Vec<Report> = run_all(&scenarios, options, &progress)?;
+    let reports: Vec<Report> = if options.nested {
+        let file = |scenario: &Scenario| {
+            let named = options.scenario_file.clone();
+            named.unwrap_or_else(|| dir.join(format!("{}.json", scenario.name)))
+        };
+        nested::run_all(&scenarios, file, options, &progress)?
+    } else {
+        // Before the kernel is built for nothing.
+        for scenario in &scenarios {
+            memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
+        }
+        run_all(&scenarios, options, &progress)?
+    };
     let worst = reports.iter().map(|report| report.result).max_by_key(|result| severity(*result));
     if options.json {
         print_json(reports, options.all)?;
@@ -329,7 +342,7 @@ impl<'a> Bench<'a> {
             proxies.push(Proxy::start(name, command, self.run.file(&format!("proxy-{name}.log")))?);
         }
         for proxy in &mut proxies {
-            proxy.ready(Instant::now() + START_LIMIT * self.setup.slowness())?;
+            proxy.ready(Instant::now() + START_LIMIT * self.setup.slowness)?;
         }
         let mut running = steps::Running {
             vms: BTreeMap::new(),
@@ -337,7 +350,7 @@ impl<'a> Bench<'a> {
             launch: Box::new(|name| self.launch(name)),
             launched: None,
             values,
-            slowness: self.setup.slowness(),
+            slowness: self.setup.slowness,
         };
         let later: Vec<_> = scenario.steps.iter().filter(|step| step.start).map(|step| &step.vm).collect();
         for name in scenario.vms.keys().filter(|name| !later.contains(name)) {
@@ -399,7 +412,7 @@ impl<'a> Bench<'a> {
         };
         let mut vm = self.launch_config(&config, "bare")?;
         let pattern = regex::Regex::new(&regex::escape(vvu_init::protocol::READY_LINE))?;
-        let deadline = Instant::now() + START_LIMIT * self.setup.slowness();
+        let deadline = Instant::now() + START_LIMIT * self.setup.slowness;
         vm.wait_for(&pattern, deadline, &mut interrupt::check)?;
         let seconds = vm.launched().elapsed().as_secs_f64();
         vm.end();
