@@ -12,9 +12,9 @@ use crate::cache::{Cache, Key};
 use crate::packages;
 use crate::progress::{Progress, Stage};
 
-const PROGRAM: &str = "qemu-system-x86_64";
+pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 /// What the VMs cannot do without; QEMU has it since 10.1.
-const NEEDED_DEVICE: &str = "vfio-user-pci";
+pub(crate) const NEEDED_DEVICE: &str = "vfio-user-pci";
 const SUITES: &[&str] = &["trixie", "trixie-backports"];
 const PACKAGE: &str = "qemu-system-x86";
 /// What is kept of the unpacked packages; the rest is documentation, translations and other programs.
@@ -95,7 +95,12 @@ impl Qemu {
         )
     }
 
-    fn plain(path: PathBuf, origin: Origin) -> Result<Self> {
+    /// The QEMU at `path`.
+    ///
+    /// # Errors
+    ///
+    /// It does not answer as QEMU.
+    pub(crate) fn plain(path: PathBuf, origin: Origin) -> Result<Self> {
         let argv = vec![path.clone().into()];
         Self { path, origin, version: String::new(), env: Vec::new(), argv }.with_version()
     }

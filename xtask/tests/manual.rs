@@ -65,7 +65,8 @@ fn the_manual_works_in_two_terminals() {
         ],
     );
     let mut device = device.spawn().expect("xtask starts");
-    let deadline = Instant::now() + Duration::from_secs(120);
+    // The first run may build the programs of the guests.
+    let deadline = Instant::now() + Duration::from_secs(280);
     while !dir.path().join("vvu.sock.mem").exists() {
         if Instant::now() > deadline || device.try_wait().expect("looked at").is_some() {
             // Its own end closes its output.

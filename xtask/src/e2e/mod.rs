@@ -24,7 +24,7 @@ use crate::vm::proxy::Proxy;
 use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
-pub(crate) use memory::ensure_free;
+pub(crate) use memory::{ensure_free, free_mib, needed_mib};
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{Setup, SetupOptions};
