@@ -41,7 +41,7 @@ impl Harness {
         let (stop, stopped) = UnixStream::pair().expect("pair");
         let (ready, is_ready) = mpsc::channel();
         let bridge = std::thread::spawn(move || {
-            let mut bridge = Bridge::new(driver, Options { socket, absent });
+            let mut bridge = Bridge::new(driver, Options { meeting: Meeting::Connect(socket), absent });
             bridge.run(stopped.as_fd(), || ready.send(()).expect("test waits"))
         });
         assert_eq!(fake.state().link, 0, "no front-end before there is a back-end");
@@ -344,7 +344,7 @@ fn a_back_end_that_accepts_and_hangs_up_is_not_used() {
     let fake = FakeDevice::new(1);
     let driver = Driver::new(fake.clone()).expect("bring-up");
     let (stop, stopped) = UnixStream::pair().expect("pair");
-    let options = Options { socket: socket.clone(), absent: Absent::Wait };
+    let options = Options { meeting: Meeting::Connect(socket.clone()), absent: Absent::Wait };
     let bridge = std::thread::spawn(move || {
         let mut ready = false;
         let end = Bridge::new(driver, options).run(stopped.as_fd(), || ready = true);
@@ -373,7 +373,7 @@ fn nobody_listening_is_an_error_that_says_so() {
     let directory = tempfile::tempdir().expect("directory");
     let driver = Driver::new(FakeDevice::new(1)).expect("bring-up");
     let (_stop, stopped) = UnixStream::pair().expect("pair");
-    let options = Options { socket: directory.path().join("none"), absent: Absent::Fail };
+    let options = Options { meeting: Meeting::Connect(directory.path().join("none")), absent: Absent::Fail };
     let error = Bridge::new(driver, options).run(stopped.as_fd(), || ()).expect_err("nobody there");
-    assert!(error.to_string().ends_with("start the back-end first"), "{error}");
+    assert!(error.to_string().contains("start the back-end first"), "{error}");
 }
