@@ -377,3 +377,11 @@ fn nobody_listening_is_an_error_that_says_so() {
     let error = Bridge::new(driver, options).run(stopped.as_fd(), || ()).expect_err("nobody there");
     assert!(error.to_string().contains("start the back-end first"), "{error}");
 }
+
+#[test]
+fn a_device_that_goes_without_a_word_is_found_out() {
+    let harness = Harness::new(Absent::Wait);
+    harness.fake.state().stuck_status = 0xff;
+    let outcome = harness.end();
+    assert!(matches!(outcome, Err(BridgeError::Driver(DriverError::Gone))), "{outcome:?}");
+}

@@ -11,6 +11,7 @@ use super::events::{Events, Source};
 use super::link::{LinkEvent, LinkState};
 use super::session::Session;
 use super::sibling_memory::SiblingMemory;
+use super::visitors::Visitors;
 use super::vrings::Vrings;
 use crate::spec::addr::QueueIndex;
 use crate::spec::pci::{self, Region};
@@ -47,6 +48,8 @@ pub struct Device {
     pub(super) link: LinkState,
     /// There if and only if the link is [`LinkState::Connected`].
     pub(super) session: Option<Session>,
+    /// Who comes when there is no back-end.
+    pub(super) visitors: Visitors,
 }
 
 impl Device {
@@ -83,6 +86,7 @@ impl Device {
             vrings: Vrings::new(queues),
             link: LinkState::Down,
             session: None,
+            visitors: Visitors::default(),
             memory,
         })
     }

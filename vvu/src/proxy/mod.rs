@@ -13,10 +13,12 @@ mod device;
 mod events;
 mod link;
 mod message_queues;
+mod peer;
 mod relay;
 mod session;
 mod sibling_memory;
 mod treatment;
+mod visitors;
 mod vrings;
 
 #[cfg(any(test, fuzzing))]

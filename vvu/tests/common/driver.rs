@@ -4,6 +4,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -77,6 +78,17 @@ impl Driver {
             driver.start_queue(queue)?;
         }
         Ok(driver)
+    }
+
+    /// Connects as a front-end does whose connection was lost: again and again until a back-end answers.
+    pub fn reconnect(socket: &Path, memory: &Arc<SiblingMemory>, setup: Setup) -> Self {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            match Self::connect(socket, memory, setup) {
+                Ok(driver) => return driver,
+                Err(error) => assert!(Instant::now() < deadline, "no back-end in time: {error}"),
+            }
+        }
     }
 
     /// Connects to `socket` and gets as far as the features and the configuration.
