@@ -1,7 +1,9 @@
 //! `cargo xtask e2e`: runs scenarios in VMs and reports.
 
 mod memory;
+mod nested;
 mod plan;
+mod prepared;
 mod setup;
 mod steps;
 
@@ -22,6 +24,7 @@ use crate::vm::proxy::Proxy;
 use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
+pub(crate) use memory::{ensure_free, free_mib, needed_mib};
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{Setup, SetupOptions};
@@ -55,6 +58,9 @@ pub(crate) struct Options {
     /// Measure a bare boot of the same guest and compare
     #[arg(long)]
     measure: bool,
+    /// Run the scenario with KVM in a VM whose CPU QEMU emulates: for machines without KVM
+    #[arg(long, conflicts_with_all = ["prepared", "overlay", "measure", "accel", "qemu", "file"])]
+    nested: bool,
 }
 
 /// Runs `cargo xtask e2e`.
@@ -80,12 +86,20 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
             bail!("--overlay {}: want a directory", overlay.display());
         }
     }
-    // Before the kernel is built for nothing.
-    for scenario in &scenarios {
-        memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
-    }
     let progress = Progress::new(false);
-    let reports: Vec<Report> = run_all(&scenarios, options, &progress)?;
+    let reports: Vec<Report> = if options.nested {
+        let file = |scenario: &Scenario| {
+            let named = options.scenario_file.clone();
+            named.unwrap_or_else(|| dir.join(format!("{}.json", scenario.name)))
+        };
+        nested::run_all(&scenarios, file, options, &progress)?
+    } else {
+        // Before the kernel is built for nothing.
+        for scenario in &scenarios {
+            memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
+        }
+        run_all(&scenarios, options, &progress)?
+    };
     if reports.len() > 1 {
         tell(&report::summary(&reports), options.json);
     }
@@ -332,7 +346,7 @@ impl<'a> Bench<'a> {
             launched: None,
             values,
             measurements: steps::Measurements::new(),
-            slowness: self.setup.slowness(),
+            slowness: self.setup.slowness,
         };
         for name in scenario.vms.keys().filter(|name| !scenario.has(name, Action::Start)) {
             running.start(name)?;
@@ -359,7 +373,7 @@ impl<'a> Bench<'a> {
         command.args(&words[1..]).env(leftover::RUN_VARIABLE, self.run.id());
         self.note(&format!("proxy-{name}"), &words)?;
         let mut proxy = Proxy::start(name, command, self.run.file(&format!("proxy-{name}.log")))?;
-        proxy.ready(Instant::now() + START_LIMIT * self.setup.slowness())?;
+        proxy.ready(Instant::now() + START_LIMIT * self.setup.slowness)?;
         Ok(proxy)
     }
 
@@ -406,7 +420,7 @@ impl<'a> Bench<'a> {
         };
         let mut vm = self.launch_config(&config, "bare")?;
         let pattern = regex::Regex::new(&regex::escape(vvu_init::protocol::READY_LINE))?;
-        let deadline = Instant::now() + START_LIMIT * self.setup.slowness();
+        let deadline = Instant::now() + START_LIMIT * self.setup.slowness;
         vm.wait_for(&pattern, deadline, &mut interrupt::check)?;
         let seconds = vm.launched().elapsed().as_secs_f64();
         vm.end();

@@ -75,6 +75,7 @@ impl Plan {
                 name: name.clone(),
                 memory_mib: spec.memory_mib,
                 cpus: spec.cpus,
+                cpu_model: None,
                 memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
                 iommu,
                 devices: vvu.chain(disks).collect(),

@@ -38,6 +38,8 @@ pub(crate) struct Config {
     pub(crate) memory_mib: u64,
     /// Virtual CPUs.
     pub(crate) cpus: u32,
+    /// Their model as QEMU names it; `None` for the accelerator's best.
+    pub(crate) cpu_model: Option<&'static str>,
     /// The file that is its RAM; `None` for memory of its own, which is shared with vfio-user servers too.
     pub(crate) memory_file: Option<String>,
     /// The IOMMU in front of its devices.
@@ -115,10 +117,19 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     args.pair("-display", "none").pair("-name", escaped(&config.name));
     let irqchip = if config.iommu == Some(Iommu::Intel) { ",kernel-irqchip=split" } else { "" };
     args.pair("-machine", format!("q35,hpet=off,sata=off,smbus=off,memory-backend=mem{irqchip}"));
-    match guest.accelerator {
-        Kind::Kvm => args.pair("-accel", "kvm").pair("-cpu", "host"),
-        Kind::Tcg => args.pair("-accel", "tcg,thread=multi"),
+    let cpu_model = match guest.accelerator {
+        Kind::Kvm => {
+            args.pair("-accel", "kvm");
+            config.cpu_model.or(Some("host"))
+        }
+        Kind::Tcg => {
+            args.pair("-accel", "tcg,thread=multi");
+            config.cpu_model
+        }
     };
+    if let Some(model) = cpu_model {
+        args.pair("-cpu", model);
+    }
     args.pair("-smp", config.cpus.to_string()).pair("-m", format!("{}M", config.memory_mib));
     let memory = format!("id=mem,size={}M,share=on", config.memory_mib);
     args.pair(
