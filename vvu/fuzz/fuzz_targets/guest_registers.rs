@@ -77,7 +77,7 @@ fn run(mut input: Input<'_>) {
     // Those that left before they were accepted are served first.
     for _ in 0..=FRONTENDS {
         rig.bring_up(feature::OFFERED);
-        rig.process();
+        rig.device.process(&rig.host);
     }
     rig.bring_up(feature::OFFERED);
     let _frontend = rig.connect();
