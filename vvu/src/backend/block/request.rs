@@ -196,7 +196,3 @@ where
     }
     if ended { Ok(()) } else { Err(Malformed::Endless) }
 }
-
-#[cfg(test)]
-#[path = "request_test.rs"]
-mod tests;
