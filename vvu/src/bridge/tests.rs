@@ -332,3 +332,34 @@ fn nobody_listening_is_an_error_that_says_so() {
     let error = Bridge::new(driver, options).run(stopped.as_fd(), || ()).expect_err("nobody there");
     assert!(error.to_string().ends_with("start the back-end first"), "{error}");
 }
+
+#[test]
+fn a_back_end_that_asks_on_the_socket_for_answers_is_disconnected() {
+    let harness = Harness::new(Absent::Wait);
+    let mut backend = harness.backend();
+    harness.fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+    backend.send(message(2, NEED_REPLY, &[]), Vec::new()).expect("send");
+    assert!(matches!(receive(&mut backend), Err(SocketError::Closed)));
+    assert!(harness.fake.sent().is_empty());
+    let _next = harness.backend();
+}
+
+#[test]
+fn a_back_end_that_sends_no_messages_is_disconnected() {
+    use std::io::Write;
+    for bytes in
+        [[1, 0, 0, 0, 5, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], [1, 0, 0, 0, 6, 0, 0, 0, 8, 0, 0, 0], [0xff; 12]]
+    {
+        let harness = Harness::new(Absent::Wait);
+        wait_readable(&harness.listener);
+        let (mut stream, _) = harness.listener.accept().expect("accept");
+        let mut backend = MessageSocket::new(stream.try_clone().expect("dup"));
+        harness.fake.request(3, VERSION, &[]);
+        receive(&mut backend).expect("SET_OWNER");
+        stream.write_all(&bytes).expect("write");
+        assert!(matches!(receive(&mut backend), Err(SocketError::Closed)), "{bytes:?}");
+        assert!(harness.fake.sent().is_empty());
+        let _next = harness.backend();
+    }
+}

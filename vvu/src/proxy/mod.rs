@@ -18,6 +18,8 @@ mod sibling_memory;
 mod treatment;
 mod vrings;
 
+#[cfg(test)]
+mod hostile_tests;
 #[cfg(any(test, fuzzing))]
 pub mod rig;
 #[cfg(test)]
