@@ -15,6 +15,7 @@ mod message_queues;
 mod relay;
 mod session;
 mod sibling_memory;
+mod signaller;
 mod treatment;
 mod vrings;
 
