@@ -41,8 +41,32 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vvu: {error:#}");
+            eprintln!("vvu: {}", describe(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// An error and its causes, but for causes that the text before them has told already.
+fn describe(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        told if told.contains(&cause) => text,
+        told => format!("{told}: {cause}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let told = anyhow::Error::msg("no such file").context("cannot open x: no such file; make one");
+        assert_eq!(describe(&told), "cannot open x: no such file; make one");
+        assert_eq!(
+            describe(&told.context("cannot start")),
+            "cannot start: cannot open x: no such file; make one"
+        );
     }
 }

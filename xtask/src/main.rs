@@ -1,3 +1,101 @@
 //! `cargo xtask`: builds the guests, runs the VMs and proves VVU end to end.
 
-fn main() {}
+mod accel;
+mod apt;
+mod byhand;
+mod cache;
+mod children;
+mod console;
+mod control;
+mod e2e;
+mod image;
+mod interrupt;
+mod kernel;
+mod leftover;
+mod logged;
+mod packages;
+mod progress;
+mod qemu;
+mod report;
+mod rundir;
+mod scenario;
+mod test;
+mod vm;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+use cache::Cache;
+use kernel::Kernel;
+use progress::Progress;
+
+/// Builds the guests, runs the VMs and proves VVU end to end.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run scenarios in VMs
+    E2e(e2e::Options),
+    /// Run one VM in this terminal, with a shell on its console
+    #[command(subcommand)]
+    Vm(byhand::Role),
+    /// Run all tests: units, the chain without VMs, faults and scenarios
+    Test(test::Options),
+    /// Get or build the guest kernel
+    Kernel(kernel::KernelOptions),
+    /// Remove the cache and the run directories
+    Clean,
+    #[command(name = accel::PROBE_COMMAND, hide = true)]
+    AccelProbe,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = run(&cli);
+    if children::interrupted() {
+        eprintln!("interrupted");
+        return interrupt::exit_code();
+    }
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::from(2)
+    })
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    // The probe is a process that its parent kills.
+    if !matches!(cli.task, Task::AccelProbe) {
+        interrupt::listen()?;
+    }
+    match &cli.task {
+        Task::E2e(options) => return e2e::main(options),
+        Task::Vm(role) => return byhand::main(role),
+        Task::Test(options) => test::main(options)?,
+        Task::Kernel(options) => {
+            let progress = Progress::new(false);
+            let kernel = Kernel::obtain(&progress, &Cache::open(&progress)?, options)?;
+            println!("{}", kernel.vmlinux.display());
+        }
+        Task::Clean => clean()?,
+        Task::AccelProbe => accel::serve_probe()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Removes what runs and downloads have left.
+fn clean() -> Result<()> {
+    let freed = Cache::open(&Progress::new(true))?.clean()?;
+    let runs = e2e::runs();
+    if runs.exists() {
+        std::fs::remove_dir_all(&runs).with_context(|| format!("cannot remove {}", runs.display()))?;
+    }
+    println!("{} MiB of cache and {} removed", freed >> 20, runs.display());
+    Ok(())
+}

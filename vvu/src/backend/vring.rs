@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -19,9 +20,10 @@ use super::server::Memory;
 /// event it replaces is dead, even if other processes keep it open; and no event that a front-end
 /// provides is ever read or written in a way that could block.
 #[derive(Clone)]
-pub struct Vring {
+pub(super) struct Vring {
     ring: VringMutex<Memory>,
     events: Arc<Mutex<Events>>,
+    started: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -81,6 +83,11 @@ fn signal(event: &File) -> io::Result<()> {
 }
 
 impl Vring {
+    /// Whether the front-end has started the ring since this was asked last.
+    pub(super) fn take_start(&self) -> bool {
+        self.started.swap(false, Ordering::Relaxed)
+    }
+
     fn events(&self) -> MutexGuard<'_, Events> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -117,7 +124,8 @@ impl<'a> VringStateMutGuard<'a, Memory> for Vring {
 
 impl VringT<Memory> for Vring {
     fn new(mem: Memory, max_queue_size: u16) -> Result<Self, virtio_queue::Error> {
-        Ok(Self { ring: VringMutex::new(mem, max_queue_size)?, events: Arc::default() })
+        let ring = VringMutex::new(mem, max_queue_size)?;
+        Ok(Self { ring, events: Arc::default(), started: Arc::default() })
     }
 
     fn set_kick(&self, file: Option<File>) {
@@ -202,10 +210,110 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_queue_ready(&self, ready: bool) {
+        self.started.store(ready, Ordering::Relaxed);
         self.ring.set_queue_ready(ready);
     }
 
     fn set_err(&self, file: Option<File>) {
         self.ring.set_err(file);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use std::os::fd::{AsFd, AsRawFd};
+    use vm_memory::GuestMemoryMmap;
+
+    fn vring() -> Vring {
+        Vring::new(Memory::new(GuestMemoryMmap::new()), 16).expect("queue")
+    }
+
+    /// A blocking event, and a second descriptor of it such as another process would have.
+    fn event() -> (File, File) {
+        let event = File::from(eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd"));
+        let other = event.try_clone().expect("descriptor");
+        (event, other)
+    }
+
+    fn is_ready(watched: &impl AsFd) -> bool {
+        let mut fds = [PollFd::new(watched, PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&NO_WAIT)).expect("poll") != 0
+    }
+
+    #[test]
+    fn a_kick_counts_once_and_never_blocks() {
+        let vring = vring();
+        let (event, kick) = event();
+        let watched = vring.change_kick(Some(event)).expect("kick").expect("new");
+        assert!(!is_ready(&watched));
+        vring.read_kick().expect("nothing to read, and yet no wait");
+        signal(&kick).expect("signal");
+        assert!(is_ready(&watched));
+        vring.read_kick().expect("kick");
+        assert!(!is_ready(&watched));
+        assert!(!is_ready(&kick), "the event is drained");
+    }
+
+    #[test]
+    fn a_kick_that_another_process_reads_is_no_trap() {
+        let vring = vring();
+        let (event, kick) = event();
+        let watched = vring.change_kick(Some(event)).expect("kick").expect("new");
+        signal(&kick).expect("signal");
+        rustix::io::read(&kick, &mut [0; 8]).expect("stolen");
+        vring.read_kick().expect("no wait");
+        assert!(!is_ready(&watched));
+    }
+
+    #[test]
+    fn a_new_kick_event_takes_over_from_one_that_lives_on_elsewhere() {
+        let vring = vring();
+        let (first, old) = event();
+        let watched = vring.change_kick(Some(first)).expect("kick").expect("new");
+        let (second, new) = event();
+        assert!(vring.change_kick(Some(second)).expect("kick").is_none(), "the same is watched");
+        assert!(is_ready(&watched), "a kick may have gone to the old event");
+        vring.read_kick().expect("kick");
+        signal(&old).expect("signal");
+        assert!(!is_ready(&watched));
+        signal(&new).expect("signal");
+        assert!(is_ready(&watched));
+    }
+
+    #[test]
+    fn what_cannot_be_waited_for_is_no_kick_event() {
+        let vring = vring();
+        vring.set_kick(Some(tempfile::tempfile().expect("file")));
+        assert!(vring.get_ref().get_kick().is_none());
+    }
+
+    #[test]
+    fn a_full_call_event_does_not_block() {
+        let vring = vring();
+        let (event, call) = event();
+        vring.set_call(Some(event));
+        rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).expect("fill");
+        vring.signal_used_queue().expect("no wait");
+    }
+
+    #[test]
+    fn the_crate_watches_the_same_thing_that_is_changed() {
+        let vring = vring();
+        let (event, kick) = event();
+        vring.set_kick(Some(event));
+        signal(&kick).expect("signal");
+        let state = vring.get_ref();
+        let watched = state.get_kick().as_ref().expect("watched").as_raw_fd();
+        drop(state);
+        // Waited for by number, as the crate does.
+        let epoll = vmm_sys_util::epoll::Epoll::new().expect("epoll");
+        let interest = vmm_sys_util::epoll::EpollEvent::new(vmm_sys_util::epoll::EventSet::IN, 0);
+        epoll.ctl(vmm_sys_util::epoll::ControlOperation::Add, watched, interest).expect("add");
+        let mut ready = [vmm_sys_util::epoll::EpollEvent::default()];
+        assert_eq!(epoll.wait(0, &mut ready).expect("wait"), 1);
+        vring.set_kick(None);
+        assert_eq!(epoll.wait(0, &mut ready).expect("wait"), 0, "gone with the queue");
     }
 }

@@ -1,28 +1,26 @@
 //! The bridge: gives the messages of a vvu device to an ordinary vhost-user back-end, with the file
 //! descriptors that the messages lost on their way.
 //!
-//! One session at a time. The bridge connects to the back-end first and only then lets a front-end
-//! in, so that a front-end never finds the device without a back-end. When the front-end leaves,
+//! One session at a time. The bridge finds a back-end that answers and only then lets a front-end in,
+//! so that a front-end never finds the device without a back-end. When the front-end leaves,
 //! the back-end gets a new connection for the next one.
 
 use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::driver::pci_device::PciDevice;
 use crate::driver::{Driver, DriverError};
+use connect::connect;
 use session::{End, Session};
 
 mod attachments;
+mod connect;
 mod session;
 #[cfg(test)]
 mod tests;
-
-/// How often a back-end that is not there is looked for.
-const RETRY_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 
 /// What a bridge does besides moving messages.
 #[derive(Clone, Debug)]
@@ -48,7 +46,7 @@ pub enum BridgeError {
     /// The device cannot be driven any longer.
     #[error("vvu device: {0}")]
     Driver(#[from] DriverError),
-    /// Nobody listens on the back-end's socket.
+    /// No back-end answers on its socket.
     #[error("no back-end on {socket:?}: {source}; start the back-end first")]
     Connect {
         /// The path.
@@ -95,7 +93,7 @@ impl<D: PciDevice> Bridge<D> {
     /// [`BridgeError`].
     pub fn run(&mut self, stop: BorrowedFd<'_>, ready: impl FnOnce()) -> Result<(), BridgeError> {
         let mut ready = Some(ready);
-        while let Some(backend) = self.connect(stop)? {
+        while let Some(backend) = connect(&self.options, stop)? {
             let mut session = Session::new(&mut self.driver, backend);
             session.open()?;
             if let Some(ready) = ready.take() {
@@ -120,32 +118,6 @@ impl<D: PciDevice> Bridge<D> {
         }
         Ok(())
     }
-
-    /// Connects to the back-end; `None` if it is time to stop.
-    fn connect(&self, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, BridgeError> {
-        let mut pause = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let mut announced = false;
-        while !readable_within(stop, pause)? {
-            let source = match UnixStream::connect(&self.options.socket) {
-                Ok(stream) => return Ok(Some(stream)),
-                Err(source) => source,
-            };
-            let socket = self.options.socket.clone();
-            if self.options.absent == Absent::Fail {
-                return Err(BridgeError::Connect { socket, source });
-            }
-            if !std::mem::replace(&mut announced, true) {
-                log::info!("waiting for a back-end on {socket:?}: {source}");
-            }
-            pause = RETRY_INTERVAL;
-        }
-        Ok(None)
-    }
-}
-
-/// Whether `fd` is readable, now or within `time`.
-fn readable_within(fd: BorrowedFd<'_>, time: Timespec) -> Result<bool, BridgeError> {
-    wait(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(time)).map(|count| count != 0)
 }
 
 /// Waits for one of `fds`; a signal ends the wait as if the time were over.

@@ -43,8 +43,7 @@ pub(super) struct Session<'d, D: PciDevice> {
 }
 
 impl<'d, D: PciDevice> Session<'d, D> {
-    pub(super) fn new(driver: &'d mut Driver<D>, backend: UnixStream) -> Self {
-        let backend = MessageSocket::new(backend);
+    pub(super) fn new(driver: &'d mut Driver<D>, backend: MessageSocket) -> Self {
         Self { driver, backend, channel: None, serving: false, frontend_up: false }
     }
 

@@ -26,6 +26,8 @@ struct Harness {
     listener: UnixListener,
     stop: Option<UnixStream>,
     bridge: Option<JoinHandle<Result<(), BridgeError>>>,
+    /// The connection that the bridge made before it was ready.
+    first: Option<MessageSocket>,
     _directory: TempDir,
 }
 
@@ -42,14 +44,16 @@ impl Harness {
             let mut bridge = Bridge::new(driver, Options { socket, absent });
             bridge.run(stopped.as_fd(), || ready.send(()).expect("test waits"))
         });
+        assert_eq!(fake.state().link, 0, "no front-end before there is a back-end");
+        let first = Some(accept(&listener));
         is_ready.recv().expect("ready");
         assert_eq!(fake.state().link, BACKEND_UP);
-        Self { fake, listener, stop: Some(stop), bridge: Some(bridge), _directory: directory }
+        Self { fake, listener, stop: Some(stop), bridge: Some(bridge), first, _directory: directory }
     }
 
-    fn backend(&self) -> MessageSocket {
-        wait_readable(&self.listener);
-        MessageSocket::new(self.listener.accept().expect("accept").0)
+    /// The connection of the next session.
+    fn backend(&mut self) -> MessageSocket {
+        self.first.take().unwrap_or_else(|| accept(&self.listener))
     }
 
     /// Waits for a message that the bridge sent through the device.
@@ -71,6 +75,15 @@ impl Drop for Harness {
             assert!(matches!(end, Ok(()) | Err(BridgeError::BackendLeft { .. })), "{end:?}");
         }
     }
+}
+
+/// Accepts a connection and answers the bridge's question whether anybody is there.
+fn accept(listener: &UnixListener) -> MessageSocket {
+    wait_readable(listener);
+    let mut socket = MessageSocket::new(listener.accept().expect("accept").0);
+    assert_eq!(receive(&mut socket).expect("question").bytes, message(1, VERSION, &[]));
+    socket.send(message(1, REPLY, &[0; 8]), Vec::new()).expect("answer");
+    socket
 }
 
 fn within_deadline<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
@@ -117,7 +130,7 @@ fn take(fd: &OwnedFd) {
 
 #[test]
 fn requests_reach_the_back_end_with_their_descriptors() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     harness.fake.request(1, VERSION, &[]);
     let plain = receive(&mut backend).expect("GET_FEATURES");
@@ -158,7 +171,7 @@ fn requests_reach_the_back_end_with_their_descriptors() {
 
 #[test]
 fn answers_go_back_and_descriptors_in_them_do_not() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     harness.fake.request(1, VERSION, &[]);
     receive(&mut backend).expect("GET_FEATURES");
@@ -170,7 +183,7 @@ fn answers_go_back_and_descriptors_in_them_do_not() {
 
 #[test]
 fn the_back_end_can_ask_the_front_end() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     harness.fake.request(21, VERSION, &[]);
     let stream = receive(&mut backend).expect("SET_BACKEND_REQ_FD").fds.remove(0);
@@ -195,7 +208,7 @@ fn the_back_end_can_ask_the_front_end() {
 
 #[test]
 fn what_cannot_be_carried_is_refused_with_an_answer_or_ends_the_session() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     harness.fake.request(12, NEED_REPLY, &4u64.to_le_bytes());
     assert_eq!(harness.sent(), message(12, REPLY, &1u64.to_le_bytes()));
@@ -210,7 +223,7 @@ fn what_cannot_be_carried_is_refused_with_an_answer_or_ends_the_session() {
 
 #[test]
 fn the_next_front_end_gets_a_new_connection() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     harness.fake.set_link(BACKEND_UP | FRONTEND_UP);
     for _ in 0..3 {
@@ -229,7 +242,7 @@ fn the_next_front_end_gets_a_new_connection() {
 
 #[test]
 fn a_front_end_that_leaves_without_a_mark_is_noticed() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
@@ -240,7 +253,7 @@ fn a_front_end_that_leaves_without_a_mark_is_noticed() {
 
 #[test]
 fn a_front_end_that_sent_nothing_costs_no_connection() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     assert!(harness.fake.deliver(&[]));
     harness.fake.set_link(0);
@@ -251,7 +264,7 @@ fn a_front_end_that_sent_nothing_costs_no_connection() {
 
 #[test]
 fn a_back_end_that_hangs_up_ends_the_bridge_or_is_waited_for() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
@@ -260,7 +273,7 @@ fn a_back_end_that_hangs_up_ends_the_bridge_or_is_waited_for() {
     assert!(matches!(harness.end(), Err(BridgeError::BackendLeft { serving: true, .. })));
     assert_eq!(fake.state().status, 0, "the device is reset");
 
-    let harness = Harness::new(Absent::Wait);
+    let mut harness = Harness::new(Absent::Wait);
     let mut backend = harness.backend();
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
@@ -273,7 +286,7 @@ fn a_back_end_that_hangs_up_ends_the_bridge_or_is_waited_for() {
 
 #[test]
 fn a_back_end_that_does_not_read_holds_messages_in_the_device() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     let payload = |i: u32| [&i.to_le_bytes()[..], &[0; 4000]].concat();
     // More than socket buffers hold: the bridge stops taking messages and the receive queue fills.
@@ -295,7 +308,7 @@ fn a_back_end_that_does_not_read_holds_messages_in_the_device() {
 
 #[test]
 fn a_device_that_does_not_send_holds_messages_in_the_back_end() {
-    let harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Absent::Fail);
     let mut backend = harness.backend();
     let mut count = 0u32;
     while count < 64 || !backend.is_congested() {
@@ -315,12 +328,44 @@ fn a_device_that_does_not_send_holds_messages_in_the_back_end() {
 
 #[test]
 fn a_device_that_breaks_the_rules_ends_the_bridge() {
-    let harness = Harness::new(Absent::Wait);
+    let mut harness = Harness::new(Absent::Wait);
     let _backend = harness.backend();
     let fake = harness.fake.clone();
     assert!(fake.deliver_as(&message(1, VERSION, &[]), 13));
     assert!(matches!(harness.end(), Err(BridgeError::Driver(DriverError::Length { got: 13, want: 12 }))));
     assert_eq!(fake.state().status, 0);
+}
+
+#[test]
+fn a_back_end_that_accepts_and_hangs_up_is_not_used() {
+    let directory = tempfile::tempdir().expect("directory");
+    let socket = directory.path().join("backend");
+    let listener = UnixListener::bind(&socket).expect("bind");
+    let fake = FakeDevice::new(1);
+    let driver = Driver::new(fake.clone()).expect("bring-up");
+    let (stop, stopped) = UnixStream::pair().expect("pair");
+    let options = Options { socket: socket.clone(), absent: Absent::Wait };
+    let bridge = std::thread::spawn(move || {
+        let mut ready = false;
+        let end = Bridge::new(driver, options).run(stopped.as_fd(), || ready = true);
+        (end, ready)
+    });
+    // In the backlog of a socket that is closed, and then accepted but not answered.
+    wait_readable(&listener);
+    std::fs::remove_file(&socket).expect("remove");
+    drop(listener);
+    let listener = UnixListener::bind(&socket).expect("bind");
+    wait_readable(&listener);
+    drop(listener.accept().expect("accept"));
+    assert_eq!(fake.state().link, 0);
+    let mut backend = accept(&listener);
+    within_deadline("link up", || (fake.state().link == BACKEND_UP).then_some(()));
+    fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+    drop(stop);
+    let (end, ready) = bridge.join().expect("no panic");
+    end.expect("a clean stop");
+    assert!(ready);
 }
 
 #[test]
@@ -335,7 +380,7 @@ fn nobody_listening_is_an_error_that_says_so() {
 
 #[test]
 fn a_back_end_that_asks_on_the_socket_for_answers_is_disconnected() {
-    let harness = Harness::new(Absent::Wait);
+    let mut harness = Harness::new(Absent::Wait);
     let mut backend = harness.backend();
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
@@ -347,17 +392,14 @@ fn a_back_end_that_asks_on_the_socket_for_answers_is_disconnected() {
 
 #[test]
 fn a_back_end_that_sends_no_messages_is_disconnected() {
-    use std::io::Write;
     for bytes in
         [[1, 0, 0, 0, 5, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], [1, 0, 0, 0, 6, 0, 0, 0, 8, 0, 0, 0], [0xff; 12]]
     {
-        let harness = Harness::new(Absent::Wait);
-        wait_readable(&harness.listener);
-        let (mut stream, _) = harness.listener.accept().expect("accept");
-        let mut backend = MessageSocket::new(stream.try_clone().expect("dup"));
+        let mut harness = Harness::new(Absent::Wait);
+        let mut backend = harness.backend();
         harness.fake.request(3, VERSION, &[]);
         receive(&mut backend).expect("SET_OWNER");
-        stream.write_all(&bytes).expect("write");
+        backend.send(bytes.to_vec(), Vec::new()).expect("send");
         assert!(matches!(receive(&mut backend), Err(SocketError::Closed)), "{bytes:?}");
         assert!(harness.fake.sent().is_empty());
         let _next = harness.backend();

@@ -10,12 +10,15 @@ pub mod sysfs;
 pub mod vfio;
 pub mod vfio_user;
 
-pub use device::{Driver, DriverError, Incoming, Link};
+pub use device::{Driver, Incoming, Link};
+pub use error::DriverError;
 pub use layout::LayoutError;
 pub use queue::QueueError;
 
+mod bring_up;
 mod device;
 mod doorbells;
+mod error;
 #[cfg(test)]
 pub(crate) mod fake;
 mod layout;

@@ -49,6 +49,10 @@ fn devices_that_cannot_be_driven_are_refused() {
     assert!(matches!(stuck, DriverError::Reset { status: status::NEEDS_RESET }));
     let no_queue = refused(|fake| fake.state().queue_max = 0);
     assert!(matches!(no_queue, DriverError::NoQueue { queue: "receive" }));
+    let fake = FakeDevice::new(1);
+    fake.state().offered = 0;
+    Driver::new(fake.clone()).expect_err("no VERSION_1");
+    assert_eq!(fake.state().status, status::FAILED);
     let no_vhost_queue = refused(|fake| fake.state().vhost_queues = 0);
     assert!(matches!(no_vhost_queue, DriverError::NoVhostQueue { queues: 0, .. }));
 }
@@ -180,6 +184,9 @@ fn the_link_is_read_and_written() {
     assert!(!driver.link().expect("link").backend_up);
     fake.state().stuck_status = status::NEEDS_RESET;
     assert!(matches!(driver.link(), Err(DriverError::NeedsReset { .. })));
+    fake.state().stuck_status = 0xff;
+    assert!(matches!(driver.link(), Err(DriverError::Gone)));
+    fake.state().stuck_status = 0;
 }
 
 #[test]

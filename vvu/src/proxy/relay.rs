@@ -31,10 +31,29 @@ impl Device {
             self.step(host, LinkEvent::DriverViolation);
             return;
         }
+        if ready
+            && before == LinkState::Down
+            && let Err(error) = self.discard_sent(host)
+        {
+            self.driver_violation(host, &error);
+            return;
+        }
         self.step(host, if ready { LinkEvent::DriverReady } else { LinkEvent::DriverGone });
         if self.link != before {
             self.pump(host);
         }
+    }
+
+    /// Gives back what the driver sent to the last front-end too late: the next one would take it for
+    /// an answer to its own requests.
+    fn discard_sent<H: Host>(&mut self, host: &H) -> Result<(), QueueError> {
+        for _ in 0..self.common.tx.queue.size() {
+            if take(&mut self.common.tx.queue, host.memory())?.is_none() {
+                break;
+            }
+            notify(host, &mut self.common.tx, &mut self.isr)?;
+        }
+        Ok(())
     }
 
     /// Takes the link to its next state and carries out what the change implies.

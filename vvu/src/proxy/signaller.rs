@@ -9,12 +9,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use libc::{c_long, c_ulong};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 /// Operations that may end before they are looked at.
 const EVENTS: u32 = 64;
+/// Other threads may take the room that one makes.
+const ATTEMPTS: usize = 100;
 /// `IOCB_CMD_PREAD` is 0, as is every other field that is not named.
 const IOCB_FLAG_RESFD: u32 = 1;
 
@@ -47,10 +50,23 @@ pub(crate) struct Signaller {
     empty: OwnedFd,
 }
 
+/// The one of this process. It is never destroyed: the kernel takes many milliseconds for that.
+static SHARED: OnceLock<Signaller> = OnceLock::new();
+
 impl Signaller {
+    /// The one of this process.
+    ///
     /// # Errors
     /// When the kernel has no asynchronous I/O, or no more of it (`fs.aio-max-nr`).
-    pub(crate) fn new() -> io::Result<Self> {
+    pub(crate) fn shared() -> io::Result<&'static Self> {
+        if let Some(shared) = SHARED.get() {
+            return Ok(shared);
+        }
+        let new = Self::new()?;
+        Ok(SHARED.get_or_init(|| new))
+    }
+
+    fn new() -> io::Result<Self> {
         let empty = memfd_create("vvu-empty", MemfdFlags::CLOEXEC)?;
         let mut context: c_ulong = 0;
         // SAFETY: the kernel writes the identifier of the context to `context`.
@@ -73,14 +89,16 @@ impl Signaller {
             eventfd: number(eventfd),
             ..Operation::default()
         };
-        match self.submit(&mut operation) {
-            // Earlier operations have ended but take up all the room.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.forget_ended()?;
-                self.submit(&mut operation)
+        let mut result = self.submit(&mut operation);
+        for _ in 0..ATTEMPTS {
+            match &result {
+                // Earlier operations have ended but take up all the room.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.forget_ended()?,
+                _ => break,
             }
-            result => result,
+            result = self.submit(&mut operation);
         }
+        result
     }
 
     fn submit(&self, operation: &mut Operation) -> io::Result<()> {
@@ -126,7 +144,7 @@ mod tests {
 
     #[test]
     fn signals_are_counted_however_many() {
-        let signaller = Signaller::new().expect("asynchronous I/O");
+        let signaller = Signaller::shared().expect("asynchronous I/O");
         let fd = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
         for _ in 0..10_000 {
             signaller.signal(fd.as_fd()).expect("signal");
@@ -140,7 +158,7 @@ mod tests {
     fn a_full_counter_in_blocking_mode_does_not_block() {
         let (done, is_done) = mpsc::channel();
         std::thread::spawn(move || {
-            let signaller = Signaller::new().expect("asynchronous I/O");
+            let signaller = Signaller::shared().expect("asynchronous I/O");
             let fd = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
             rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).expect("fill");
             let results: Vec<_> = (0..200).map(|_| signaller.signal(fd.as_fd()).is_ok()).collect();
@@ -152,7 +170,7 @@ mod tests {
 
     #[test]
     fn nothing_but_an_eventfd_is_signalled() {
-        let signaller = Signaller::new().expect("asynchronous I/O");
+        let signaller = Signaller::shared().expect("asynchronous I/O");
         let (_read, write) = rustix::pipe::pipe().expect("pipe");
         assert!(signaller.signal(write.as_fd()).is_err());
     }

@@ -64,6 +64,23 @@ fn an_answer_that_nobody_asked_for_is_dropped() {
 }
 
 #[test]
+fn what_was_meant_for_the_last_front_end_does_not_reach_the_next() {
+    let mut rig = Rig::new();
+    rig.bring_up(feature::OFFERED);
+    drop(rig.connect());
+    rig.process();
+    assert_eq!(rig.device.link(), LinkState::Down);
+    let late = Message::new(Header { request: 1, flags: 5, size: 8 }, &[0; 8]);
+    rig.offer(1, &late.bytes, 0);
+    rig.backend_up();
+    assert_eq!(rig.used(1), Some(vec![]));
+    let mut frontend = rig.connect();
+    frontend.send(request(FrontendReq::GET_FEATURES, 0, &[]).bytes, vec![]).expect("send");
+    rig.process();
+    assert!(frontend.receive().expect("receive").is_none());
+}
+
+#[test]
 fn the_end_of_a_session_is_marked_and_the_next_one_served() {
     let mut rig = Rig::new();
     rig.bring_up(feature::OFFERED);

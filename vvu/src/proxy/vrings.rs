@@ -71,15 +71,15 @@ pub(crate) enum Notification {
 #[derive(Debug)]
 pub(crate) struct Vrings {
     vrings: Vec<Vring>,
-    signaller: Signaller,
+    signaller: &'static Signaller,
 }
 
 impl Vrings {
     /// # Errors
-    /// Those of [`Signaller::new`].
+    /// Those of [`Signaller::shared`].
     pub(crate) fn new(queues: u16) -> io::Result<Self> {
         let vrings = (0..queues).map(|_| Vring::new()).collect();
-        Ok(Self { vrings, signaller: Signaller::new()? })
+        Ok(Self { vrings, signaller: Signaller::shared()? })
     }
 
     /// Puts `fd` in the place of the eventfd there was, which is returned.

@@ -58,7 +58,7 @@ pub enum OpenError {
         /// The path.
         path: PathBuf,
     },
-    /// Its size is no multiple of [`SECTOR_SIZE`].
+    /// Its size is not a multiple of 512 bytes.
     #[error(
         "disk {path:?} has {got} bytes, which is no multiple of {SECTOR_SIZE}: enlarge it with `truncate -s {} {}`",
         got.next_multiple_of(SECTOR_SIZE.into()), path.display()

@@ -196,3 +196,7 @@ where
     }
     if ended { Ok(()) } else { Err(Malformed::Endless) }
 }
+
+#[cfg(test)]
+#[path = "request_test.rs"]
+mod tests;

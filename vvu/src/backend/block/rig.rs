@@ -9,10 +9,12 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
+use super::config::QUEUE_SIZE_MAX;
 use super::device::Device;
 use super::disk::{Disk, SECTOR_SIZE};
 use super::{Arc, Options};
-use crate::backend::Vring;
+use crate::backend::inflight::{Inflight, Limits};
+use crate::backend::vring::Vring;
 
 /// Bytes of sibling memory, which starts at address 0.
 pub const MEMORY: usize = 1 << 20;
@@ -67,7 +69,8 @@ impl Rig {
         let disk = Arc::new(Disk::open(&options).expect("disk"));
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
         let shared = GuestMemoryAtomic::new(memory.clone());
-        let device = Device::new(disk, 1, shared.clone());
+        let limits = Limits { queues: 1, queue_size: QUEUE_SIZE_MAX };
+        let device = Device::new(disk, 1, shared.clone(), Arc::new(Inflight::new(limits)));
         device.acked_features(1 << VIRTIO_BLK_F_FLUSH);
         let vring = Vring::new(shared, QUEUE_SIZE).expect("queue");
         let mut rig = Self { device, vring, memory, file, available: 0 };

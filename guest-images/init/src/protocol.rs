@@ -1,0 +1,343 @@
+//! The control protocol between the host and PID 1: one JSON object a line, over the second serial port.
+//!
+//! ```text
+//! host    {"id":1,"run":{"command":"lspci -s 00:10.0","timeout_ms":10000}}
+//! guest   {"id":1,"exit":{"code":0,"stdout":"00:10.0 ...\n","stderr":"","truncated":false}}
+//! guest   {"event":"exited","name":"backend","signal":9}
+//! ```
+//!
+//! Every request gets exactly one answer with its `id`; answers may come in another order than the requests.
+//! Events come on their own.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Longest request line in bytes, without the newline.
+pub const MAX_REQUEST: usize = 64 << 10;
+
+/// Most bytes of each of stdout and stderr that an answer carries; the rest is read and dropped.
+pub const MAX_CAPTURE: usize = 1 << 20;
+
+/// Longest line in bytes that the guest may send: two full captures of which every byte needs a six-byte escape.
+pub const MAX_ANSWER: usize = 2 * 6 * MAX_CAPTURE + (4 << 10);
+
+/// First line of PID 1 on the console: user space runs.
+pub const READY_LINE: &str = "vvu-init: ready";
+
+/// Names of [`Action`] for people.
+const ACTIONS: &str = "run, spawn, kill, hello, power_off, reboot";
+
+/// A line from the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Chosen by the host, repeated in the answer.
+    pub id: u64,
+    /// What is asked for.
+    #[serde(flatten)]
+    pub action: Action,
+}
+
+/// What the host can ask for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// Run a command to its end and answer with its output: `exit`, or `timeout`.
+    Run(Run),
+    /// Start a command that stays, its output going to the console: `spawned`.
+    Spawn(Spawn),
+    /// Send a signal to the process group of a spawned command: `killed`.
+    Kill(Kill),
+    /// Ask who is there, for a host that came too late for the `ready` event: `hello`.
+    Hello(Empty),
+    /// End the guest: `powering_off`, then the machine goes away.
+    PowerOff(Empty),
+    /// End the guest and start it again: `rebooting`, later a `ready` event.
+    Reboot(Empty),
+}
+
+/// A command to run to its end, by `/bin/sh -c`, stdin empty, in a process group of its own.
+///
+/// The answer comes when the shell ends, even if a background process still holds its output open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// The shell command.
+    pub command: String,
+    /// Milliseconds after which the whole process group is killed.
+    pub timeout_ms: u64,
+}
+
+/// A command that stays.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spawn {
+    /// Name of the command: prefix of its console lines, target of `kill`. Free again once it has ended.
+    pub name: String,
+    /// The shell command.
+    pub command: String,
+}
+
+/// A signal to a spawned command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kill {
+    /// Name given to `spawn`.
+    pub name: String,
+    /// Signal number, such as 15.
+    pub signal: i32,
+}
+
+/// No parameters, written `{}`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Empty {}
+
+/// A line from the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Message {
+    /// The answer to a request.
+    Answer(Answer),
+    /// Something that happened.
+    Event(Event),
+}
+
+/// The answer to a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The request's id.
+    pub id: u64,
+    /// How it went.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// How a request went.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The command ended by itself.
+    Exit(Exit),
+    /// The command was killed at its timeout; this is its output until then.
+    Timeout(Output),
+    /// The command was started.
+    Spawned {
+        /// Its process id, which is also its process group.
+        pid: i32,
+    },
+    /// The signal was sent.
+    Killed(Empty),
+    /// The answer to `hello`.
+    Hello(Identity),
+    /// The guest is about to end.
+    PoweringOff(Empty),
+    /// The guest is about to restart.
+    Rebooting(Empty),
+    /// The request could not be done, and why.
+    Error(String),
+}
+
+/// How a command ended and what it printed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// `"code": 0` or `"signal": 9`.
+    #[serde(flatten)]
+    pub end: End,
+    /// What it printed.
+    #[serde(flatten)]
+    pub output: Output,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// It exited with this code.
+    Code(i32),
+    /// A signal of this number killed it.
+    Signal(i32),
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(formatter, "exit code {code}"),
+            Self::Signal(signal) => write!(formatter, "signal {signal}"),
+        }
+    }
+}
+
+/// What a command printed. Bytes that are not UTF-8 are replaced.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Output {
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+    /// Whether either is cut off at [`MAX_CAPTURE`].
+    pub truncated: bool,
+}
+
+/// Who runs in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Kernel release, such as `6.12.117`.
+    pub kernel: String,
+    /// Version of this program.
+    pub init: String,
+}
+
+/// Something that happened in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// Everything is mounted and requests are served. Sent once.
+    Ready(Identity),
+    /// A spawned command ended.
+    Exited {
+        /// Name given to `spawn`.
+        name: String,
+        /// `"code": 1` or `"signal": 11`.
+        #[serde(flatten)]
+        end: End,
+    },
+    /// A line that is no request and whose `id` could not be told.
+    BadRequest {
+        /// What is wrong with it.
+        error: String,
+    },
+}
+
+impl Request {
+    /// Reads a line of the host; what is wrong with it comes as the message to send back.
+    pub fn parse(line: &[u8]) -> Result<Self, Message> {
+        let bad = |error: String| Message::Event(Event::BadRequest { error });
+        let value: serde_json::Value =
+            serde_json::from_slice(line).map_err(|error| bad(format!("not JSON: {error}")))?;
+        let id = value.get("id").and_then(serde_json::Value::as_u64);
+        serde_json::from_value(value).map_err(|error| {
+            let error = format!("{error}; want an `id` and one of {ACTIONS}");
+            match id {
+                Some(id) => Message::Answer(Answer { id, outcome: Outcome::Error(error) }),
+                None => bad(error),
+            }
+        })
+    }
+}
+
+impl Message {
+    /// Reads a line of the guest.
+    pub fn parse(line: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(line)
+    }
+}
+
+/// The line that carries a request or a message, newline included.
+pub fn line(message: &impl Serialize) -> Vec<u8> {
+    let mut line = serde_json::to_vec(message).unwrap_or_else(|error| {
+        // Only a map with keys that are no strings fails, and there is none.
+        unreachable!("protocol types serialise: {error}")
+    });
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(text: &str) -> Request {
+        Request::parse(text.as_bytes()).expect(text)
+    }
+
+    fn refused(text: &str) -> Message {
+        Request::parse(text.as_bytes()).expect_err(text)
+    }
+
+    #[test]
+    fn requests_read_as_documented() {
+        let run = Run { command: "lspci".into(), timeout_ms: 10 };
+        assert_eq!(
+            request(r#"{"id":1,"run":{"command":"lspci","timeout_ms":10}}"#),
+            Request { id: 1, action: Action::Run(run) }
+        );
+        let spawn = Spawn { name: "backend".into(), command: "vvu device".into() };
+        assert_eq!(
+            request(r#"{"id":2,"spawn":{"name":"backend","command":"vvu device"}}"#),
+            Request { id: 2, action: Action::Spawn(spawn) }
+        );
+        assert_eq!(
+            request(r#"{"id":3,"kill":{"name":"backend","signal":9}}"#),
+            Request { id: 3, action: Action::Kill(Kill { name: "backend".into(), signal: 9 }) }
+        );
+        assert_eq!(
+            request(r#"{"id":4,"power_off":{}}"#),
+            Request { id: 4, action: Action::PowerOff(Empty {}) }
+        );
+        assert_eq!(request(r#"{"id":5,"reboot":{}}"#), Request { id: 5, action: Action::Reboot(Empty {}) });
+    }
+
+    #[test]
+    fn answers_and_events_write_as_documented() {
+        let text = |message: &Message| String::from_utf8(line(message)).expect("JSON is UTF-8");
+        let output = Output { stdout: "a\n".into(), stderr: String::new(), truncated: false };
+        let exit = Exit { end: End::Code(0), output };
+        assert_eq!(
+            text(&Message::Answer(Answer { id: 1, outcome: Outcome::Exit(exit) })),
+            "{\"id\":1,\"exit\":{\"code\":0,\"stdout\":\"a\\n\",\"stderr\":\"\",\"truncated\":false}}\n"
+        );
+        assert_eq!(
+            text(&Message::Event(Event::Exited { name: "backend".into(), end: End::Signal(9) })),
+            "{\"event\":\"exited\",\"name\":\"backend\",\"signal\":9}\n"
+        );
+        let identity = Identity { kernel: "6.12".into(), init: "0.1.0".into() };
+        assert_eq!(
+            text(&Message::Event(Event::Ready(identity))),
+            "{\"event\":\"ready\",\"kernel\":\"6.12\",\"init\":\"0.1.0\"}\n"
+        );
+    }
+
+    #[test]
+    fn both_ends_understand_each_other() {
+        let identity = Identity { kernel: "6.12".into(), init: "0.1.0".into() };
+        let outcomes = [
+            Outcome::Exit(Exit { end: End::Signal(6), output: Output::default() }),
+            Outcome::Timeout(Output { truncated: true, ..Output::default() }),
+            Outcome::Spawned { pid: 12 },
+            Outcome::Killed(Empty {}),
+            Outcome::Hello(identity.clone()),
+            Outcome::PoweringOff(Empty {}),
+            Outcome::Rebooting(Empty {}),
+            Outcome::Error("no".into()),
+        ];
+        let answers = outcomes.into_iter().map(|outcome| Message::Answer(Answer { id: 7, outcome }));
+        let events = [
+            Event::Ready(identity),
+            Event::Exited { name: "x".into(), end: End::Code(1) },
+            Event::BadRequest { error: "?".into() },
+        ];
+        for message in answers.chain(events.map(Message::Event)) {
+            assert_eq!(Message::parse(&line(&message)).expect("own line"), message);
+        }
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused_with_its_id() {
+        for text in [
+            r#"{"id":5,"dance":{}}"#,
+            r#"{"id":5}"#,
+            r#"{"id":5,"run":{"command":"x"}}"#,
+            r#"{"id":5,"power_off":{"now":1}}"#,
+        ] {
+            let Message::Answer(Answer { id: 5, outcome: Outcome::Error(_) }) = refused(text) else {
+                panic!("{text}: {:?}", refused(text));
+            };
+        }
+        for text in ["", "hello", "[]", r#"{"run":{}}"#, r#"{"id":-1,"power_off":{}}"#, "\u{1b}[0m"] {
+            let Message::Event(Event::BadRequest { .. }) = refused(text) else {
+                panic!("{text}: {:?}", refused(text));
+            };
+        }
+    }
+}

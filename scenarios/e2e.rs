@@ -1,0 +1,58 @@
+//! Lists each scenario to the test runner and runs it as `cargo xtask e2e SCENARIO` does.
+
+use std::env;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// The xtask program, which `cargo xtask test` names; else cargo builds it.
+const XTASK: &str = "VVU_XTASK";
+/// Lines of a failed run's output that are shown: the table of checks with its evidence.
+const TAIL_LINES: usize = 120;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let trials = match trials(Path::new(env!("CARGO_MANIFEST_DIR"))) {
+        Ok(trials) => trials,
+        Err(error) => {
+            eprintln!("cannot list the scenarios: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn trials(dir: &Path) -> std::io::Result<Vec<Trial>> {
+    let mut trials = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "json")
+            && let Some(name) = path.file_stem()
+        {
+            let name = name.to_string_lossy().into_owned();
+            trials.push(Trial::test(name.clone(), move || run(&name)));
+        }
+    }
+    Ok(trials)
+}
+
+fn run(name: &str) -> Result<(), Failed> {
+    let mut command = match env::var_os(XTASK) {
+        Some(xtask) => Command::new(xtask),
+        None => {
+            let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+            cargo.args(["run", "--quiet", "--package", "xtask", "--"]);
+            cargo
+        }
+    };
+    let output = command.args(["e2e", name]).output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let mut text = String::from_utf8_lossy(&output.stderr).into_owned();
+    text.push_str(&String::from_utf8_lossy(&output.stdout));
+    let lines: Vec<&str> = text.lines().collect();
+    let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
+    Err(format!("xtask e2e {name}: {}\n{}", output.status, tail.join("\n")).into())
+}

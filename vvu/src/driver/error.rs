@@ -1,0 +1,105 @@
+//! What can go wrong with a vvu device.
+
+use super::layout::LayoutError;
+use super::pci_device::DeviceError;
+use super::queue::QueueError;
+use crate::spec::addr::QueueIndex;
+use crate::spec::vhost_user::MessageError;
+
+/// A device that cannot be driven, or cannot be driven any longer.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// An access failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Not a vvu device.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The device broke the rules of a virtqueue.
+    #[error("{queue} queue: {source}")]
+    Queue {
+        /// `receive` or `transmit`.
+        queue: &'static str,
+        /// What it did.
+        source: QueueError,
+    },
+    /// The device did not reset.
+    #[error("the device did not reset: its status is {status:#04x}, want 0")]
+    Reset {
+        /// Device status.
+        status: u8,
+    },
+    /// The device lacks a feature.
+    #[error("the device offers features {offered:#x}, without {missing}, which this driver needs")]
+    Feature {
+        /// Name of the feature.
+        missing: &'static str,
+        /// Feature bits.
+        offered: u64,
+    },
+    /// The device turned down the features it had offered.
+    #[error("the device turned down features {features:#x}, which it had offered")]
+    FeaturesRefused {
+        /// Feature bits.
+        features: u64,
+    },
+    /// A queue is missing.
+    #[error("the device has no {queue} queue")]
+    NoQueue {
+        /// `receive` or `transmit`.
+        queue: &'static str,
+    },
+    /// No vhost queue can be served.
+    #[error(
+        "the device can carry no vhost queue: {queues} queues, {vectors} MSI-X vectors and {doorbells} doorbells"
+    )]
+    NoVhostQueue {
+        /// Queues in its configuration.
+        queues: u32,
+        /// MSI-X vectors.
+        vectors: u16,
+        /// Doorbells that fit in the structure.
+        doorbells: u64,
+    },
+    /// A register does not keep what is written to it.
+    #[error("{what} reads {got:#x} after {want:#x} was written to it")]
+    NotKept {
+        /// The register.
+        what: &'static str,
+        /// Value written.
+        want: u16,
+        /// Value read.
+        got: u16,
+    },
+    /// A vhost queue beyond those of the device.
+    #[error("vhost queue {index}: the device has {queues}")]
+    QueueIndex {
+        /// Queue asked for.
+        index: QueueIndex,
+        /// Queues there are.
+        queues: u16,
+    },
+    /// The device does not answer.
+    #[error("the device is gone: its registers read all ones; did the proxy end?")]
+    Gone,
+    /// The device failed.
+    #[error("the device needs a reset: its status is {status:#04x}")]
+    NeedsReset {
+        /// Device status.
+        status: u8,
+    },
+    /// A received message is not as long as its header says.
+    #[error("received {got} bytes that announce a message of {want}")]
+    Length {
+        /// Bytes received.
+        got: usize,
+        /// Bytes that the header announces, itself included.
+        want: usize,
+    },
+    /// A received message is none.
+    #[error("received: {0}")]
+    Message(#[from] MessageError),
+    /// An eventfd could not be made.
+    #[error("eventfd: {0}")]
+    EventFd(std::io::Error),
+}

@@ -1,0 +1,22 @@
+//! The block back-end, end to end over a plain vhost-user socket.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod connection;
+mod hostile;
+mod requests;
+
+use std::sync::Arc;
+
+use common::{Completion, SiblingMemory};
+
+const OK: Completion = Completion { status: 0, used: 1 };
+const IO_ERROR: Completion = Completion { status: 1, used: 1 };
+const UNSUPPORTED: Completion = Completion { status: 2, used: 1 };
+/// Guest address of memory that no ring is in.
+const DATA: u64 = 1 << 20;
+
+fn memory() -> Arc<SiblingMemory> {
+    Arc::new(SiblingMemory::flat(4 << 20))
+}

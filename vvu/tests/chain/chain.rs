@@ -1,0 +1,176 @@
+//! Starts and ends the parts of the chain.
+
+use std::fs::File;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use vvu::bridge::{Absent, Bridge, BridgeError, Options};
+use vvu::driver::Driver as GuestDriver;
+use vvu::driver::vfio_user::VfioUserDevice;
+use vvu::listening_socket::ListeningSocket;
+use vvu::proxy::{Device, DeviceConfig};
+use vvu::vfio_user::{ServeError, Server};
+
+use crate::common::{Backend, DEADLINE, Driver, Piece, Setup, SiblingMemory, Task};
+use crate::logs;
+
+/// A stop order: what the parts wait for is readable once this is written to.
+struct StopEvent(OwnedFd);
+
+impl StopEvent {
+    fn new() -> Self {
+        let flags = rustix::event::EventfdFlags::CLOEXEC;
+        Self(rustix::event::eventfd(0, flags).expect("eventfd"))
+    }
+
+    fn clone(&self) -> OwnedFd {
+        self.0.try_clone().expect("descriptor")
+    }
+
+    fn give(&self) {
+        rustix::io::write(&self.0, &1u64.to_ne_bytes()).expect("stop order");
+    }
+}
+
+/// The vvu proxy, as `vvu proxy` runs it.
+pub struct Proxy {
+    dir: tempfile::TempDir,
+    memory: File,
+    stop: StopEvent,
+    task: Task<Result<(), ServeError>>,
+}
+
+impl Proxy {
+    /// Starts a proxy for a sibling with `ram` bytes of memory.
+    pub fn start(ram: u64, queues: u16) -> Self {
+        logs::collect();
+        let ram = vvu::proxy::SiblingMemory::create(ram).expect("memory file");
+        let memory = ram.file().try_clone().expect("descriptor");
+        let dir = tempfile::tempdir().expect("directory");
+        let vhost_user = ListeningSocket::bind(&dir.path().join("vhost-user")).expect("socket");
+        let vfio_user = ListeningSocket::bind(&dir.path().join("vfio-user")).expect("socket");
+        let listener = vhost_user.listener().try_clone().expect("descriptor");
+        let config = DeviceConfig { memory: ram, listener, queues, uuid: [7; 16] };
+        let mut device = Device::new(config).expect("device");
+        let stop = StopEvent::new();
+        let listener = vfio_user.listener().try_clone().expect("descriptor");
+        let mut server = Server::new(listener, stop.clone()).expect("server");
+        let task = Task::spawn("proxy", move || {
+            let _sockets = (vhost_user, vfio_user);
+            server.serve(&mut device)
+        });
+        Self { dir, memory, stop, task }
+    }
+
+    /// Sibling memory as the guest sees it.
+    pub fn memory(&self, pieces: &[Piece]) -> SiblingMemory {
+        SiblingMemory::of(self.memory.try_clone().expect("descriptor"), pieces)
+    }
+
+    /// Where the sibling's front-end connects.
+    pub fn vhost_user(&self) -> PathBuf {
+        self.dir.path().join("vhost-user")
+    }
+
+    /// Where the device VM's VMM connects.
+    pub fn vfio_user(&self) -> PathBuf {
+        self.dir.path().join("vfio-user")
+    }
+
+    pub fn end(self) {
+        self.stop.give();
+        self.task.join().expect("proxy");
+    }
+}
+
+/// The guest driver and the bridge, as they run in the device VM.
+pub struct Guest {
+    stop: StopEvent,
+    connection: UnixStream,
+    task: Task<Result<(), BridgeError>>,
+}
+
+impl Guest {
+    /// Returns once a front-end can connect.
+    pub fn start(proxy: &Proxy, backend: &Path, absent: Absent) -> Self {
+        let stream = UnixStream::connect(proxy.vfio_user()).expect("proxy");
+        let connection = stream.try_clone().expect("descriptor");
+        let stop = StopEvent::new();
+        let stopped = stop.clone();
+        let socket = backend.to_owned();
+        let (sender, ready) = channel();
+        let task = Task::spawn("bridge", move || {
+            let device = VfioUserDevice::from_stream(stream).expect("vfio-user");
+            let driver = GuestDriver::new(device).expect("vvu device");
+            let mut bridge = Bridge::new(driver, Options { socket, absent });
+            bridge.run(stopped.as_fd(), || sender.send(()).expect("test"))
+        });
+        if let Err(error) = ready.recv_timeout(DEADLINE) {
+            panic!("waiting for the bridge to be ready: {error}");
+        }
+        Self { stop, connection, task }
+    }
+
+    /// Asks the bridge to end, and waits until it has.
+    pub fn end(self) {
+        self.stop.give();
+        self.task.join().expect("bridge");
+    }
+
+    /// Cuts the connection to the proxy, as when the device VM is killed: the device gets no order
+    /// any more, not even to reset.
+    pub fn kill(self) {
+        self.connection.shutdown(Shutdown::Both).expect("shutdown");
+        self.stop.give();
+        // What becomes of the bridge in a dead VM does not matter.
+        let _ = self.task.join();
+    }
+
+    /// What the bridge came to by itself.
+    pub fn outcome(self) -> Result<(), BridgeError> {
+        self.task.join()
+    }
+}
+
+/// Everything between the sibling's front-end and the disk.
+pub struct Chain {
+    pub memory: Arc<SiblingMemory>,
+    pub proxy: Proxy,
+    pub guest: Guest,
+    pub backend: Backend,
+}
+
+/// Memory of a small sibling.
+pub const FLAT: [Piece; 1] = [Piece { gpa: 0, size: 8 << 20, offset: 0 }];
+
+impl Chain {
+    /// Starts a chain for a sibling with the memory `pieces` and a disk with `content`.
+    pub fn start(pieces: &[Piece], content: &[u8]) -> Self {
+        let end = pieces.iter().map(|piece| piece.offset + piece.size as u64).max();
+        Self::with_ram(end.expect("memory"), pieces, content)
+    }
+
+    /// As [`start`](Self::start), with room for more memory than the guest sees at first.
+    pub fn with_ram(ram: u64, pieces: &[Piece], content: &[u8]) -> Self {
+        let proxy = Proxy::start(ram, 16);
+        let memory = Arc::new(proxy.memory(pieces));
+        let backend = Backend::start(content, |_| {});
+        let guest = Guest::start(&proxy, &backend.socket, Absent::Wait);
+        Self { memory, proxy, guest, backend }
+    }
+
+    pub fn connect(&self, setup: Setup) -> Driver {
+        Driver::connect(&self.proxy.vhost_user(), &self.memory, setup).expect("connection")
+    }
+
+    /// Ends every part; none may have come to grief before.
+    pub fn end(self) {
+        self.guest.end();
+        self.backend.end();
+        self.proxy.end();
+    }
+}

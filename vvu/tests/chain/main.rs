@@ -1,0 +1,13 @@
+//! The whole chain in one process and without a VM: front-end ⇄ proxy ⇄ vfio-user client ⇄ guest
+//! driver and bridge ⇄ block back-end.
+#![allow(unreachable_pub, reason = "its modules are one program")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod chain;
+mod lifecycle;
+mod logs;
+mod negotiation;
+mod reconfiguration;
+mod requests;

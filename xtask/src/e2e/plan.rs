@@ -1,0 +1,180 @@
+//! A scenario with every address and path settled, before anything is started.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::rundir::SocketDir;
+use crate::scenario::{Action, Addr, Iommu, Scenario, Slot};
+use crate::vm::args::{Config, Device};
+
+/// What is going to be started.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// The proxies by vvu device.
+    pub(crate) proxies: BTreeMap<String, ProxyPlan>,
+    /// The VMs by name.
+    pub(crate) vms: BTreeMap<String, Config>,
+}
+
+/// A proxy to start.
+#[derive(Debug)]
+pub(crate) struct ProxyPlan {
+    /// Where its PCI device is in the device VM.
+    pub(crate) slot: Slot,
+    /// The socket for the device VM.
+    pub(crate) vfio_user: PathBuf,
+    /// The socket for the front-end.
+    pub(crate) vhost_user: PathBuf,
+    /// The link to the sibling memory file.
+    pub(crate) memory_link: PathBuf,
+    /// The sibling's RAM in MiB.
+    pub(crate) memory_mib: u64,
+    /// Queues of the device.
+    pub(crate) queues: u32,
+}
+
+impl Plan {
+    /// Settles addresses and paths of `scenario`.
+    ///
+    /// # Errors
+    ///
+    /// A device VM has more devices than its bus has slots.
+    pub(crate) fn new(scenario: &Scenario, sockets: &SocketDir) -> Result<Self> {
+        let slots = settle(scenario)?;
+        let mut proxies = BTreeMap::new();
+        for (name, vvu) in &scenario.vvu {
+            let proxy = ProxyPlan {
+                slot: slots[name.as_str()],
+                vfio_user: sockets.socket(&format!("{name}.vfio")),
+                vhost_user: sockets.socket(&format!("{name}.vhost")),
+                memory_link: sockets.socket(&format!("{name}.mem")),
+                memory_mib: scenario.vms.get(&vvu.sibling_vm).map_or(0, |vm| vm.memory_mib),
+                queues: vvu.queues,
+            };
+            proxies.insert(name.clone(), proxy);
+        }
+        let mut vms = BTreeMap::new();
+        for (name, spec) in &scenario.vms {
+            let back_ends: Vec<_> = scenario.vvu_of_device(name).collect();
+            let front_ends: Vec<_> = scenario.vvu_of_sibling(name).collect();
+            // VFIO in a device VM needs an IOMMU.
+            let iommu = spec.iommu.or((!back_ends.is_empty()).then_some(Iommu::Virtio));
+            let vvu = back_ends.iter().map(|(vvu, _)| Device::Vvu {
+                slot: proxies[*vvu].slot,
+                socket: text(&proxies[*vvu].vfio_user),
+            });
+            let disks = front_ends.iter().map(|(vvu, spec)| Device::VhostUserBlk {
+                slot: Slot::DEFAULT,
+                socket: text(&proxies[*vvu].vhost_user),
+                queues: spec.queues,
+                reconnect_ms: spec.reconnect_ms,
+            });
+            let config = Config {
+                name: name.clone(),
+                memory_mib: spec.memory_mib,
+                cpus: spec.cpus,
+                memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
+                iommu,
+                devices: vvu.chain(disks).collect(),
+                cmdline: spec.cmdline.clone(),
+                reboots: scenario.has(name, Action::Reboot),
+            };
+            vms.insert(name.clone(), config);
+        }
+        Ok(Self { proxies, vms })
+    }
+
+    /// Every path that must be gone after the run.
+    pub(crate) fn transient(&self) -> Vec<PathBuf> {
+        let paths =
+            self.proxies.values().flat_map(|proxy| [&proxy.vfio_user, &proxy.vhost_user, &proxy.memory_link]);
+        paths.cloned().collect()
+    }
+}
+
+impl ProxyPlan {
+    /// The words that start it, `vvu` being the program.
+    pub(crate) fn words(&self, vvu: &Path) -> Vec<String> {
+        let mut words = vec![text(vvu), "proxy".to_owned()];
+        for (option, value) in [
+            ("--vfio-user", text(&self.vfio_user)),
+            ("--vhost-user", text(&self.vhost_user)),
+            ("--memory-size", format!("{}M", self.memory_mib)),
+            ("--memory-link", text(&self.memory_link)),
+            ("--queues", self.queues.to_string()),
+        ] {
+            words.extend([option.to_owned(), value]);
+        }
+        words
+    }
+}
+
+/// A slot for each vvu device.
+fn settle(scenario: &Scenario) -> Result<BTreeMap<&str, Slot>> {
+    let mut slots = BTreeMap::new();
+    let mut taken = BTreeSet::new();
+    // Fixed addresses first, so that "auto" does not take one away.
+    for (name, vvu) in &scenario.vvu {
+        if let Addr::Fixed(slot) = vvu.addr {
+            slots.insert(name.as_str(), slot);
+            taken.insert((vvu.device_vm.as_str(), slot));
+        }
+    }
+    for (name, vvu) in &scenario.vvu {
+        if vvu.addr == Addr::Auto {
+            let vm = vvu.device_vm.as_str();
+            let slot = Slot::first_free(|slot| taken.contains(&(vm, slot)))
+                .with_context(|| format!("no PCI slot of {vm:?} is left for {name:?}"))?;
+            slots.insert(name, slot);
+            taken.insert((vm, slot));
+        }
+    }
+    Ok(slots)
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rundir::RunDir;
+
+    fn plan(text: &str) -> Plan {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("s.json");
+        std::fs::write(&file, text).expect("written");
+        let scenario = Scenario::load(&file).expect("valid");
+        let run = RunDir::create(dir.path(), "s").expect("a run directory");
+        Plan::new(&scenario, &SocketDir::for_run(&run).expect("a directory")).expect("settled")
+    }
+
+    #[test]
+    fn proxies_and_vms_of_several_devices_fit_together() {
+        let plan = plan(
+            r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 512, "iommu": "amd-iommu"},
+                "one": {"memory_mib": 1024}, "two": {"memory_mib": 128}, "bare": {"memory_mib": 64}},
+                "vvu": {"a": {"sibling_vm": "one", "addr": "auto"}, "b": {"sibling_vm": "two", "queues": 2}},
+                "steps": [{"vm": "bare", "power_off": true}]}"#,
+        );
+        assert_eq!(plan.proxies["b"].slot, Slot::DEFAULT);
+        assert_eq!(plan.proxies["a"].slot.to_string(), "0000:00:11.0");
+        assert_eq!(plan.proxies["a"].memory_mib, 1024);
+        let link = plan.proxies["a"].memory_link.display().to_string();
+        assert_eq!(plan.vms["one"].memory_file, Some(link.clone()));
+        assert_eq!(plan.vms["one"].iommu, None);
+        assert_eq!(plan.vms["bare"].memory_file, None);
+        assert_eq!(plan.vms["device"].iommu, Some(Iommu::Amd));
+        assert_eq!(plan.vms["device"].devices.len(), 2);
+        let socket = plan.proxies["b"].vhost_user.display().to_string();
+        let want = Device::VhostUserBlk { slot: Slot::DEFAULT, socket, queues: 2, reconnect_ms: 0 };
+        assert_eq!(plan.vms["two"].devices, [want]);
+        assert_eq!(plan.transient().len(), 6);
+        let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");
+        assert!(words.starts_with("/v/vvu proxy --vfio-user /"), "{words}");
+        assert!(words.ends_with(&format!("--memory-size 1024M --memory-link {link} --queues 1")), "{words}");
+    }
+}

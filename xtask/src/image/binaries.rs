@@ -1,0 +1,70 @@
+//! Our own programs in the guests: PID 1, `vvu` and `vvu-load`, static.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::logged;
+use crate::progress::Progress;
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+const PROFILE: &str = "guest";
+
+/// The programs, built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct GuestBinaries {
+    /// PID 1.
+    pub(crate) init: PathBuf,
+    /// The `vvu` program, which runs on the host as well: the proxy.
+    pub(crate) vvu: PathBuf,
+    /// I/O load for a guest's disk.
+    pub(crate) load: PathBuf,
+}
+
+impl GuestBinaries {
+    /// Builds them with the cargo that runs us. Needs nothing but the source, so it can run beside anything.
+    ///
+    /// # Errors
+    ///
+    /// Cargo fails.
+    pub(crate) fn build(progress: &Progress) -> Result<Self> {
+        let stage = progress.stage("guest build");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
+        // A directory of its own: other flags would throw the developer's build away.
+        let target = root.join("target").join(PROFILE);
+        fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
+        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command
+            .current_dir(root)
+            .args(["build", "--package", "vvu-init", "--package", "vvu", "--package", "vvu-load", "--bins"])
+            .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
+            .arg(&target)
+            .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
+            .env("CARGO_TERM_COLOR", "never");
+        logged::run(command, &target.join("build.log"), |line| stage.update(line.trim()))?;
+        let built = target.join(TARGET).join(PROFILE);
+        stage.done("static vvu-init, vvu and vvu-load");
+        Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu"), load: built.join("vvu-load") })
+    }
+}
+
+/// Static, and without the places of the source in panic messages, so that checkouts give the same bytes.
+fn flags(root: &Path) -> OsString {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
+    let mut flags = OsString::from("-Ctarget-feature=+crt-static");
+    for (from, to) in [(Some(root.to_owned()), "/vvu"), (home, "/cargo")] {
+        if let Some(from) = from {
+            // CARGO_ENCODED_RUSTFLAGS separates by this character.
+            flags.push("\u{1f}--remap-path-prefix=");
+            flags.push(from);
+            flags.push("=");
+            flags.push(to);
+        }
+    }
+    flags
+}

@@ -1,0 +1,45 @@
+//! `cargo xtask test`: everything there is, through nextest.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::e2e::{self, Setup, SetupOptions};
+use crate::progress::Progress;
+
+/// Tells the scenario tests which xtask to run.
+const XTASK: &str = "VVU_XTASK";
+
+/// Options of `cargo xtask test`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Passed on to `cargo nextest run`
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "NEXTEST ARGS")]
+    nextest: Vec<OsString>,
+}
+
+/// Makes what the scenarios need, then becomes `cargo nextest run --workspace`. Returns only if that cannot be.
+///
+/// # Errors
+///
+/// nextest is missing, or the set-up fails.
+pub(crate) fn main(options: &Options) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut version = Command::new(&cargo);
+    version.args(["nextest", "--version"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    if !version.status().is_ok_and(|status| status.success()) {
+        bail!("cargo-nextest is missing: install it with `cargo install cargo-nextest --locked`");
+    }
+    {
+        // Here and not in the first test that needs it, where it would count against that test's time.
+        let progress = Progress::new(false);
+        Setup::obtain(&SetupOptions::default(), &progress)?;
+    }
+    let mut nextest = Command::new(&cargo);
+    nextest.current_dir(e2e::workspace()).args(["nextest", "run", "--workspace"]).args(&options.nextest);
+    nextest.env(XTASK, std::env::current_exe().context("cannot find this program")?);
+    // Replaced rather than waited for: signals then go to nextest, which ends its tests by itself.
+    Err(nextest.exec()).context("cannot run cargo nextest")
+}

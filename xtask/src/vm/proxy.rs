@@ -1,0 +1,127 @@
+//! The proxy of a vvu device: the process between a device VM and a sibling VM.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, PipeReader, Write};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::children::{self, Running};
+
+/// What it prints once both sockets listen.
+const READY_LINE: &str = "vvu: proxy ready";
+/// How long it may take to end when asked to.
+const END_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes of its log that an error shows.
+const TAIL: usize = 1500;
+
+/// A running proxy. Dropping it ends it.
+pub(crate) struct Proxy {
+    name: String,
+    process: Running,
+    ready: Receiver<()>,
+    log: PathBuf,
+}
+
+impl Proxy {
+    /// Starts `command`; all that it prints goes to `log`.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started, or the log not be written.
+    pub(crate) fn start(name: &str, mut command: Command, log: PathBuf) -> Result<Self> {
+        // One that is started again goes on in the log of the one before.
+        let file = OpenOptions::new().create(true).append(true).open(&log);
+        let file = file.with_context(|| format!("cannot write {}", log.display()))?;
+        let (output, input) = std::io::pipe().context("cannot make a pipe")?;
+        let errors = input.try_clone().context("cannot make a pipe")?;
+        command.stdin(Stdio::null()).stdout(input).stderr(errors);
+        let process = children::spawn(command).with_context(|| format!("cannot start the proxy {name}"))?;
+        let (sender, ready) = sync_channel(1);
+        thread::spawn(move || keep(output, file, &sender));
+        Ok(Self { name: name.to_owned(), process, ready, log })
+    }
+
+    /// Waits until it listens.
+    ///
+    /// # Errors
+    ///
+    /// It ended, or `deadline` passed.
+    pub(crate) fn ready(&mut self, deadline: Instant) -> Result<()> {
+        let limit = deadline.saturating_duration_since(Instant::now());
+        match self.ready.recv_timeout(limit) {
+            Ok(()) => Ok(()),
+            Err(RecvTimeoutError::Timeout) => {
+                bail!("the proxy {} was not ready in time{}", self.name, self.said())
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                let status = self.process.wait().context("cannot wait for the proxy")?;
+                bail!("the proxy {} ended ({status}) before it was ready{}", self.name, self.said())
+            }
+        }
+    }
+
+    /// Fails if it has ended.
+    ///
+    /// # Errors
+    ///
+    /// How it ended, and the end of its log.
+    pub(crate) fn look(&mut self) -> Result<()> {
+        if let Some(status) = self.process.wait_timeout(Duration::ZERO).context("cannot look at the proxy")? {
+            bail!("the proxy {} ended ({status}) before its time{}", self.name, self.said());
+        }
+        Ok(())
+    }
+
+    /// Asks it to end and waits until it has.
+    ///
+    /// # Errors
+    ///
+    /// It ended with an error or had to be killed.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        self.look()?;
+        let pid =
+            i32::try_from(self.process.id()).ok().and_then(Pid::from_raw).context("a process has an id")?;
+        kill_process(pid, Signal::TERM).context("cannot send SIGTERM to the proxy")?;
+        let status = self.process.wait_timeout(END_LIMIT).context("cannot wait for the proxy")?;
+        match status {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => bail!("the proxy {} ended with {status}{}", self.name, self.said()),
+            None => {
+                self.end();
+                bail!("the proxy {} did not end within {END_LIMIT:?} of SIGTERM{}", self.name, self.said())
+            }
+        }
+    }
+
+    /// Ends it at once.
+    pub(crate) fn end(&mut self) {
+        // What cannot be killed shows when the run is checked for what it left.
+        let _ = self.process.kill();
+    }
+
+    fn said(&self) -> String {
+        let bytes = std::fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL)..]).trim().to_owned();
+        format!("; the end of {}:\n| {}", self.log.display(), text.replace('\n', "\n| "))
+    }
+}
+
+/// Copies what the proxy prints into its log and tells when the line comes that says it listens.
+fn keep(output: PipeReader, mut log: File, ready: &SyncSender<()>) {
+    let mut output = BufReader::new(output);
+    let mut line = Vec::new();
+    // A log that cannot be written must not stop the proxy, which blocks when nobody reads.
+    while output.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+        let _ = log.write_all(&line);
+        if line.trim_ascii() == READY_LINE.as_bytes() {
+            let _ = ready.try_send(());
+        }
+        line.clear();
+    }
+}
