@@ -60,7 +60,7 @@ impl Device {
     ///
     /// # Errors
     /// When the number of queues or the size of the memory file cannot be, or the kernel refuses to
-    /// poll the listener.
+    /// poll the listener or has no asynchronous I/O.
     pub fn new(config: DeviceConfig) -> io::Result<Self> {
         let DeviceConfig { memory, listener, queues, uuid } = config;
         if !(1..=Self::QUEUES_MAX).contains(&queues) {
@@ -83,7 +83,7 @@ impl Device {
             isr: 0,
             link_status: 0,
             vector_select: 0,
-            vrings: Vrings::new(queues),
+            vrings: Vrings::new(queues)?,
             link: LinkState::Down,
             session: None,
             visitors: Visitors::default(),

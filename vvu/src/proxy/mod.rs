@@ -17,10 +17,13 @@ mod peer;
 mod relay;
 mod session;
 mod sibling_memory;
+mod signaller;
 mod treatment;
 mod visitors;
 mod vrings;
 
+#[cfg(test)]
+mod hostile_tests;
 #[cfg(any(test, fuzzing))]
 pub mod rig;
 #[cfg(test)]
