@@ -8,6 +8,7 @@
 pub mod backend;
 pub mod bridge;
 pub mod driver;
+pub mod framed_socket;
 pub mod listening_socket;
 pub mod message_socket;
 pub mod proxy;

@@ -6,6 +6,7 @@ use clap::{ArgAction, Parser, Subcommand};
 
 mod commands;
 mod logger;
+mod sandbox;
 mod stop;
 
 /// virtio-vhost-user: a vhost-user back-end in one VM serves a virtio device of another.

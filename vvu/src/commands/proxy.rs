@@ -13,7 +13,7 @@ use vvu::listening_socket::ListeningSocket;
 use vvu::proxy::{Device, DeviceConfig, SiblingMemory};
 use vvu::vfio_user::Server;
 
-use crate::stop;
+use crate::{sandbox, stop};
 
 /// Options of `vvu proxy`.
 #[derive(Debug, clap::Args)]
@@ -24,27 +24,67 @@ pub(crate) struct Args {
     /// Where the sibling's vhost-user front-end connects.
     #[arg(long, value_name = "PATH")]
     vhost_user: PathBuf,
-    /// Memory of the sibling VM in bytes, or with K, M or G.
-    #[arg(long, value_name = "SIZE")]
-    memory_size: Size,
-    /// Name to make for the sibling memory file: the sibling's memory-backend-file,mem-path.
-    #[arg(long, value_name = "PATH")]
-    memory_link: PathBuf,
+    #[command(flatten)]
+    memory: Memory,
     /// vhost queues that the device can carry.
     #[arg(long, value_name = "N", default_value_t = 16)]
     queues: u16,
     /// Identifies the device to its driver.
     #[arg(long, value_name = "UUID", default_value_t = Uuid::nil())]
     uuid: Uuid,
+    /// Give up all access that a running proxy does not need.
+    #[arg(long, value_enum, default_value_t = Sandbox::On)]
+    sandbox: Sandbox,
+}
+
+/// Whether the proxy runs in its sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Sandbox {
+    /// Refuse what is not needed.
+    On,
+    /// Refuse nothing: to debug the proxy.
+    Off,
+}
+
+/// The sibling memory file: a new one, or that of another device of the same sibling.
+#[derive(Debug, clap::Args)]
+#[group(required = true)]
+struct Memory {
+    /// Memory of the sibling VM in bytes, or with K, M or G.
+    #[arg(long, value_name = "SIZE", requires = "memory_link")]
+    memory_size: Option<Size>,
+    /// Name to make for the sibling memory file: the sibling's memory-backend-file,mem-path.
+    #[arg(long, value_name = "PATH", requires = "memory_size")]
+    memory_link: Option<PathBuf>,
+    /// The sibling memory file of another proxy: its --memory-link.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["memory_size", "memory_link"])]
+    memory: Option<PathBuf>,
+}
+
+impl Memory {
+    /// The file, and its name if it is a new one.
+    fn open(&self) -> anyhow::Result<(SiblingMemory, Option<MemoryLink>)> {
+        match (self.memory_size, &self.memory_link, &self.memory) {
+            (Some(Size(size)), Some(path), _) => {
+                let memory = SiblingMemory::create(size)
+                    .with_context(|| format!("cannot create a sibling memory file for {size} bytes"))?;
+                let link = MemoryLink::new(path, memory.file().as_raw_fd())?;
+                Ok((memory, Some(link)))
+            }
+            (_, _, Some(path)) => {
+                let context = || format!("cannot use {}: does its proxy run?", path.display());
+                let file = fs::File::options().read(true).write(true).open(path).with_context(context)?;
+                Ok((SiblingMemory::open(file).with_context(context)?, None))
+            }
+            _ => bail!("name a sibling memory file: --memory-size and --memory-link, or --memory"),
+        }
+    }
 }
 
 /// Runs the device until a signal asks it to end.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = stop::on_signal().context("cannot catch signals")?;
-    let Size(size) = args.memory_size;
-    let memory = SiblingMemory::create(size)
-        .with_context(|| format!("cannot create a sibling memory file for {size} bytes"))?;
-    let _link = MemoryLink::new(&args.memory_link, memory.file().as_raw_fd())?;
+    let (memory, _link) = args.memory.open()?;
     let vhost_user = ListeningSocket::bind(&args.vhost_user)?;
     let vfio_user = ListeningSocket::bind(&args.vfio_user)?;
     let mut device = Device::new(DeviceConfig {
@@ -55,6 +95,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     })
     .context("cannot make the vvu device")?;
     let mut server = Server::new(vfio_user.listener().try_clone()?, stop)?;
+    match args.sandbox {
+        Sandbox::On => {
+            let mut names = vec![args.vhost_user.as_path(), &args.vfio_user];
+            names.extend(args.memory.memory_link.as_deref());
+            sandbox::enter(&names).context("cannot enter the sandbox")?;
+        }
+        Sandbox::Off => log::warn!("the proxy runs without its sandbox"),
+    }
     writeln!(io::stdout(), "vvu: proxy ready").context("cannot write to standard output")?;
     server.serve(&mut device)?;
     Ok(())

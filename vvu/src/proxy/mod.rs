@@ -4,8 +4,9 @@ use vm_memory::GuestMemory;
 
 pub use device::{Device, DeviceConfig};
 pub use link::{LinkEvent, LinkState};
-pub use sibling_memory::SiblingMemory;
+pub use sibling_memory::{OpenError, SiblingMemory};
 
+mod claim;
 mod common_config;
 mod config_space;
 mod device;
@@ -18,6 +19,8 @@ mod sibling_memory;
 mod treatment;
 mod vrings;
 
+#[cfg(any(test, fuzzing))]
+pub mod rig;
 #[cfg(test)]
 mod tests;
 

@@ -6,16 +6,23 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fstat, ftruncate, memfd_create,
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate,
+    memfd_create,
 };
+use rustix::io::Errno;
 
+use super::claim::claim;
 use crate::spec::addr::BarOffset;
 use crate::spec::vhost_user::{InflightArea, MemoryRegion, PAGE_SIZE};
 
-/// Bytes at the end of the file, after the sibling's RAM, for the back-end's in-flight region: both the
-/// front-end and the device VM can map it there (vhost-user, "Inflight I/O tracking"). Enough for 128
+/// Bytes of a back-end's in-flight region, of which there are some after the sibling's RAM: both the
+/// front-end and the device VM can map them there (vhost-user, "Inflight I/O tracking"). Enough for 128
 /// queues of 1024 descriptors.
 const INFLIGHT_SIZE: u64 = 4 << 20;
+/// In-flight regions in the file, and so devices that can share one sibling.
+const INFLIGHT_REGIONS: u64 = 8;
+/// Bytes after the sibling's RAM. They take no memory until they are used.
+const TAIL_SIZE: u64 = INFLIGHT_REGIONS * INFLIGHT_SIZE;
 
 /// Why a memory region of the front-end cannot be shown in the shared memory BAR.
 #[derive(Debug, thiserror::Error)]
@@ -35,36 +42,84 @@ pub(crate) enum MemoryError {
     )]
     Inflight { size: u64 },
     #[error("cannot use the file of a memory region: {0}")]
-    Io(#[from] rustix::io::Errno),
+    Io(#[from] Errno),
     #[error("cannot hand out the sibling memory file: {0}")]
     File(io::Error),
 }
 
-/// The sibling memory file.
+/// Why there is no sibling memory file to use.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Such a size cannot be.
+    #[error("sibling memory of {got} bytes: want a multiple of {PAGE_SIZE} above 0")]
+    Size {
+        /// Bytes asked for.
+        got: u64,
+    },
+    /// The file is not one that another proxy made.
+    #[error("this is no sibling memory file: want one that another vvu proxy made")]
+    Kind,
+    /// All in-flight regions are taken.
+    #[error("{INFLIGHT_REGIONS} proxies use this sibling memory file already: no more can")]
+    Full,
+    /// The kernel refused, for instance for want of memory.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl From<Errno> for OpenError {
+    fn from(error: Errno) -> Self {
+        Self::Io(error.into())
+    }
+}
+
+/// The sibling memory file. Several devices may serve one sibling, and then share it.
 #[derive(Debug)]
 pub struct SiblingMemory {
     file: File,
     ram: u64,
+    /// Offset of the in-flight region of this device.
+    inflight: u64,
     identity: (u64, u64),
 }
 
 impl SiblingMemory {
-    /// Creates a file for `ram` bytes of sibling RAM, a multiple of the page size above 0. Nobody can
-    /// resize it: neither the front-end nor a guest can make an access to the shared memory BAR fault.
+    /// Nobody can resize the file: neither the front-end nor a guest can make an access to the shared
+    /// memory BAR fault.
+    const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+    /// Creates a file for `ram` bytes of sibling RAM, a multiple of the page size above 0.
     ///
     /// # Errors
-    /// When `ram` is not such a number, or the kernel refuses, for instance for want of memory.
-    pub fn create(ram: u64) -> io::Result<Self> {
-        let size = ram.checked_add(INFLIGHT_SIZE).filter(|_| ram > 0 && ram.is_multiple_of(PAGE_SIZE));
-        let size = size.ok_or_else(|| {
-            let text = format!("sibling memory of {ram} bytes: want a multiple of {PAGE_SIZE} above 0");
-            io::Error::new(io::ErrorKind::InvalidInput, text)
-        })?;
+    /// [`OpenError::Size`], [`OpenError::Io`].
+    pub fn create(ram: u64) -> Result<Self, OpenError> {
+        let size = ram.checked_add(TAIL_SIZE).filter(|_| ram > 0 && ram.is_multiple_of(PAGE_SIZE));
+        let size = size.ok_or(OpenError::Size { got: ram })?;
         let file = memfd_create("vvu-sibling-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&file, size)?;
-        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        fcntl_add_seals(&file, Self::SEALS)?;
+        Self::open(file.into())
+    }
+
+    /// Uses the file that another device of the same sibling has; `file` must be an opening of its own.
+    ///
+    /// # Errors
+    /// [`OpenError::Kind`], [`OpenError::Full`], [`OpenError::Io`].
+    pub fn open(file: File) -> Result<Self, OpenError> {
         let stat = fstat(&file)?;
-        Ok(Self { file: file.into(), ram, identity: (stat.st_dev, stat.st_ino) })
+        let sealed = fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(Self::SEALS));
+        let ram = u64::try_from(stat.st_size).unwrap_or(0).saturating_sub(TAIL_SIZE);
+        if !sealed || ram == 0 || !ram.is_multiple_of(PAGE_SIZE) {
+            return Err(OpenError::Kind);
+        }
+        let identity = (stat.st_dev, stat.st_ino);
+        for region in 0..INFLIGHT_REGIONS {
+            let inflight = ram + region * INFLIGHT_SIZE;
+            if claim(&file, inflight)? {
+                return Ok(Self { file, ram, inflight, identity });
+            }
+        }
+        Err(OpenError::Full)
     }
 
     /// The file; the sibling's RAM is at its start.
@@ -75,7 +130,7 @@ impl SiblingMemory {
 
     /// Bytes in the file, which are more than the sibling's RAM.
     pub(crate) fn size(&self) -> u64 {
-        self.ram + INFLIGHT_SIZE
+        self.ram + TAIL_SIZE
     }
 
     /// Checks that `region`, which the front-end says is in the file `fd`, is in this file's RAM.
@@ -94,7 +149,7 @@ impl SiblingMemory {
     /// Checks that an in-flight region, which the front-end says is in the file `fd`, is where this
     /// file has one.
     pub(crate) fn check_inflight(&self, area: InflightArea, fd: impl AsFd) -> Result<(), MemoryError> {
-        let fits = area.offset.0 == self.ram && area.size <= INFLIGHT_SIZE;
+        let fits = area.offset.0 == self.inflight && area.size <= INFLIGHT_SIZE;
         if fits && self.is(fd)? { Ok(()) } else { Err(MemoryError::Inflight { size: area.size }) }
     }
 
@@ -104,8 +159,8 @@ impl SiblingMemory {
             return Err(MemoryError::Inflight { size });
         }
         let zero = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, zero, self.ram, INFLIGHT_SIZE)?;
-        Ok(InflightArea { size, offset: BarOffset(self.ram) })
+        fallocate(&self.file, zero, self.inflight, INFLIGHT_SIZE)?;
+        Ok(InflightArea { size, offset: BarOffset(self.inflight) })
     }
 
     /// Whether `fd` is this very file.
@@ -187,6 +242,37 @@ mod tests {
         assert!(memory.check_inflight(area, other.file()).is_err());
         assert!(memory.check_inflight(InflightArea { offset: BarOffset(0), ..area }, memory.file()).is_err());
         assert!(memory.allocate_inflight(INFLIGHT_SIZE + 1).is_err());
+    }
+
+    /// A new opening of the file of `memory`.
+    fn reopen(memory: &SiblingMemory) -> File {
+        use std::os::fd::AsRawFd;
+        let path = format!("/proc/self/fd/{}", memory.file().as_raw_fd());
+        File::options().read(true).write(true).open(path).expect("reopen")
+    }
+
+    #[test]
+    fn devices_that_share_a_file_have_in_flight_regions_of_their_own() {
+        let first = SiblingMemory::create(0x1000).expect("memory");
+        let mut others: Vec<_> =
+            (1..INFLIGHT_REGIONS).map(|_| SiblingMemory::open(reopen(&first)).expect("shared")).collect();
+        assert!(matches!(SiblingMemory::open(reopen(&first)), Err(OpenError::Full)));
+        let last = others.last().expect("last").allocate_inflight(0x1000).expect("area");
+        assert_eq!(last.offset.0, 0x1000 + (INFLIGHT_REGIONS - 1) * INFLIGHT_SIZE);
+        assert!(first.check_inflight(last, first.file()).is_err());
+        others.remove(2);
+        let again = SiblingMemory::open(reopen(&first)).expect("freed");
+        assert_eq!(again.inflight, 0x1000 + 3 * INFLIGHT_SIZE);
+    }
+
+    #[test]
+    fn any_other_file_is_refused() {
+        let plain = tempfile::tempfile().expect("file");
+        plain.set_len(TAIL_SIZE + 0x1000).expect("size");
+        assert!(matches!(SiblingMemory::open(plain), Err(OpenError::Kind)));
+        let unsealed = memfd_create("plain", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("memfd");
+        ftruncate(&unsealed, TAIL_SIZE + 0x1000).expect("size");
+        assert!(matches!(SiblingMemory::open(unsealed.into()), Err(OpenError::Kind)));
     }
 
     #[test]

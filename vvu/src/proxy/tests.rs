@@ -1,194 +1,19 @@
 //! The device as a whole, between a driver played by the test and a front-end played by the test.
 
-use std::cell::RefCell;
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 
 use proptest::prelude::*;
 use rustix::event::{EventfdFlags, eventfd};
-use tempfile::TempDir;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
+use super::rig::{BAR0, BAR2, BUFFER, QUEUE_SIZE, Rig};
 use super::*;
 use crate::message_socket::{Message, MessageSocket};
 use crate::spec::pci::{self, Region};
 use crate::spec::vhost_user::{BackendReq, FrontendReq, HEADER_SIZE, Header};
 use crate::spec::virtio::{common, device_config, feature, status};
-
-const MEMORY: usize = 1 << 20;
-const QUEUE_SIZE: u16 = 8;
-const BUFFER: u32 = 4096;
-const BAR0: Region = Region::Bar(pci::REGISTER_BAR);
-const BAR2: Region = Region::Bar(pci::NOTIFY_BAR);
-
-struct TestHost {
-    memory: GuestMemoryMmap,
-    signals: RefCell<Vec<u16>>,
-}
-
-impl Host for TestHost {
-    type Memory = GuestMemoryMmap;
-
-    fn memory(&self) -> &GuestMemoryMmap {
-        &self.memory
-    }
-
-    fn signal(&self, vector: u16) {
-        self.signals.borrow_mut().push(vector);
-    }
-}
-
-/// Addresses of a virtqueue of the test's driver.
-#[derive(Clone, Copy)]
-struct Ring {
-    base: u64,
-    next_avail: u16,
-    next_used: u16,
-}
-
-impl Ring {
-    const AVAIL: u64 = 0x1000;
-    const USED: u64 = 0x2000;
-    const BUFFERS: u64 = 0x4000;
-}
-
-struct Rig {
-    device: Device,
-    host: TestHost,
-    rings: [Ring; 2],
-    dir: TempDir,
-}
-
-impl Rig {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let listener = UnixListener::bind(dir.path().join("s")).expect("bind");
-        let memory = SiblingMemory::create(0x10000).expect("memory");
-        let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
-        let device = Device::new(config).expect("device");
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
-        let host = TestHost { memory, signals: RefCell::default() };
-        let ring = |base| Ring { base, next_avail: 0, next_used: 0 };
-        Self { device, host, rings: [ring(0x10000), ring(0x40000)], dir }
-    }
-
-    fn write(&mut self, region: Region, offset: u64, data: &[u8]) {
-        self.device.write(&self.host, region, offset, data);
-    }
-
-    fn common(&mut self, offset: u64, data: &[u8]) {
-        self.write(BAR0, pci::COMMON_CFG.offset + offset, data);
-    }
-
-    fn read<const N: usize>(&mut self, region: Region, offset: u64) -> [u8; N] {
-        let mut data = [0; N];
-        self.device.read(region, offset, &mut data);
-        data
-    }
-
-    fn status(&mut self) -> u8 {
-        let [status] = self.read(BAR0, pci::COMMON_CFG.offset + common::DEVICE_STATUS);
-        status
-    }
-
-    fn link_status(&mut self) -> u32 {
-        u32::from_le_bytes(self.read(BAR0, pci::DEVICE_CFG.offset))
-    }
-
-    /// Brings the device up as a driver does, up to and including `BACKEND_UP`.
-    fn bring_up(&mut self, features: u64) {
-        self.write(Region::Config, 4, &6u16.to_le_bytes());
-        self.common(common::DEVICE_STATUS, &[0]);
-        for select in [0u32, 1] {
-            self.common(common::DRIVER_FEATURE_SELECT, &select.to_le_bytes());
-            let half = (features >> (32 * select)).to_le_bytes();
-            self.common(common::DRIVER_FEATURE, &half[..4]);
-        }
-        self.common(common::DEVICE_STATUS, &[status::FEATURES_OK]);
-        self.common(common::CONFIG_MSIX_VECTOR, &[0, 0]);
-        for index in [0u16, 1] {
-            let ring = &mut self.rings[usize::from(index)];
-            (ring.next_avail, ring.next_used) = (0, 0);
-            let base = ring.base;
-            self.host.memory.write_slice(&[0; 0x3000], GuestAddress(base)).expect("clear");
-            self.common(common::QUEUE_SELECT, &index.to_le_bytes());
-            self.common(common::QUEUE_SIZE, &QUEUE_SIZE.to_le_bytes());
-            self.common(common::QUEUE_MSIX_VECTOR, &index.to_le_bytes());
-            self.common(common::QUEUE_DESC, &base.to_le_bytes());
-            self.common(common::QUEUE_DRIVER, &(base + Ring::AVAIL).to_le_bytes());
-            self.common(common::QUEUE_DEVICE, &(base + Ring::USED).to_le_bytes());
-            self.common(common::QUEUE_ENABLE, &1u16.to_le_bytes());
-        }
-        self.common(common::DEVICE_STATUS, &[status::FEATURES_OK | status::DRIVER_OK]);
-        (0..QUEUE_SIZE).for_each(|_| self.offer(0, &[], BUFFER));
-        self.backend_up();
-    }
-
-    fn backend_up(&mut self) {
-        self.write(BAR0, pci::DEVICE_CFG.offset, &device_config::BACKEND_UP.to_le_bytes());
-    }
-
-    /// Makes a buffer available without a notification: `bytes` to read, or `room` bytes to write.
-    fn offer(&mut self, queue: usize, bytes: &[u8], room: u32) {
-        let memory = &self.host.memory;
-        let ring = &mut self.rings[queue];
-        let slot = ring.next_avail % QUEUE_SIZE;
-        let buffer = ring.base + Ring::BUFFERS + u64::from(slot) * u64::from(BUFFER);
-        memory.write_slice(bytes, GuestAddress(buffer)).expect("buffer");
-        let (len, flags) =
-            if room > 0 { (room, 2u16) } else { (u32::try_from(bytes.len()).expect("small"), 0) };
-        let mut descriptor = buffer.to_le_bytes().to_vec();
-        descriptor.extend(len.to_le_bytes());
-        descriptor.extend(flags.to_le_bytes());
-        descriptor.extend([0; 2]);
-        memory.write_slice(&descriptor, GuestAddress(ring.base + 16 * u64::from(slot))).expect("descriptor");
-        let entry = ring.base + Ring::AVAIL + 4 + 2 * u64::from(slot);
-        memory.write_obj(slot, GuestAddress(entry)).expect("avail ring");
-        ring.next_avail = ring.next_avail.wrapping_add(1);
-        memory.write_obj(ring.next_avail, GuestAddress(ring.base + Ring::AVAIL + 2)).expect("avail index");
-    }
-
-    /// Takes the next used buffer: as many bytes as the device says it wrote.
-    fn used(&mut self, queue: usize) -> Option<Vec<u8>> {
-        let memory = &self.host.memory;
-        let ring = &mut self.rings[queue];
-        let index: u16 = memory.read_obj(GuestAddress(ring.base + Ring::USED + 2)).expect("used index");
-        if index == ring.next_used {
-            return None;
-        }
-        let entry = ring.base + Ring::USED + 4 + 8 * u64::from(ring.next_used % QUEUE_SIZE);
-        let [id, length]: [u32; 2] = memory.read_obj(GuestAddress(entry)).expect("used entry");
-        ring.next_used = ring.next_used.wrapping_add(1);
-        let mut bytes = vec![0; usize::try_from(length).expect("small")];
-        let buffer = ring.base + Ring::BUFFERS + u64::from(id) * u64::from(BUFFER);
-        memory.read_slice(&mut bytes, GuestAddress(buffer)).expect("buffer");
-        Some(bytes)
-    }
-
-    /// Sends a message as the driver.
-    fn send(&mut self, message: &Message) {
-        self.offer(1, &message.bytes, 0);
-        self.notify(1);
-    }
-
-    fn notify(&mut self, queue: u64) {
-        self.write(BAR0, pci::NOTIFY_CFG.offset + queue * u64::from(pci::NOTIFY_MULTIPLIER), &[1, 0]);
-    }
-
-    fn connect(&mut self) -> MessageSocket {
-        let stream = UnixStream::connect(self.dir.path().join("s")).expect("connect");
-        self.device.process(&self.host);
-        MessageSocket::new(stream)
-    }
-
-    /// Lets the device work until it has nothing to do.
-    fn process(&mut self) {
-        for _ in 0..100 {
-            self.device.process(&self.host);
-        }
-    }
-}
 
 fn request(request: FrontendReq, flags: u32, payload: &[u8]) -> Message {
     let size = u32::try_from(payload.len()).expect("small");

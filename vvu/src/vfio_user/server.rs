@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::commands::Session;
 use super::host::VmmHost;
-use super::socket::{MessageSocket, SocketError};
+use super::socket::{Message, MessageSocket, SocketError};
 use crate::proxy::Device;
 use crate::spec::vfio_user::MessageError;
 
@@ -159,11 +159,12 @@ impl Client {
         let Some(message) = self.socket.receive()? else { return Ok(()) };
         let header = message.header;
         if header.is_reply() {
-            return Err(MessageError::Type { got: 1 }.into());
+            return Err(SocketError::Message(MessageError::Type { got: 1 }));
         }
         let answer = self.session.answer(message, host, device);
         if let Err(refusal) = &answer {
-            let level = if self.refusals < LOUD_REFUSALS { log::Level::Warn } else { log::Level::Debug };
+            let loud = self.refusals < LOUD_REFUSALS && !refusal.is_expected();
+            let level = if loud { log::Level::Warn } else { log::Level::Debug };
             self.refusals = self.refusals.saturating_add(1);
             log::log!(level, "refused a command of the vfio-user client: {refusal}");
         }
@@ -171,10 +172,14 @@ impl Client {
             return Ok(());
         }
         match answer {
-            Ok(answer) => self.socket.send(header.reply(answer.payload.len()), &answer.payload, answer.fds),
+            Ok(answer) => {
+                // Header and payload leave in one call: QEMU gives up on a header that comes in parts.
+                let reply = Message::new(header.reply(answer.payload.len()), &answer.payload);
+                self.socket.send(reply.bytes, answer.fds)
+            }
             Err(refusal) => {
                 let errno = refusal.errno().raw_os_error().unsigned_abs();
-                self.socket.send(header.error_reply(errno), &[], Vec::new())
+                self.socket.send(Message::new(header.error_reply(errno), &[]).bytes, Vec::new())
             }
         }
     }

@@ -372,7 +372,7 @@ fn what_a_client_lent_is_let_go_when_it_leaves() {
     let mut socket = MessageSocket::new(client);
     let set = SetIrqs { argsz: 20, flags: 0x24, index: 2, start: 0, count: 1 };
     let header = Header::command(1, Command::DeviceSetIrqs, SetIrqs::SIZE);
-    socket.send(header, &set.to_bytes(), vec![lent.into()]).expect("send");
+    socket.send(Message::new(header, &set.to_bytes()).bytes, vec![lent.into()]).expect("send");
     drop(socket);
     assert_eq!(watch.read(&mut [0]).expect("end of file"), 0);
 }

@@ -18,6 +18,7 @@ const VMLINUX: &str = "vmlinux";
 const BASE: &str = "base.cpio";
 const VVU: &str = "vvu";
 const INIT: &str = "vvu-init";
+const LOAD: &str = "vvu-load";
 const QEMU: &str = "qemu";
 
 /// What is known of the files beside it.
@@ -57,7 +58,7 @@ impl Prepared {
         Ok(Self {
             qemu: Qemu::from_root(&file(QEMU))?,
             kernel,
-            binaries: GuestBinaries { init: file(INIT), vvu: file(VVU) },
+            binaries: GuestBinaries { init: file(INIT), vvu: file(VVU), load: file(LOAD) },
             base: BaseImage { path: file(BASE), digest: facts.base_digest, bytes },
         })
     }
@@ -95,6 +96,7 @@ pub(super) fn lay_out(
         (BASE, 0o644, &base.path),
         (VVU, 0o755, &binaries.vvu),
         (INIT, 0o755, &binaries.init),
+        (LOAD, 0o755, &binaries.load),
     ];
     let files = files.into_iter().map(|(name, mode, from)| OverlayEntry::File {
         path: format!("{place}/{name}"),

@@ -1,4 +1,4 @@
-//! Our own programs in the guests: PID 1 and `vvu`, static.
+//! Our own programs in the guests: PID 1, `vvu` and `vvu-load`, static.
 
 use std::env;
 use std::ffi::OsString;
@@ -21,6 +21,8 @@ pub(crate) struct GuestBinaries {
     pub(crate) init: PathBuf,
     /// The `vvu` program, which runs on the host as well: the proxy.
     pub(crate) vvu: PathBuf,
+    /// I/O load for a guest's disk.
+    pub(crate) load: PathBuf,
 }
 
 impl GuestBinaries {
@@ -31,9 +33,9 @@ impl GuestBinaries {
     /// Cargo fails.
     pub(crate) fn build(progress: &Progress) -> Result<Self> {
         let stage = progress.stage("guest build");
-        let built = build(&stage, &["vvu-init", "vvu"])?;
-        stage.done("static vvu-init and vvu");
-        Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu") })
+        let built = build(&stage, &["vvu-init", "vvu", "vvu-load"])?;
+        stage.done("static vvu-init, vvu and vvu-load");
+        Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu"), load: built.join("vvu-load") })
     }
 }
 

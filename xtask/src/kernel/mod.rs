@@ -173,7 +173,7 @@ fn from_archive(
         source::unpack(progress, archive, &tree, &work.join("package"), &log)?;
         let build = Build { tree: &tree, dir: &work.join("build"), log: &log };
         make_kernel(progress, cache, &build, requests, dir)?;
-        cache.discard(&work)
+        cache.discard(&work).map(drop)
     })?;
     read_kernel(progress, &entry.path)
 }

@@ -50,7 +50,7 @@ impl Connection {
         let payload = [&ours.to_bytes()[..], &Capabilities::OURS.to_bytes()].concat();
         let what = "agree on the vfio-user version";
         let reply = connection.request(what, Command::Version, &payload, Vec::new())?;
-        let (theirs, data) = Version::parse(&reply.payload).map_err(|error| io_error(what, error))?;
+        let (theirs, data) = Version::parse(reply.payload()).map_err(|error| io_error(what, error))?;
         if theirs != ours {
             let (major, minor) = (theirs.major, theirs.minor);
             return Err(io_error(
@@ -80,7 +80,7 @@ impl Connection {
         let what = "ask for the device";
         let request = DeviceInfo { argsz: argsz(DeviceInfo::SIZE), ..DeviceInfo::default() };
         let reply = self.request(what, Command::DeviceGetInfo, &request.to_bytes(), Vec::new())?;
-        let (info, _) = DeviceInfo::parse(&reply.payload).map_err(|error| io_error(what, error))?;
+        let (info, _) = DeviceInfo::parse(reply.payload()).map_err(|error| io_error(what, error))?;
         if info.num_regions < REGION_COUNT || info.num_irqs <= IRQ_MSIX {
             return Err(io_error(what, format!("it is no PCI device: {info:?}")));
         }
@@ -92,7 +92,7 @@ impl Connection {
         let argsz = argsz(RegionInfo::SIZE + SparseArea::SIZE);
         let request = RegionInfo { argsz, index, ..RegionInfo::default() };
         let reply = self.request(what(), Command::DeviceGetRegionInfo, &request.to_bytes(), Vec::new())?;
-        let (info, _) = RegionInfo::parse(&reply.payload).map_err(|error| io_error(what(), error))?;
+        let (info, _) = RegionInfo::parse(reply.payload()).map_err(|error| io_error(what(), error))?;
         let file = reply.fds.into_iter().next().filter(|_| info.flags & REGION_MMAP != 0);
         Ok(RegionView { size: info.size, file: file.map(|fd| (File::from(fd), info.offset)) })
     }
@@ -101,7 +101,7 @@ impl Connection {
         let what = "ask for the MSI-X vectors";
         let request = IrqInfo { argsz: argsz(IrqInfo::SIZE), index: IRQ_MSIX, ..IrqInfo::default() };
         let reply = self.request(what, Command::DeviceGetIrqInfo, &request.to_bytes(), Vec::new())?;
-        let (info, _) = IrqInfo::parse(&reply.payload).map_err(|error| io_error(what, error))?;
+        let (info, _) = IrqInfo::parse(reply.payload()).map_err(|error| io_error(what, error))?;
         Ok(info.count)
     }
 
@@ -111,7 +111,7 @@ impl Connection {
         for part in data.chunks_mut(self.transfer_size()) {
             let access = region_access(region, at, part.len());
             let reply = self.request(what(), Command::RegionRead, &access.to_bytes(), Vec::new())?;
-            let (_, read) = RegionAccess::parse(&reply.payload).map_err(|error| io_error(what(), error))?;
+            let (_, read) = RegionAccess::parse(reply.payload()).map_err(|error| io_error(what(), error))?;
             if read.len() != part.len() {
                 return Err(io_error(what(), format!("got {} bytes: want {}", read.len(), part.len())));
             }
@@ -204,7 +204,7 @@ impl Channel {
 
     fn transport(&mut self, header: Header, payload: &[u8], fds: Vec<OwnedFd>) -> io::Result<Message> {
         let deadline = Instant::now() + REPLY_TIMEOUT;
-        self.socket.send(header, payload, fds).map_err(socket_error)?;
+        self.socket.send(Message::new(header, payload).bytes, fds).map_err(socket_error)?;
         while self.socket.is_congested() {
             self.wait(PollFlags::OUT, deadline)?;
             self.socket.flush().map_err(socket_error)?;

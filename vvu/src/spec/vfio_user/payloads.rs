@@ -137,6 +137,8 @@ wire_struct! {
 pub const IRQ_EVENTFD: u32 = vfio::VFIO_IRQ_INFO_EVENTFD;
 /// [`IrqInfo`], [`SetIrqs`]: index of MSI-X.
 pub const IRQ_MSIX: u32 = vfio::VFIO_PCI_MSIX_IRQ_INDEX;
+/// [`IrqInfo`], [`SetIrqs`]: index of errors of a PCI Express device.
+pub const IRQ_ERR: u32 = vfio::VFIO_PCI_ERR_IRQ_INDEX;
 
 wire_struct! {
     /// [`Command::DeviceSetIrqs`](super::Command::DeviceSetIrqs).

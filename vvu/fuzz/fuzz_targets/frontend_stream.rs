@@ -1,0 +1,89 @@
+//! What a front-end sends, with file descriptors where they belong and where not, to a device whose
+//! driver is up and answers.
+
+#![no_main]
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use libfuzzer_sys::fuzz_target;
+use vvu::message_socket::{Message, MessageSocket};
+use vvu::proxy::LinkState;
+use vvu::proxy::rig::{BUFFER, Rig};
+use vvu::spec::vhost_user::Header;
+use vvu::spec::virtio::feature;
+use vvu_fuzz::{Input, fds};
+
+fuzz_target!(|data: &[u8]| run(Input(data)));
+
+fn run(mut input: Input<'_>) {
+    let mut rig = Rig::new();
+    rig.bring_up(feature::OFFERED);
+    let mut frontend = rig.connect();
+    let mut last = None;
+    while !input.is_empty() {
+        match input.below(8) {
+            // A message with a true header.
+            0..=3 => {
+                let (request, flags, pattern) = (u32::from(input.u8()), input.u8() & 0xc | 1, input.u8());
+                let payload = input.block();
+                let size = u32::try_from(payload.len()).expect("a byte");
+                let message = Message::new(Header { request, flags: flags.into(), size }, payload);
+                send(&mut rig, &mut frontend, message.bytes, pattern);
+            }
+            // Any bytes.
+            4 => {
+                let (pattern, bytes) = (input.u8(), input.block().to_vec());
+                if !bytes.is_empty() {
+                    send(&mut rig, &mut frontend, bytes, pattern);
+                }
+            }
+            5 => frontend = rig.connect(),
+            // The back-end answers the last message, or asks something.
+            6 => {
+                let (request, is_reply, payload) = (u32::from(input.u8()), input.u8() & 1 == 0, input.block());
+                let header = match last {
+                    Some(header) if is_reply => header,
+                    _ => Header { request, flags: 1, size: 0 },
+                };
+                let size = u32::try_from(payload.len()).expect("a byte");
+                let flags = if is_reply { 5 } else { 9 };
+                rig.send(&Message::new(Header { flags, size, ..header }, payload));
+                while rig.used(1).is_some() {}
+            }
+            // A doorbell.
+            _ => {
+                let doorbell = u64::from(input.u8());
+                rig.write(vvu::proxy::rig::BAR2, 4 * doorbell, &[1]);
+            }
+        }
+        rig.device.process(&rig.host);
+        let _ = frontend.receive();
+        // The driver takes what came, offers its buffers again, and goes on after the end of a session.
+        while let Some(bytes) = rig.used(0) {
+            if !bytes.is_empty() {
+                last = Some(Header::parse(&bytes).expect("the driver gets nothing but messages"));
+            }
+            rig.offer(0, &[], BUFFER);
+        }
+        match rig.device.link() {
+            LinkState::Down => rig.backend_up(),
+            LinkState::Broken => panic!("a front-end broke the driver's link"),
+            _ => rig.notify(0),
+        }
+    }
+    // Whatever came before, a front-end is served after a reset.
+    rig.device.reset();
+    rig.bring_up(feature::OFFERED);
+    drop(frontend);
+    let _last = rig.connect();
+    assert!(matches!(rig.device.link(), LinkState::Connected | LinkState::Leaving), "{:?}", rig.device.link());
+}
+
+fn send(rig: &mut Rig, frontend: &mut MessageSocket, bytes: Vec<u8>, pattern: u8) {
+    let own = || -> OwnedFd { rig.device.shared_memory().0.as_fd().try_clone_to_owned().expect("dup") };
+    let attached = fds(pattern, &own);
+    // The device may have hung up.
+    if !frontend.is_congested() {
+        let _ = frontend.send(bytes, attached);
+    }
+}

@@ -1,0 +1,246 @@
+//! A socket of whole messages that never blocks: whole messages in, whole messages out, with their
+//! file descriptors. What a message is, [`Framing`] says.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+/// Most file descriptors that a message of any protocol has.
+const FDS_MAX: usize = 32;
+
+/// A message header, as far as a socket has to understand it.
+pub trait Framing: Copy + fmt::Debug {
+    /// Bytes of a header.
+    const SIZE: usize;
+    /// Most file descriptors attached to one message, at most 32.
+    const FDS_MAX: usize;
+    /// Why bytes are no header that a peer may send.
+    type Error: std::error::Error;
+
+    /// Checks and reads the [`SIZE`](Self::SIZE) bytes of a header.
+    ///
+    /// # Errors
+    /// [`Framing::Error`], above all for a size that is more than a message may have: it is allocated
+    /// next.
+    fn from_wire(bytes: &[u8]) -> Result<Self, Self::Error>;
+
+    /// Puts the wire form at the end of `bytes`.
+    fn append_to(&self, bytes: &mut Vec<u8>);
+
+    /// Bytes that follow the header.
+    fn payload_len(&self) -> usize;
+}
+
+/// A complete message.
+#[derive(Debug)]
+pub struct Message<H> {
+    /// Its header.
+    pub header: H,
+    /// Header and payload as they are on the wire.
+    pub bytes: Vec<u8>,
+    /// The file descriptors that came with it.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl<H: Framing> Message<H> {
+    /// A message that carries `payload` and no file descriptor.
+    #[must_use]
+    pub fn new(header: H, payload: &[u8]) -> Self {
+        let mut bytes = Vec::with_capacity(H::SIZE + payload.len());
+        header.append_to(&mut bytes);
+        bytes.extend_from_slice(payload);
+        Self { header, bytes, fds: Vec::new() }
+    }
+
+    /// The bytes after the header.
+    #[must_use]
+    pub fn payload(&self) -> &[u8] {
+        &self.bytes[H::SIZE..]
+    }
+
+    /// The bytes after the header, for rewriting in place.
+    #[must_use]
+    pub fn payload_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[H::SIZE..]
+    }
+}
+
+/// Why a socket cannot be used any longer; `E` is what can be wrong with a header.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError<E> {
+    /// The peer closed its end.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// What the peer sent is no message of the protocol.
+    #[error(transparent)]
+    Message(E),
+    /// More file descriptors than a message may have.
+    #[error("more than {max} file descriptors came with one message")]
+    TooManyFds {
+        /// Most that may come.
+        max: usize,
+    },
+    /// The system refused.
+    #[error("socket: {0}")]
+    Io(#[from] Errno),
+}
+
+/// A socket of messages with header `H`. Bytes are read exactly up to the end of a message, so that
+/// file descriptors cannot be counted to the wrong one.
+#[derive(Debug)]
+pub struct FramedSocket<H> {
+    stream: UnixStream,
+    incoming: Incoming<H>,
+    outgoing: VecDeque<Outgoing>,
+}
+
+/// A message on its way in.
+#[derive(Debug)]
+struct Incoming<H> {
+    /// There from the moment on that all its bytes are.
+    header: Option<H>,
+    /// As long as is wanted, first a header and then a message; `filled` bytes of it are there.
+    bytes: Vec<u8>,
+    filled: usize,
+    fds: Vec<OwnedFd>,
+}
+
+impl<H: Framing> Incoming<H> {
+    fn new() -> Self {
+        Self { header: None, bytes: vec![0; H::SIZE], filled: 0, fds: Vec::new() }
+    }
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    bytes: Vec<u8>,
+    sent: usize,
+    fds: Vec<OwnedFd>,
+}
+
+fn too_many_fds<H: Framing>() -> SocketError<H::Error> {
+    SocketError::TooManyFds { max: H::FDS_MAX }
+}
+
+impl<H: Framing> FramedSocket<H> {
+    /// Uses a connected stream; whether it is in blocking mode does not matter.
+    #[must_use]
+    pub fn new(stream: UnixStream) -> Self {
+        Self { stream, incoming: Incoming::new(), outgoing: VecDeque::new() }
+    }
+
+    /// The next message, or `None` if it is not complete yet.
+    ///
+    /// # Errors
+    /// Any [`SocketError`]; the socket is of no further use.
+    pub fn receive(&mut self) -> Result<Option<Message<H>>, SocketError<H::Error>> {
+        loop {
+            if self.incoming.filled == self.incoming.bytes.len() {
+                let header = match self.incoming.header {
+                    Some(header) => header,
+                    None => H::from_wire(&self.incoming.bytes).map_err(SocketError::Message)?,
+                };
+                if self.incoming.filled == H::SIZE + header.payload_len() {
+                    let Incoming { bytes, fds, .. } = std::mem::replace(&mut self.incoming, Incoming::new());
+                    return Ok(Some(Message { header, bytes, fds }));
+                }
+                self.incoming.header = Some(header);
+                self.incoming.bytes.resize(H::SIZE + header.payload_len(), 0);
+            }
+            if !self.fill()? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Reads towards the bytes that are wanted; false if none are there now.
+    fn fill(&mut self) -> Result<bool, SocketError<H::Error>> {
+        let Incoming { bytes, filled, fds, .. } = &mut self.incoming;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut missing = [IoSliceMut::new(&mut bytes[*filled..])];
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received = match recvmsg(&self.stream, &mut missing, &mut control, flags) {
+            Ok(received) => received,
+            Err(Errno::AGAIN) => return Ok(false),
+            Err(Errno::INTR) => return Ok(true),
+            Err(Errno::CONNRESET) => return Err(SocketError::Closed),
+            Err(error) => return Err(SocketError::Io(error)),
+        };
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(received) = message {
+                fds.extend(received);
+            }
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > H::FDS_MAX {
+            return Err(too_many_fds::<H>());
+        }
+        if received.bytes == 0 {
+            return Err(SocketError::Closed);
+        }
+        *filled += received.bytes;
+        Ok(true)
+    }
+
+    /// Sends a message, or keeps what the peer does not take yet for [`flush`](Self::flush). Callers
+    /// keep memory bounded by sending only when the socket is not [congested](Self::is_congested).
+    ///
+    /// # Errors
+    /// Any [`SocketError`]; the socket is of no further use.
+    pub fn send(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) -> Result<(), SocketError<H::Error>> {
+        self.outgoing.push_back(Outgoing { bytes, sent: 0, fds });
+        self.flush()
+    }
+
+    /// Sends what was kept, as far as the peer takes it.
+    ///
+    /// # Errors
+    /// Any [`SocketError`]; the socket is of no further use.
+    pub fn flush(&mut self) -> Result<(), SocketError<H::Error>> {
+        while let Some(message) = self.outgoing.front_mut() {
+            let fds: Vec<_> = message.fds.iter().map(AsFd::as_fd).collect();
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+                return Err(too_many_fds::<H>());
+            }
+            let rest = [IoSlice::new(&message.bytes[message.sent..])];
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match sendmsg(&self.stream, &rest, &mut control, flags) {
+                Ok(sent) => {
+                    message.sent += sent;
+                    message.fds.clear();
+                    if message.sent == message.bytes.len() {
+                        self.outgoing.pop_front();
+                    }
+                }
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(SocketError::Closed),
+                Err(error) => return Err(SocketError::Io(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the peer has yet to take something that was sent before.
+    #[must_use]
+    pub fn is_congested(&self) -> bool {
+        !self.outgoing.is_empty()
+    }
+}
+
+impl<H: Framing> AsFd for FramedSocket<H> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}

@@ -1,0 +1,34 @@
+//! Claims on parts of a file that several processes share.
+#![expect(unsafe_code, reason = "rustix has no locks that belong to an open file description")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// Claims the byte at `offset` of `file` for as long as this opening of it lives; false if another
+/// opening has it. Whoever dies gives its claims up.
+///
+/// # Errors
+/// When the file cannot be locked.
+pub(super) fn claim(file: &File, offset: u64) -> io::Result<bool> {
+    // Both constants are 0 or 1 on every Linux.
+    let narrow = |constant: libc::c_int| libc::c_short::try_from(constant).unwrap_or_default();
+    let start = libc::off_t::try_from(offset)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "offset of a claim is too large"))?;
+    let lock = libc::flock {
+        l_type: narrow(libc::F_WRLCK),
+        l_whence: narrow(libc::SEEK_SET),
+        l_start: start,
+        l_len: 1,
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open, and the kernel only reads the structure, which outlives the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
+        _ => Err(error),
+    }
+}

@@ -1,0 +1,177 @@
+//! `vvu proxy` as a process: it is in its sandbox before it serves, and serves all the same.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use vvu::driver::eventfd::borrow;
+use vvu::driver::vfio_user::VfioUserDevice;
+use vvu::driver::{Driver, Incoming};
+use vvu::message_socket::{Message, MessageSocket};
+use vvu::spec::addr::{BarOffset, QueueIndex, SiblingGpa, SiblingVa};
+use vvu::spec::vhost_user::{FrontendReq, Header, MemoryRegion, memory_table_to_bytes};
+
+/// Bounds every wait, so that a failure ends.
+const PATIENCE: Duration = Duration::from_secs(20);
+const MEMORY: u64 = 4 << 20;
+
+/// A running `vvu proxy`, killed when it is dropped.
+struct Proxy {
+    child: Child,
+    dir: TempDir,
+}
+
+impl Proxy {
+    fn start(options: &[&str]) -> Self {
+        let dir = tempfile::tempdir().expect("directory");
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vvu"))
+            .args(["-v", "proxy", "--memory-size", "4M", "--memory-link", "memory"])
+            .args(["--vfio-user", "vmm", "--vhost-user", "sibling"])
+            .args(options)
+            .current_dir(dir.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("vvu");
+        let mut line = String::new();
+        let stdout = child.stdout.take().expect("piped");
+        BufReader::new(stdout).read_line(&mut line).expect("standard output");
+        assert_eq!(line, "vvu: proxy ready\n");
+        Self { child, dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A line of the process's status in `/proc`.
+    fn status(&self, field: &str) -> String {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("status");
+        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        line.expect("a field").trim().to_owned()
+    }
+
+    /// Asks it to end; what it says on standard error.
+    fn stop(mut self) -> String {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, Signal::TERM).expect("signal");
+        let mut text = String::new();
+        self.child.stderr.take().expect("piped").read_to_string(&mut text).expect("standard error");
+        assert_eq!(self.child.wait().expect("wait").code(), Some(0), "{text}");
+        for name in ["memory", "vmm", "sibling"] {
+            assert!(fs::symlink_metadata(self.path(name)).is_err(), "{name} is left: {text}");
+        }
+        text
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // Neither works on one that has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn wait(fd: impl AsFd) {
+    let patience = Timespec::try_from(PATIENCE).expect("seconds");
+    assert_eq!(poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&patience)), Ok(1), "nothing came");
+    let mut count = [0; 8];
+    rustix::io::read(&fd, &mut count).expect("a signal");
+}
+
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("eventfd")
+}
+
+fn request(code: FrontendReq, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(payload.len()).expect("small");
+    Message::new(Header { request: code as u32, flags: 1, size }, payload).bytes
+}
+
+/// A driver and a front-end make the proxy do everything it does for real ones.
+fn converse(proxy: &Proxy) {
+    let device = VfioUserDevice::connect(&proxy.path("vmm")).expect("device");
+    let mut driver = Driver::new(device).expect("driver");
+    driver.set_backend_up(true).expect("back-end up");
+    let mut frontend = MessageSocket::new(UnixStream::connect(proxy.path("sibling")).expect("connect"));
+
+    let memory = || {
+        OwnedFd::from(fs::File::options().read(true).write(true).open(proxy.path("memory")).expect("memory"))
+    };
+    let region = MemoryRegion { gpa: SiblingGpa(0), size: MEMORY, va: SiblingVa(0), offset: BarOffset(0) };
+    let (kick, call) = (event(), event());
+    let dup = |fd: &OwnedFd| vec![fd.try_clone().expect("dup")];
+    let (channel, _theirs) = UnixStream::pair().expect("pair");
+    let inflight = [&[0; 16][..], &[1, 0, 0, 1, 0, 0, 0, 0]].concat();
+    let mut sizes = Vec::new();
+    for (message, fds) in [
+        (request(FrontendReq::SET_MEM_TABLE, &memory_table_to_bytes(&[region])), vec![memory()]),
+        (request(FrontendReq::SET_VRING_KICK, &[0; 8]), dup(&kick)),
+        (request(FrontendReq::SET_VRING_CALL, &[0; 8]), dup(&call)),
+        (request(FrontendReq::SET_BACKEND_REQ_FD, &[]), vec![channel.into()]),
+        (request(FrontendReq::GET_INFLIGHT_FD, &inflight), vec![]),
+    ] {
+        sizes.push(message.len());
+        frontend.send(message, fds).expect("send");
+    }
+    let mut last = None;
+    for want in sizes {
+        let message = loop {
+            match driver.receive().expect("receive") {
+                Some(Incoming::Message(message)) => break message,
+                Some(Incoming::FrontendLeft) => panic!("the proxy hung up"),
+                None => wait(borrow(driver.rx_event())),
+            }
+        };
+        assert_eq!(message.bytes.len(), want);
+        last = Some(message.header);
+    }
+    let mut reply = inflight;
+    reply[..8].copy_from_slice(&0x1000u64.to_le_bytes());
+    let reply = Message::new(last.expect("a message").reply(24), &reply);
+    assert!(driver.send(&reply.bytes).expect("send"));
+    let fd = frontend_reply(&mut frontend).fds.pop().expect("the memory file");
+    assert!(fs::File::from(fd).metadata().expect("metadata").len() > MEMORY);
+
+    rustix::io::write(&kick, &1u64.to_ne_bytes()).expect("kick");
+    wait(borrow(driver.kick(QueueIndex(0)).expect("queue")));
+    driver.call(QueueIndex(0)).expect("queue").write(1).expect("call");
+    wait(&call);
+}
+
+fn frontend_reply(frontend: &mut MessageSocket) -> Message {
+    loop {
+        if let Some(message) = frontend.receive().expect("receive") {
+            return message;
+        }
+        let patience = Timespec::try_from(PATIENCE).expect("seconds");
+        assert_eq!(poll(&mut [PollFd::new(frontend, PollFlags::IN)], Some(&patience)), Ok(1));
+    }
+}
+
+#[test]
+fn a_proxy_in_its_sandbox_does_all_its_work() {
+    let proxy = Proxy::start(&[]);
+    assert_eq!((proxy.status("Seccomp"), proxy.status("NoNewPrivs")), ("2".into(), "1".into()));
+    // Twice: the second client and front-end find what the first ones left.
+    converse(&proxy);
+    converse(&proxy);
+    let text = proxy.stop();
+    assert!(!text.contains("sandbox refused"), "{text}");
+}
+
+#[test]
+fn the_sandbox_can_be_turned_off() {
+    let proxy = Proxy::start(&["--sandbox", "off"]);
+    assert_eq!(proxy.status("Seccomp"), "0");
+    converse(&proxy);
+    assert!(proxy.stop().contains("without its sandbox"));
+}
