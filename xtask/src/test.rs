@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::e2e::{self, Setup, SetupOptions};
+use crate::e2e::{self, NestedSetup, Setup, SetupOptions};
 use crate::progress::Progress;
 
 /// Tells the scenario tests which xtask to run.
@@ -35,7 +35,9 @@ pub(crate) fn main(options: &Options) -> Result<()> {
     {
         // Here and not in the first test that needs it, where it would count against that test's time.
         let progress = Progress::new(false);
-        Setup::obtain(&SetupOptions::default(), &progress)?;
+        let options = SetupOptions::default();
+        Setup::obtain(&options, &progress)?;
+        NestedSetup::obtain(&options, &progress)?;
     }
     let mut nextest = Command::new(&cargo);
     nextest.current_dir(e2e::workspace()).args(["nextest", "run", "--workspace"]).args(&options.nextest);
