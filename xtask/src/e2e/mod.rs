@@ -26,6 +26,7 @@ use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
 pub(crate) use memory::{ensure_free, free_mib, needed_mib};
+pub(crate) use nested::NestedSetup;
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{Needs, Setup, SetupOptions};

@@ -147,7 +147,7 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     match serial {
         Serial::Inherited(log) => {
             let log = escaped(&log.display().to_string());
-            args.pair("-chardev", format!("file,id=console,path=/dev/fd/1,logfile={log},logappend=on"))
+            args.pair("-chardev", format!("file,id=console,path=/proc/self/fd/1,logfile={log},logappend=on"))
                 .pair("-serial", "chardev:console")
                 .pair("-chardev", "socket,id=control,fd=0")
                 .pair("-serial", "chardev:control");
@@ -287,7 +287,7 @@ mod tests {
              -object memory-backend-memfd,id=mem,size=512M,share=on -kernel /c/vmlinux -initrd /c/device.cpio \
              -append console=ttyS0 loglevel=6 panic=-1 no_timer_check vvu.hostname=device \
              vfio_iommu_type1.allow_unsafe_interrupts=1 \
-             -chardev file,id=console,path=/dev/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
+             -chardev file,id=console,path=/proc/self/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
              -chardev socket,id=control,fd=0 -serial chardev:control \
              -device virtio-iommu-pci,addr=05.0,boot-bypass=off \
              -device {\"addr\":\"10.0\",\"driver\":\"vfio-user-pci\",\"rombar\":0,\
