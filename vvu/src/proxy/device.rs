@@ -11,6 +11,7 @@ use super::events::{Events, Source};
 use super::link::{LinkEvent, LinkState};
 use super::session::Session;
 use super::sibling_memory::SiblingMemory;
+use super::trace::Trace;
 use super::visitors::Visitors;
 use super::vrings::Vrings;
 use crate::spec::addr::QueueIndex;
@@ -50,6 +51,7 @@ pub struct Device {
     pub(super) session: Option<Session>,
     /// Who comes when there is no back-end.
     pub(super) visitors: Visitors,
+    pub(super) trace: Option<Trace>,
 }
 
 impl Device {
@@ -87,8 +89,14 @@ impl Device {
             link: LinkState::Down,
             session: None,
             visitors: Visitors::default(),
+            trace: None,
             memory,
         })
+    }
+
+    /// Writes down every message from now on.
+    pub fn set_trace(&mut self, trace: Trace) {
+        self.trace = Some(trace);
     }
 
     /// Size in bytes of `region`: a power of two for a BAR, 0 if there is none.

@@ -5,6 +5,7 @@ use vm_memory::GuestMemory;
 pub use device::{Device, DeviceConfig};
 pub use link::{LinkEvent, LinkState};
 pub use sibling_memory::{OpenError, SiblingMemory};
+pub use trace::Trace;
 
 mod claim;
 mod common_config;
@@ -18,6 +19,7 @@ mod relay;
 mod session;
 mod sibling_memory;
 mod signaller;
+mod trace;
 mod treatment;
 mod visitors;
 mod vrings;

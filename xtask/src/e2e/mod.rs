@@ -214,7 +214,7 @@ fn one(
     report.kernel =
         Some(report::Kernel { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() });
     let sockets = SocketDir::for_run(run)?;
-    let plan = Plan::new(scenario, &sockets)?;
+    let plan = Plan::new(scenario, run, &sockets)?;
     let images = Images::build(scenario, run, setup, options, progress)?;
     let values = scenario.values(
         |vvu| plan.proxies[vvu].slot.to_string(),
