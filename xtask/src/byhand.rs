@@ -149,8 +149,8 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
         );
     }
     let (setup, run) = set_up("vm-sibling", &options.common)?;
-    let device =
-        Device::VhostUserBlk { slot: Slot::DEFAULT, socket: socket.display().to_string(), queues: 1 };
+    let socket = socket.display().to_string();
+    let device = Device::VhostUserBlk { slot: Slot::DEFAULT, socket, queues: 1, reconnect_ms: 0 };
     let config = Config {
         name: "sibling".to_owned(),
         memory_file: Some(link.display().to_string()),

@@ -57,11 +57,9 @@ impl RunDir {
         &self.path
     }
 
-    /// What marks its processes: its name, and that of this process since another checkout may have a
-    /// run of the same name.
+    /// Its name, which no other run has.
     pub(crate) fn id(&self) -> String {
-        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
-        format!("{name}-{}", std::process::id())
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// The path of a file in it.

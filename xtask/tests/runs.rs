@@ -24,10 +24,10 @@ fn report(run: &Path) -> Value {
     serde_json::from_slice(&bytes).expect("JSON")
 }
 
-/// The living processes of a run of the process `xtask`.
-fn processes(run: &Path, xtask: u32) -> Vec<u32> {
+/// The living processes of a run.
+fn processes(run: &Path) -> Vec<u32> {
     let name = run.file_name().expect("a name").to_str().expect("UTF-8");
-    let mark = format!("VVU_RUN={name}-{xtask}");
+    let mark = format!("VVU_RUN={name}");
     let entries = fs::read_dir("/proc").expect("procfs").flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let of_run = |pid: &u32| {
@@ -76,7 +76,7 @@ fn an_interrupted_run_leaves_nothing_but_its_directory() {
 
         let run = run_dir(dir.path());
         assert_eq!(report(&run)["result"], "interrupted", "after {stage}");
-        assert_eq!(processes(&run, xtask.id()), Vec::<u32>::new(), "after {stage}");
+        assert_eq!(processes(&run), Vec::<u32>::new(), "after {stage}");
         let left: Vec<_> = fs::read_dir(&run)
             .expect("listed")
             .map(|entry| entry.expect("listed").path())

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::rundir::SocketDir;
-use crate::scenario::{Addr, Iommu, Scenario, Slot};
+use crate::scenario::{Action, Addr, Iommu, Scenario, Slot};
 use crate::vm::args::{Config, Device};
 
 /// What is going to be started.
@@ -69,6 +69,7 @@ impl Plan {
                 slot: Slot::DEFAULT,
                 socket: text(&proxies[*vvu].vhost_user),
                 queues: spec.queues,
+                reconnect_ms: spec.reconnect_ms,
             });
             let config = Config {
                 name: name.clone(),
@@ -78,6 +79,7 @@ impl Plan {
                 iommu,
                 devices: vvu.chain(disks).collect(),
                 cmdline: spec.cmdline.clone(),
+                reboots: scenario.has(name, Action::Reboot),
             };
             vms.insert(name.clone(), config);
         }
@@ -168,7 +170,7 @@ mod tests {
         assert_eq!(plan.vms["device"].iommu, Some(Iommu::Amd));
         assert_eq!(plan.vms["device"].devices.len(), 2);
         let socket = plan.proxies["b"].vhost_user.display().to_string();
-        let want = Device::VhostUserBlk { slot: Slot::DEFAULT, socket, queues: 2 };
+        let want = Device::VhostUserBlk { slot: Slot::DEFAULT, socket, queues: 2, reconnect_ms: 0 };
         assert_eq!(plan.vms["two"].devices, [want]);
         assert_eq!(plan.transient().len(), 6);
         let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");

@@ -1,4 +1,4 @@
-//! Our own programs in the guests: PID 1 and `vvu`, static.
+//! Our own programs in the guests: PID 1, `vvu` and `vvu-load`, static.
 
 use std::env;
 use std::ffi::OsString;
@@ -21,6 +21,8 @@ pub(crate) struct GuestBinaries {
     pub(crate) init: PathBuf,
     /// The `vvu` program, which runs on the host as well: the proxy.
     pub(crate) vvu: PathBuf,
+    /// I/O load for a guest's disk.
+    pub(crate) load: PathBuf,
 }
 
 impl GuestBinaries {
@@ -38,15 +40,15 @@ impl GuestBinaries {
         let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         command
             .current_dir(root)
-            .args(["build", "--package", "vvu-init", "--package", "vvu", "--bins"])
+            .args(["build", "--package", "vvu-init", "--package", "vvu", "--package", "vvu-load", "--bins"])
             .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
             .arg(&target)
             .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
             .env("CARGO_TERM_COLOR", "never");
         logged::run(command, &target.join("build.log"), |line| stage.update(line.trim()))?;
         let built = target.join(TARGET).join(PROFILE);
-        stage.done("static vvu-init and vvu");
-        Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu") })
+        stage.done("static vvu-init, vvu and vvu-load");
+        Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu"), load: built.join("vvu-load") })
     }
 }
 

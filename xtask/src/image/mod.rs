@@ -97,6 +97,7 @@ fn base(binaries: &GuestBinaries, tools: &GuestTools) -> Result<Archive> {
     archive.device("dev/null", 0o666, 1, 3)?;
     archive.file("init", 0o755, Content::Copy(binaries.init.clone()))?;
     archive.file("bin/vvu", 0o755, Content::Copy(binaries.vvu.clone()))?;
+    archive.file("bin/vvu-load", 0o755, Content::Copy(binaries.load.clone()))?;
     archive.file("bin/lspci", 0o755, Content::Copy(tools.lspci.clone()))?;
     archive.file("usr/share/misc/pci.ids", 0o644, Content::Copy(tools.pci_ids.clone()))?;
     archive.file("bin/busybox", 0o755, Content::Copy(tools.busybox.clone()))?;
@@ -143,7 +144,7 @@ mod tests {
             fs::write(&path, name).expect("write");
             path
         };
-        let binaries = GuestBinaries { init: file("init"), vvu: file("vvu") };
+        let binaries = GuestBinaries { init: file("init"), vvu: file("vvu"), load: file("load") };
         let applets = vec!["ls".into(), "sh".into()];
         let tools =
             GuestTools { busybox: file("busybox"), applets, lspci: file("lspci"), pci_ids: file("pci.ids") };

@@ -5,11 +5,12 @@
 mod human;
 mod replay;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use human::table;
+pub(crate) use human::{summary, table};
 pub(crate) use replay::{Part, by_hand, command_line, replay_script};
 
 use crate::progress::StageTime;
@@ -33,6 +34,8 @@ pub(crate) struct Report {
     pub(crate) stages: Vec<StageTime>,
     /// What was checked, in the scenario's order.
     pub(crate) checks: Vec<Check>,
+    /// Numbers that the scenario's steps gave, by name.
+    pub(crate) measurements: BTreeMap<String, f64>,
     /// Sums.
     pub(crate) totals: Totals,
 }

@@ -46,6 +46,8 @@ pub(crate) struct Config {
     pub(crate) devices: Vec<Device>,
     /// Added to the kernel command line.
     pub(crate) cmdline: String,
+    /// A reboot of the guest starts it again; else it ends QEMU.
+    pub(crate) reboots: bool,
 }
 
 /// A PCI device of a VM.
@@ -66,6 +68,8 @@ pub(crate) enum Device {
         socket: String,
         /// Virtqueues.
         queues: u32,
+        /// Milliseconds between attempts to make a lost connection again; 0: none are made.
+        reconnect_ms: u32,
     },
 }
 
@@ -104,7 +108,10 @@ pub(crate) enum Serial<'a> {
 /// Two devices in one slot, or a socket path too long for a unix socket.
 pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -> Result<Vec<String>> {
     let mut args = Args::default();
-    args.flag("-no-user-config").flag("-nodefaults").flag("-no-reboot");
+    args.flag("-no-user-config").flag("-nodefaults");
+    if !config.reboots {
+        args.flag("-no-reboot");
+    }
     args.pair("-display", "none").pair("-name", escaped(&config.name));
     let irqchip = if config.iommu == Some(Iommu::Intel) { ",kernel-irqchip=split" } else { "" };
     args.pair("-machine", format!("q35,hpet=off,sata=off,smbus=off,memory-backend=mem{irqchip}"));
@@ -127,7 +134,7 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     match serial {
         Serial::Inherited(log) => {
             let log = escaped(&log.display().to_string());
-            args.pair("-chardev", format!("file,id=console,path=/dev/fd/1,logfile={log}"))
+            args.pair("-chardev", format!("file,id=console,path=/dev/fd/1,logfile={log},logappend=on"))
                 .pair("-serial", "chardev:console")
                 .pair("-chardev", "socket,id=control,fd=0")
                 .pair("-serial", "chardev:control");
@@ -216,8 +223,12 @@ impl Args {
                     });
                     self.pair("-device", device.to_string());
                 }
-                Device::VhostUserBlk { queues, .. } => {
-                    self.pair("-chardev", format!("socket,id=vhost{number},path={}", escaped(socket)));
+                Device::VhostUserBlk { queues, reconnect_ms, .. } => {
+                    let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));
+                    if *reconnect_ms > 0 {
+                        chardev.push_str(&format!(",reconnect-ms={reconnect_ms}"));
+                    }
+                    self.pair("-chardev", chardev);
                     self.pair(
                         "-device",
                         format!("vhost-user-blk-pci,chardev=vhost{number},addr={addr},num-queues={queues}"),
@@ -266,7 +277,7 @@ mod tests {
              -object memory-backend-memfd,id=mem,size=512M,share=on -kernel /c/vmlinux -initrd /c/device.cpio \
              -append console=ttyS0 loglevel=6 panic=-1 no_timer_check vvu.hostname=device \
              vfio_iommu_type1.allow_unsafe_interrupts=1 \
-             -chardev file,id=console,path=/dev/fd/1,logfile=/r/console.log -serial chardev:console \
+             -chardev file,id=console,path=/dev/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
              -chardev socket,id=control,fd=0 -serial chardev:control \
              -device virtio-iommu-pci,addr=05.0,boot-bypass=off \
              -device {\"addr\":\"10.0\",\"driver\":\"vfio-user-pci\",\"rombar\":0,\
@@ -285,15 +296,18 @@ mod tests {
                 slot: Slot::DEFAULT,
                 socket: "/r/a,b/v.sock".into(),
                 queues: 2,
+                reconnect_ms: 100,
             }],
             cmdline: "debug".into(),
+            reboots: true,
             ..Config::default()
         };
         let line = line(&config, Serial::Terminal);
         assert!(
             line.contains("-object memory-backend-file,id=mem,size=256M,share=on,mem-path=/r/a,,b/memory ")
         );
-        assert!(line.contains("-chardev socket,id=vhost0,path=/r/a,,b/v.sock "));
+        assert!(line.contains("-chardev socket,id=vhost0,path=/r/a,,b/v.sock,reconnect-ms=100 "));
+        assert!(!line.contains("-no-reboot"), "{line}");
         assert!(line.ends_with("-device vhost-user-blk-pci,chardev=vhost0,addr=10.0,num-queues=2"), "{line}");
         assert!(line.contains("vvu.hostname=sibling vvu.shell debug -serial mon:stdio"), "{line}");
     }

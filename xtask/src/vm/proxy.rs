@@ -1,6 +1,6 @@
 //! The proxy of a vvu device: the process between a device VM and a sibling VM.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, PipeReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -35,7 +35,9 @@ impl Proxy {
     ///
     /// It cannot be started, or the log not be written.
     pub(crate) fn start(name: &str, mut command: Command, log: PathBuf) -> Result<Self> {
-        let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        // One that is started again goes on in the log of the one before.
+        let file = OpenOptions::new().create(true).append(true).open(&log);
+        let file = file.with_context(|| format!("cannot write {}", log.display()))?;
         let (output, input) = std::io::pipe().context("cannot make a pipe")?;
         let errors = input.try_clone().context("cannot make a pipe")?;
         command.stdin(Stdio::null()).stdout(input).stderr(errors);

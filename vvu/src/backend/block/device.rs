@@ -23,7 +23,9 @@ use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use super::config::{self, DISCARD_SECTORS_MAX, QUEUE_SIZE_MAX, RANGES_MAX, WRITE_ZEROES_SECTORS_MAX};
 use super::disk::{Disk, SECTOR_SIZE};
 use super::request::{Malformed, Rejected, Request, Segments};
-use crate::backend::{ExitEvents, Vring};
+use crate::backend::inflight::{self, Inflight, RegionError, Tracker, TrackerError};
+use crate::backend::server::ExitEvents;
+use crate::backend::vring::Vring;
 
 /// Bytes of `struct virtio_blk_discard_write_zeroes`.
 const RANGE_SIZE: usize = 16;
@@ -49,6 +51,17 @@ enum Failure {
     Unsupported,
 }
 
+/// Why a queue is of no further use.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error(transparent)]
+    Rings(#[from] virtio_queue::Error),
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    #[error(transparent)]
+    Tracker(#[from] TrackerError),
+}
+
 /// What [`Device::take`] found in a queue.
 enum Taken {
     Chain(Chain),
@@ -61,8 +74,10 @@ enum Taken {
 pub(super) struct Device {
     disk: Arc<Disk>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
-    /// For each queue a lock that its thread holds while it is at work.
-    queues: Vec<Mutex<()>>,
+    inflight: Arc<Inflight>,
+    /// For each queue what its thread needs, and holds while it is at work: where requests in flight
+    /// are written down, if the front-end wants that.
+    queues: Vec<Mutex<Option<Tracker>>>,
     /// The driver cannot flush, so each write has to be durable (virtio 1.2, 5.2.6.2).
     write_through: AtomicBool,
     /// The first failure of the disk was logged.
@@ -71,11 +86,17 @@ pub(super) struct Device {
 }
 
 impl Device {
-    pub(super) fn new(disk: Arc<Disk>, queues: u16, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> Self {
+    pub(super) fn new(
+        disk: Arc<Disk>,
+        queues: u16,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        inflight: Arc<Inflight>,
+    ) -> Self {
         Self {
             disk,
             memory,
-            queues: (0..queues).map(|_| Mutex::new(())).collect(),
+            inflight,
+            queues: (0..queues).map(|_| Mutex::default()).collect(),
             write_through: AtomicBool::new(true),
             disk_failed: AtomicBool::new(false),
             exit_events: ExitEvents::default(),
@@ -83,12 +104,48 @@ impl Device {
     }
 
     /// Locks queue `index` while its thread is at rest.
-    fn queue(&self, index: usize) -> Option<MutexGuard<'_, ()>> {
+    fn queue(&self, index: usize) -> Option<MutexGuard<'_, Option<Tracker>>> {
         self.queues.get(index).map(|queue| queue.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// When the front-end has just started the queue: begins to track its requests, and finishes those
+    /// that an earlier back-end has left unfinished.
+    fn start(&self, index: usize, vring: &Vring, tracker: &mut Option<Tracker>) -> Result<(), Broken> {
+        let chains = {
+            let mut state = vring.get_mut();
+            if !is_running(&state) || !vring.take_start() {
+                return Ok(());
+            }
+            let queue = state.get_queue_mut();
+            *tracker = self.inflight.tracker(index, queue.size())?;
+            let Some(tracker) = tracker else { return Ok(()) };
+            let memory = self.memory.memory();
+            let used = queue.used_idx(&*memory, Ordering::Acquire)?;
+            let available = queue.avail_idx(&*memory, Ordering::Acquire)?;
+            let Some(heads) = tracker.recover(used.0, available.0)? else { return Ok(()) };
+            // Whatever index the front-end knows: what is neither used nor in flight was not taken.
+            let taken = u16::try_from(heads.len()).map_err(|_| virtio_queue::Error::InvalidAvailRingIndex)?;
+            queue.set_next_used(used.0);
+            queue.set_next_avail((used + Wrapping(taken)).0);
+            if !heads.is_empty() {
+                log::info!("queue {index}: {taken} unfinished requests are carried out again");
+            }
+            inflight::chains(&memory, queue, &heads)?
+        };
+        // They were in flight all the time, so they are finished even if the queue is stopped now.
+        for chain in chains {
+            let head = chain.head_index();
+            let used = self.answer(chain.memory(), Request::parse(chain.clone()));
+            give_back(vring, tracker.as_mut(), head, used)?;
+            self.announce(vring)?;
+        }
+        // The earlier back-end may have ended between giving something back and saying so.
+        signal(vring);
+        Ok(())
+    }
+
     /// Carries out requests until there are none or the front-end stops the queue.
-    fn process(&self, vring: &Vring) -> Result<(), virtio_queue::Error> {
+    fn process(&self, vring: &Vring, tracker: &mut Option<Tracker>) -> Result<(), Broken> {
         while is_running(&vring.get_ref()) {
             vring.disable_notification()?;
             let mut unannounced = false;
@@ -99,13 +156,16 @@ impl Device {
                     Taken::Stopped => break false,
                 };
                 let head = chain.head_index();
+                if let Some(tracker) = tracker {
+                    tracker.begin(head)?;
+                }
                 let memory = chain.memory();
                 let request = Request::parse(chain.clone());
                 if unannounced && request.as_ref().is_ok_and(is_slow) {
                     self.announce(vring)?;
                 }
                 let used = self.answer(memory, request);
-                vring.add_used(head, used)?;
+                give_back(vring, tracker.as_mut(), head, used)?;
                 unannounced = true;
             };
             if unannounced {
@@ -149,8 +209,8 @@ impl Device {
             };
             !suppressed && state.needs_notification()?
         };
-        if wanted && let Err(error) = vring.signal_used_queue() {
-            log::warn!("cannot signal the call event: {error}");
+        if wanted {
+            signal(vring);
         }
         Ok(())
     }
@@ -291,6 +351,21 @@ struct Range {
     unmap: bool,
 }
 
+/// Puts a request that is done into the used ring.
+fn give_back(vring: &Vring, tracker: Option<&mut Tracker>, head: u16, used: u32) -> Result<(), Broken> {
+    let Some(tracker) = tracker else { return Ok(vring.add_used(head, used)?) };
+    tracker.finish(head)?;
+    vring.add_used(head, used)?;
+    Ok(tracker.forget()?)
+}
+
+/// Interrupts the driver.
+fn signal(vring: &Vring) {
+    if let Err(error) = vring.signal_used_queue() {
+        log::warn!("cannot signal the call event: {error}");
+    }
+}
+
 /// Whether the front-end has started and enabled the queue.
 fn is_running(state: &VringState) -> bool {
     state.is_enabled() && state.get_queue().ready()
@@ -365,11 +440,12 @@ impl VhostUserBackend for Device {
 
     fn handle_event(&self, _event: u16, _set: EventSet, vrings: &[Vring], thread: usize) -> io::Result<()> {
         // Each thread has the one queue of its own number. An error here would end the thread.
-        if let (Some(vring), Some(_at_work)) = (vrings.first(), self.queue(thread))
-            && let Err(error) = self.process(vring)
-        {
-            log::warn!("queue {thread} is stopped, since its rings are broken: {error}");
-            vring.set_queue_ready(false);
+        if let (Some(vring), Some(mut tracker)) = (vrings.first(), self.queue(thread)) {
+            let started = self.start(thread, vring, &mut tracker);
+            if let Err(error) = started.and_then(|()| self.process(vring, &mut tracker)) {
+                log::warn!("queue {thread} is stopped, since its rings are broken: {error}");
+                vring.set_queue_ready(false);
+            }
         }
         Ok(())
     }
