@@ -2,6 +2,7 @@
 
 mod accel;
 mod apt;
+mod bench;
 mod byhand;
 mod cache;
 mod children;
@@ -48,6 +49,8 @@ enum Task {
     Vm(byhand::Role),
     /// Run all tests: units, the chain without VMs, faults and scenarios
     Test(test::Options),
+    /// Measure what VVU costs
+    Bench(bench::Options),
     /// Get or build the guest kernel
     Kernel(kernel::KernelOptions),
     /// Remove the cache and the run directories
@@ -76,6 +79,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.task {
         Task::E2e(options) => return e2e::main(options),
+        Task::Bench(options) => return bench::main(options),
         Task::Vm(role) => return byhand::main(role),
         Task::Test(options) => test::main(options)?,
         Task::Kernel(options) => {

@@ -31,6 +31,9 @@ struct Options {
     /// Rounds; each measures everything once over fresh connections
     #[arg(long, value_name = "N", default_value_t = 3)]
     rounds: u32,
+    /// Begin with the chain instead of the plain socket
+    #[arg(long)]
+    vvu_first: bool,
     /// How long each test takes
     #[arg(long, value_name = "S", default_value_t = 1.0)]
     seconds: f64,
@@ -63,7 +66,11 @@ fn measure(options: &Options) {
     let mut results: Map<String, Value> = Map::new();
     for round in 0..options.rounds {
         // Neither goes first always.
-        let order = if round % 2 == 0 { [Via::Plain, Via::Vvu] } else { [Via::Vvu, Via::Plain] };
+        let order = if (round % 2 == 0) != options.vvu_first {
+            [Via::Plain, Via::Vvu]
+        } else {
+            [Via::Vvu, Via::Plain]
+        };
         for test in Test::ALL {
             for via in order {
                 let got = test.run(via, limit).to_json();
