@@ -1,19 +1,19 @@
 //! A back-end that answers each kick with a call and touches no ring.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VringT};
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{EventConsumer, EventNotifier};
-use vvu::backend::{ExitEvents, ServeError, Stop, Vring, serve};
-use vvu::listening_socket::ListeningSocket;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::common::Task;
 
@@ -44,47 +44,55 @@ impl Stamps {
     }
 }
 
-struct Device {
-    stamps: Arc<Stamps>,
-    exit_events: ExitEvents,
-}
+type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+struct Device(Arc<Stamps>);
 
 /// The back-end, served in a thread.
 pub struct Echo {
     _dir: tempfile::TempDir,
     pub socket: PathBuf,
     pub stamps: Arc<Stamps>,
-    stop: Stop,
-    task: Task<Result<(), ServeError>>,
+    listener: UnixListener,
+    task: Task<()>,
 }
 
 impl Echo {
     pub fn start() -> Self {
         let dir = tempfile::tempdir().expect("directory");
         let socket = dir.path().join("echo");
-        let stop = Stop::new().expect("stop");
+        let listener = UnixListener::bind(&socket).expect("socket");
         let zero = AtomicU64::default;
         let stamps = Arc::new(Stamps { start: Instant::now(), kicked: zero(), called: zero() });
-        let task = Self::serve(&socket, &stop, &stamps);
-        Self { _dir: dir, socket, stamps, stop, task }
-    }
-
-    fn serve(socket: &Path, stop: &Stop, stamps: &Arc<Stamps>) -> Task<Result<(), ServeError>> {
-        let socket = ListeningSocket::bind(socket).expect("socket");
-        let (stop, stamps) = (stop.clone(), stamps.clone());
-        let device = move || Device { stamps: stamps.clone(), exit_events: ExitEvents::default() };
-        Task::spawn("echo", move || serve(socket.listener(), &stop, |_| Ok(device())))
+        let (accepts, device) = (listener.try_clone().expect("descriptor"), stamps.clone());
+        let task = Task::spawn("echo", move || serve(&accepts, &device));
+        Self { _dir: dir, socket, stamps, listener, task }
     }
 
     pub fn end(self) {
-        self.stop.stop();
-        self.task.join().expect("served");
+        rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both).expect("shutdown");
+        self.task.join();
+    }
+}
+
+/// Serves one front-end after another until the listener is shut down.
+fn serve(listener: &UnixListener, stamps: &Arc<Stamps>) {
+    loop {
+        let memory = Memory::new(GuestMemoryMmap::new());
+        let device = Arc::new(Device(stamps.clone()));
+        let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), device, memory).expect("threads");
+        let mut listener = Listener::from(listener.try_clone().expect("descriptor"));
+        if daemon.start(&mut listener).is_err() {
+            return;
+        }
+        // That the front-end left is how it ends.
+        let _ = daemon.wait();
     }
 }
 
 impl VhostUserBackend for Device {
     type Bitmap = ();
-    type Vring = Vring;
+    type Vring = VringMutex<Memory>;
 
     fn num_queues(&self) -> usize {
         1
@@ -110,18 +118,24 @@ impl VhostUserBackend for Device {
         vec![0; usize::try_from(size).expect("64 bit")]
     }
 
-    fn update_memory(&self, _memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+    fn update_memory(&self, _memory: Memory) -> io::Result<()> {
         Ok(())
     }
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        self.exit_events.create()
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()
     }
 
-    fn handle_event(&self, _event: u16, _set: EventSet, vrings: &[Vring], _thread: usize) -> io::Result<()> {
-        self.stamps.now(&self.stamps.kicked);
+    fn handle_event(
+        &self,
+        _event: u16,
+        _set: EventSet,
+        vrings: &[Self::Vring],
+        _thread: usize,
+    ) -> io::Result<()> {
+        self.0.now(&self.0.kicked);
         let vring = vrings.first().expect("one queue");
-        self.stamps.now(&self.stamps.called);
+        self.0.now(&self.0.called);
         vring.signal_used_queue()
     }
 }

@@ -38,7 +38,7 @@ pub struct Outcome {
 
 impl Outcome {
     #[allow(clippy::cast_precision_loss, reason = "counts far below 2^52")]
-    pub fn to_json(mut self) -> Value {
+    pub fn into_json(mut self) -> Value {
         let operations = self.operations.max(1) as f64;
         let mut value = Map::new();
         value.insert("operations".to_owned(), json!(self.operations));

@@ -73,7 +73,7 @@ fn measure(options: &Options) {
         };
         for test in Test::ALL {
             for via in order {
-                let got = test.run(via, limit).to_json();
+                let got = test.run(via, limit).into_json();
                 let of_test = results.entry(test.name()).or_insert_with(|| json!({}));
                 let rounds = of_test.as_object_mut().expect("an object").entry(via.name());
                 rounds.or_insert_with(|| json!([])).as_array_mut().expect("an array").push(got);
@@ -84,5 +84,5 @@ fn measure(options: &Options) {
 }
 
 fn alone(test: Test, via: Via, operations: u64) {
-    println!("{}", test.run(via, Limit::Operations(operations)).to_json());
+    println!("{}", test.run(via, Limit::Operations(operations)).into_json());
 }

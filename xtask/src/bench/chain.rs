@@ -77,7 +77,8 @@ fn build(run: &RunDir, progress: &Progress) -> Result<PathBuf> {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
         .current_dir(workspace())
-        .args(["bench", "--package", "vvu", "--bench", "chain", "--no-run", "--message-format", "json"])
+        .args(["bench", "--package", "vvu", "--bench", "chain", "--no-run", "--message-format"])
+        .args(["json-render-diagnostics"])
         .env("CARGO_TERM_COLOR", "never");
     let mut program = None;
     logged::run(command, &run.file("chain-build.log"), |line| match serde_json::from_str::<Value>(line) {
