@@ -37,6 +37,14 @@ impl Peer {
 }
 
 #[cfg(test)]
+impl Peer {
+    /// Another process than this one.
+    pub(crate) fn other(self) -> Self {
+        Self(-self.0)
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
