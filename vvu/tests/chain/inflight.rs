@@ -129,7 +129,8 @@ impl Process {
 fn a_back_end_is_killed_again_and_again_and_every_request_completes_once() {
     const REQUESTS: u64 = 40;
     const LEN: u32 = 64 << 10;
-    let (dir, disk) = disk(&vec![0; REQUESTS as usize * LEN as usize]).expect("disk");
+    const SIZE: usize = 40 * (64 << 10);
+    let (dir, disk) = disk(&[0; SIZE]).expect("disk");
     let socket = dir.path().join("s");
     let proxy = Proxy::start(8 << 20, 1);
     let memory = Arc::new(proxy.memory(&FLAT));
@@ -140,7 +141,7 @@ fn a_back_end_is_killed_again_and_again_and_every_request_completes_once() {
     let free = driver.rings[0].snapshot();
     let mut content = Vec::new();
     for round in 0..30 {
-        content = pattern(100 + round, REQUESTS as usize * LEN as usize);
+        content = pattern(100 + round, SIZE);
         memory.write(data, &content);
         let write = |request| {
             let offset = request * u64::from(LEN);
