@@ -129,8 +129,8 @@ impl Process {
 fn a_back_end_is_killed_again_and_again_and_every_request_completes_once() {
     const REQUESTS: u64 = 40;
     const LEN: u32 = 64 << 10;
-    const SIZE: usize = 40 * (64 << 10);
-    let (dir, disk) = disk(&[0; SIZE]).expect("disk");
+    const TOTAL: usize = 40 * (64 << 10);
+    let (dir, disk) = disk(&vec![0; TOTAL]).expect("disk");
     let socket = dir.path().join("s");
     let proxy = Proxy::start(8 << 20, 1);
     let memory = Arc::new(proxy.memory(&FLAT));
@@ -141,7 +141,7 @@ fn a_back_end_is_killed_again_and_again_and_every_request_completes_once() {
     let free = driver.rings[0].snapshot();
     let mut content = Vec::new();
     for round in 0..30 {
-        content = pattern(100 + round, SIZE);
+        content = pattern(100 + round, TOTAL);
         memory.write(data, &content);
         let write = |request| {
             let offset = request * u64::from(LEN);

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
@@ -70,6 +71,17 @@ pub struct Driver {
     stream: UnixStream,
 }
 
+/// What `attempt` gives when it succeeds for the first time.
+fn persistently(mut attempt: impl FnMut() -> Result<Driver, Error>) -> Driver {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match attempt() {
+            Ok(driver) => return driver,
+            Err(error) => assert!(Instant::now() < deadline, "no back-end in time: {error}"),
+        }
+    }
+}
+
 impl Driver {
     /// First guest address that no ring of up to `queues` uses.
     pub fn buffers(memory: &SiblingMemory, queues: u64) -> u64 {
@@ -88,12 +100,17 @@ impl Driver {
         Ok(driver)
     }
 
-    /// Leaves and connects again, with the same rings and the same in-flight region.
+    /// Connects as a front-end does whose connection was lost: again and again until a back-end answers.
+    pub fn connect_persistently(socket: &Path, memory: &Arc<SiblingMemory>, setup: Setup) -> Self {
+        persistently(|| Self::connect(socket, memory, setup))
+    }
+
+    /// Leaves and connects again, persistently, with the same rings and the same in-flight region.
     pub fn reconnect(self, socket: &Path) -> Result<Self, Error> {
         let Self { rings, inflight, memory, setup, frontend, stream, .. } = self;
         drop((frontend, stream));
-        let mut driver = Self::negotiate_with(socket, &memory, setup, rings)?;
-        driver.inflight = inflight;
+        let mut driver = persistently(|| Self::negotiate_with(socket, &memory, setup, Vec::new()));
+        (driver.rings, driver.inflight) = (rings, inflight);
         driver.start()?;
         Ok(driver)
     }

@@ -128,6 +128,25 @@ impl Ring {
         memory.map().store(index.to_le(), addr, Ordering::SeqCst).expect("used event");
     }
 
+    /// Whether the device asks for a kick after chains were made available from index `before` on.
+    pub fn wants_kick(&self, memory: &SiblingMemory, before: u16) -> bool {
+        let load = |at: u64| {
+            let addr = GuestAddress(self.base + Self::USED + at);
+            u16::from_le(memory.map().load(addr, Ordering::SeqCst).expect("used ring"))
+        };
+        let added = self.next_avail.wrapping_sub(before);
+        if !self.event_idx {
+            return added > 0 && load(0) & 1 == 0;
+        }
+        let avail_event = load(4 + u64::from(self.size) * 8);
+        self.next_avail.wrapping_sub(avail_event).wrapping_sub(1) < added
+    }
+
+    /// Whether every chain that came back was taken.
+    pub fn is_idle(&self, memory: &SiblingMemory) -> bool {
+        self.used_index(memory) == self.last_used
+    }
+
     pub fn kick(&self) {
         self.kick.write(1).expect("kick");
     }
