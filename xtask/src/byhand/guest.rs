@@ -35,18 +35,18 @@ pub(super) struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn guest(&self) -> Guest<'_> {
-        Guest {
+    fn guest(&self) -> Result<Guest<'_>> {
+        Ok(Guest {
             accelerator: self.setup.accelerator.kind,
-            kernel: &self.setup.kernel.vmlinux,
+            kernel: &self.setup.kernel(&[])?.vmlinux,
             initramfs: self.initramfs,
-        }
+        })
     }
 
     /// Runs the VM with its console in this terminal, and ends when it does with QEMU's exit code.
     pub(super) fn terminal(&self) -> Result<ExitCode> {
         let mut command = self.setup.qemu.command();
-        command.args(arguments(self.config, self.guest(), Serial::Terminal)?);
+        command.args(arguments(self.config, self.guest()?, Serial::Terminal)?);
         command.env(RUN_VARIABLE, self.run.id());
         eprintln!("a shell follows; `poweroff` or Ctrl-D ends the VM, Ctrl-A X at once, Ctrl-A H helps");
         let _terminal = Terminal::keep();
@@ -77,7 +77,7 @@ impl Bench<'_> {
             qemu: self.run.file(&format!("{name}-qemu.log")),
         };
         let mut qemu = self.setup.qemu.command();
-        qemu.args(arguments(self.config, self.guest(), Serial::Inherited(&logs.console))?);
+        qemu.args(arguments(self.config, self.guest()?, Serial::Inherited(&logs.console))?);
         qemu.env(RUN_VARIABLE, self.run.id());
         let mut look = || {
             interrupt::check()?;

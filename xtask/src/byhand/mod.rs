@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::children;
-use crate::e2e::{ProxyPlan, Setup, SetupOptions, ensure_free, runs};
+use crate::e2e::{Needs, ProxyPlan, Setup, SetupOptions, ensure_free, runs};
 use crate::image::{DiskImage, OverlayEntry, Pattern, with_overlay};
 use crate::leftover::RUN_VARIABLE;
 use crate::progress::Progress;
 use crate::rundir::RunDir;
-use crate::scenario::{Addr, Iommu, Slot};
+use crate::scenario::{Addr, Frontend, Iommu, Slot};
 use crate::vm::args::{Config, Device};
 use crate::vm::proxy::Proxy;
 
@@ -184,7 +184,8 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         vfio_user: with_suffix(socket, ".vfio"),
         vhost_user: socket.clone(),
         memory_link: memory_link(socket),
-        memory_mib: options.sibling_memory,
+        memory_mib: Some(options.sibling_memory),
+        trace: None,
         queues: 16,
     };
     let words = plan.words(&setup.binaries.vvu);
@@ -217,8 +218,13 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
         );
     }
     let (setup, run) = set_up("vm-sibling", &options.common)?;
-    let socket = socket.display().to_string();
-    let device = Device::VhostUserBlk { slot: Slot::DEFAULT, socket, queues: 1, reconnect_ms: 0 };
+    let device = Device::VhostUser {
+        slot: Slot::DEFAULT,
+        socket: socket.display().to_string(),
+        frontend: Frontend::default(),
+        queues: 1,
+        reconnect_ms: 0,
+    };
     let config = Config {
         name: "sibling".to_owned(),
         memory_file: Some(link.display().to_string()),
@@ -230,7 +236,7 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
 
 fn set_up(name: &str, common: &Common) -> Result<(Setup, RunDir)> {
     ensure_free(common.memory, 1)?;
-    let setup = Setup::obtain(&common.setup, &Progress::new(false))?;
+    let setup = Setup::obtain(&common.setup, &Needs::default(), &Progress::new(false))?;
     Ok((setup, RunDir::create(&runs(), name)?))
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::cache::Cache;
-use crate::e2e::{Setup, SetupOptions};
+use crate::e2e::{Needs, Setup, SetupOptions};
 use crate::progress::Progress;
 use crate::{kernel, logged, packages};
 
@@ -118,7 +118,7 @@ fn fix() -> Result<()> {
     if !checks::has_nextest(&host) {
         run("nextest", &["cargo", "install", "cargo-nextest", "--locked"])?;
     }
-    Setup::obtain(&SetupOptions::default(), &progress).map(drop)
+    Setup::obtain(&SetupOptions::default(), &Needs::default(), &progress).map(drop)
 }
 
 fn text(requirements: &[Requirement], status: Status) -> String {

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::image::{DiskImage, OverlayEntry, Pattern as Content, with_overlay};
+use crate::kernel::Kernel;
 use crate::progress::Progress;
 use crate::report::{self, Check, CheckResult, Outcome, Part, Report, Reports};
 use crate::rundir::{RunDir, SocketDir};
@@ -29,7 +30,7 @@ pub(crate) use memory::{ensure_free, free_mib, needed_mib};
 pub(crate) use nested::NestedSetup;
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
-pub(crate) use setup::{Setup, SetupOptions};
+pub(crate) use setup::{Needs, Setup, SetupOptions};
 
 /// How long a proxy may take until it listens, and a bare boot until its first line, at native speed.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -152,7 +153,7 @@ fn run_all(scenarios: &[Scenario], options: &Options, progress: &Progress) -> Re
         .iter()
         .map(|scenario| RunDir::create(&runs(), &scenario.name))
         .collect::<Result<Vec<_>>>()?;
-    let setup = Setup::obtain(&options.setup, progress);
+    let setup = Setup::obtain(&options.setup, &Needs::of(scenarios), progress);
     let common = progress.stages().len();
     let mut set_up_seconds = started.elapsed().as_secs_f64();
     for (scenario, run) in scenarios.iter().zip(&runs) {
@@ -216,17 +217,17 @@ fn one(
     report.accelerator =
         Some(report::Accelerator { used: accelerator.kind.to_string(), reason: accelerator.reason.clone() });
     report.qemu = Some(report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() });
-    let kernel = &setup.kernel;
+    let kernel = setup.kernel(&scenario.kernel)?;
     report.kernel =
         Some(report::Kernel { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() });
     let sockets = SocketDir::for_run(run)?;
-    let plan = Plan::new(scenario, &sockets)?;
+    let plan = Plan::new(scenario, run, &sockets)?;
     let images = Images::build(scenario, run, setup, options, progress)?;
     let values = scenario.values(
         |vvu| plan.proxies[vvu].slot.to_string(),
         |disk| images.disks.get(disk).cloned().unwrap_or_default(),
     );
-    let bench = Bench { run, setup, plan: &plan, images: &images };
+    let bench = Bench { run, setup, kernel, plan: &plan, images: &images };
     bench.write_replay(scenario, &values, &sockets)?;
 
     if options.measure {
@@ -306,7 +307,8 @@ impl Images {
         let mut images = Self { files: BTreeMap::new(), disks: BTreeMap::new() };
         let mut bytes = 0;
         for (name, vm) in &scenario.vms {
-            let trees = options.overlay.iter().chain(&vm.overlay);
+            let programs = vm.programs.iter().filter_map(|program| setup.programs.get(program));
+            let trees = programs.chain(&options.overlay).chain(&vm.overlay);
             let mut overlay: Vec<_> = trees.map(|tree| OverlayEntry::Tree(tree.clone())).collect();
             let mut disks = Vec::new();
             for (disk, spec) in scenario.disks.iter().filter(|(_, spec)| spec.vm == *name) {
@@ -351,6 +353,7 @@ fn disk_image(spec: &DiskSpec) -> Result<DiskImage> {
 struct Bench<'a> {
     run: &'a RunDir,
     setup: &'a Setup,
+    kernel: &'a Kernel,
     plan: &'a Plan,
     images: &'a Images,
 }
@@ -420,7 +423,7 @@ impl<'a> Bench<'a> {
     fn guest(&self, vm: &str) -> Guest<'_> {
         Guest {
             accelerator: self.setup.accelerator.kind,
-            kernel: &self.setup.kernel.vmlinux,
+            kernel: &self.kernel.vmlinux,
             initramfs: self.images.files.get(vm).unwrap_or(&self.setup.base.path),
         }
     }

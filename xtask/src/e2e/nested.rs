@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use vvu_init::protocol::End;
 
-use super::setup::{Setup, SetupOptions};
+use super::setup::{Needs, Setup, SetupOptions};
 use super::{Options, checked, finish, memory, prepared, runs};
 use crate::accel::{self, Kind};
 use crate::cache::Cache;
@@ -141,11 +141,11 @@ fn one(
     report: &mut Report,
 ) -> Result<()> {
     let setup_options = SetupOptions { accel: accel::Request::Tcg, ..options.setup.clone() };
-    let setup = Setup::obtain(&setup_options, progress)?;
+    let setup = Setup::obtain(&setup_options, &Needs::of([scenario]), progress)?;
     let NestedSetup { qemu_root, kernel, xtask } = NestedSetup::obtain(&options.setup, progress)?;
 
     let stage = progress.stage("outer image");
-    let mut overlay = prepared::lay_out(&setup, &qemu_root, run, PLACE)?;
+    let mut overlay = prepared::lay_out(&setup, &scenario.kernel, &qemu_root, run, PLACE)?;
     for (path, mode, from) in [(XTASK, 0o755, xtask.as_path()), (SCENARIO, 0o644, file)] {
         overlay.push(OverlayEntry::File { path: path.to_owned(), mode, from: from.to_owned() });
     }

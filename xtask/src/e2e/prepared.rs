@@ -1,5 +1,6 @@
 //! A directory with all that a run needs, for a machine that has nothing but it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -24,6 +25,7 @@ const QEMU: &str = "qemu";
 /// What is known of the files beside it.
 #[derive(Debug, Serialize, Deserialize)]
 struct Facts {
+    kernel_fragments: Vec<String>,
     kernel_version: String,
     kernel_config_digest: String,
     base_digest: String,
@@ -32,6 +34,7 @@ struct Facts {
 /// What such a directory holds.
 pub(super) struct Prepared {
     qemu: Qemu,
+    kernel_fragments: Vec<String>,
     kernel: Kernel,
     binaries: GuestBinaries,
     base: BaseImage,
@@ -57,6 +60,7 @@ impl Prepared {
         let bytes = fs::metadata(file(BASE)).with_context(|| format!("{}", file(BASE).display()))?.len();
         Ok(Self {
             qemu: Qemu::from_root(&file(QEMU))?,
+            kernel_fragments: facts.kernel_fragments,
             kernel,
             binaries: GuestBinaries { init: file(INIT), vvu: file(VVU), load: file(LOAD) },
             base: BaseImage { path: file(BASE), digest: facts.base_digest, bytes },
@@ -65,25 +69,29 @@ impl Prepared {
 
     /// The set-up it makes.
     pub(super) fn with(self, accelerator: Accelerator, wanted_slowness: Option<u32>) -> Setup {
-        let Self { qemu, kernel, binaries, base } = self;
+        let Self { qemu, kernel_fragments, kernel, binaries, base } = self;
         let slowness = slowness(&accelerator, wanted_slowness);
-        Setup { qemu, kernel, binaries, base, accelerator, slowness }
+        let kernels = [(kernel_fragments, kernel)].into();
+        Setup { qemu, kernels, programs: BTreeMap::new(), binaries, base, accelerator, slowness }
     }
 }
 
-/// Puts all of `setup`, with the QEMU in `qemu_root`, into the directory `place` of a guest.
+/// Puts all of `setup`, with its kernel that has these fragments and the QEMU in `qemu_root`, into the directory `place` of a guest.
 ///
 /// # Errors
 ///
 /// The run directory cannot be written.
 pub(super) fn lay_out(
     setup: &Setup,
+    kernel_fragments: &[String],
     qemu_root: &Path,
     run: &RunDir,
     place: &str,
 ) -> Result<Vec<OverlayEntry>> {
-    let Setup { kernel, binaries, base, .. } = setup;
+    let Setup { binaries, base, .. } = setup;
+    let kernel = setup.kernel(kernel_fragments)?;
     let facts = Facts {
+        kernel_fragments: kernel_fragments.to_owned(),
         kernel_version: kernel.version.clone(),
         kernel_config_digest: kernel.config_digest.clone(),
         base_digest: base.digest.clone(),

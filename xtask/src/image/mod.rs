@@ -3,6 +3,7 @@
 mod binaries;
 mod cpio;
 mod disk;
+mod programs;
 mod tools;
 
 use std::fs::{self, File};
@@ -18,6 +19,7 @@ pub(crate) use binaries::{GuestBinaries, build_xtask};
 pub(crate) use cpio::Written;
 use cpio::{Archive, Content};
 pub(crate) use disk::{DiskImage, Pattern};
+pub(crate) use programs::GuestPrograms;
 pub(crate) use tools::GuestTools;
 
 /// Directories every guest has; PID 1 mounts file systems on some.

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::accel::Kind;
 use crate::rundir::MAX_SOCKET_PATH;
-use crate::scenario::{Iommu, Slot};
+use crate::scenario::{Frontend, Iommu, Slot};
 
 /// The IOMMU's slot.
 const IOMMU_SLOT: Slot = Slot::new(5);
@@ -62,13 +62,15 @@ pub(crate) enum Device {
         /// The proxy's vfio-user socket.
         socket: String,
     },
-    /// A virtio block device whose back-end is behind a vhost-user socket.
-    VhostUserBlk {
+    /// A virtio device whose back-end is behind a vhost-user socket.
+    VhostUser {
         /// Where it is.
         slot: Slot,
         /// The socket.
         socket: String,
-        /// Virtqueues.
+        /// What it is.
+        frontend: Frontend,
+        /// Its queues, as its kind counts them.
         queues: u32,
         /// Milliseconds between attempts to make a lost connection again; 0: none are made.
         reconnect_ms: u32,
@@ -79,13 +81,13 @@ impl Device {
     /// Where it is.
     pub(crate) fn slot(&self) -> Slot {
         match self {
-            Device::Vvu { slot, .. } | Device::VhostUserBlk { slot, .. } => *slot,
+            Device::Vvu { slot, .. } | Device::VhostUser { slot, .. } => *slot,
         }
     }
 
     fn socket(&self) -> &str {
         match self {
-            Device::Vvu { socket, .. } | Device::VhostUserBlk { socket, .. } => socket,
+            Device::Vvu { socket, .. } | Device::VhostUser { socket, .. } => socket,
         }
     }
 }
@@ -234,16 +236,13 @@ impl Args {
                     });
                     self.pair("-device", device.to_string());
                 }
-                Device::VhostUserBlk { queues, reconnect_ms, .. } => {
+                Device::VhostUser { frontend, queues, reconnect_ms, .. } => {
                     let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));
                     if *reconnect_ms > 0 {
                         chardev.push_str(&format!(",reconnect-ms={reconnect_ms}"));
                     }
                     self.pair("-chardev", chardev);
-                    self.pair(
-                        "-device",
-                        format!("vhost-user-blk-pci,chardev=vhost{number},addr={addr},num-queues={queues}"),
-                    );
+                    self.0.extend(frontend.arguments(number, &addr, *queues));
                 }
             }
         }
@@ -303,9 +302,10 @@ mod tests {
             memory_mib: 256,
             cpus: 2,
             memory_file: Some("/r/a,b/memory".into()),
-            devices: vec![Device::VhostUserBlk {
+            devices: vec![Device::VhostUser {
                 slot: Slot::DEFAULT,
                 socket: "/r/a,b/v.sock".into(),
+                frontend: Frontend::default(),
                 queues: 2,
                 reconnect_ms: 100,
             }],
