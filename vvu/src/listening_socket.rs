@@ -97,6 +97,12 @@ impl ListeningSocket {
         Ok(Self { listener: UnixListener::from(fd), path: path.to_owned(), id })
     }
 
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The socket, in blocking mode.
     #[must_use]
     pub fn listener(&self) -> &UnixListener {

@@ -8,6 +8,7 @@ mod cache;
 mod children;
 mod console;
 mod control;
+mod doctor;
 mod e2e;
 mod image;
 mod interrupt;
@@ -49,6 +50,8 @@ enum Task {
     Vm(byhand::Role),
     /// Run all tests: units, the chain without VMs, faults and scenarios
     Test(test::Options),
+    /// Tell what this machine has and lacks of what the runs need
+    Doctor(doctor::Options),
     /// Measure what VVU costs
     Bench(bench::Options),
     /// Get or build the guest kernel
@@ -81,6 +84,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Task::E2e(options) => return e2e::main(options),
         Task::Bench(options) => return bench::main(options),
         Task::Vm(role) => return byhand::main(role),
+        Task::Doctor(options) => return doctor::main(options),
         Task::Test(options) => test::main(options)?,
         Task::Kernel(options) => {
             let progress = Progress::new(false);

@@ -6,8 +6,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::e2e::{self, Setup, SetupOptions};
+use crate::e2e::{self, Needs, NestedSetup, Setup, SetupOptions};
 use crate::progress::Progress;
+use crate::scenario;
 
 /// Tells the scenario tests which xtask to run.
 const XTASK: &str = "VVU_XTASK";
@@ -35,7 +36,10 @@ pub(crate) fn main(options: &Options) -> Result<()> {
     {
         // Here and not in the first test that needs it, where it would count against that test's time.
         let progress = Progress::new(false);
-        Setup::obtain(&SetupOptions::default(), &progress)?;
+        let options = SetupOptions::default();
+        let scenarios = scenario::list(&e2e::workspace().join("scenarios"))?;
+        Setup::obtain(&options, &Needs::of(scenarios.values()), &progress)?;
+        NestedSetup::obtain(&options, &progress)?;
     }
     let mut nextest = Command::new(&cargo);
     nextest.current_dir(e2e::workspace()).args(["nextest", "run", "--workspace"]).args(&options.nextest);

@@ -10,7 +10,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vhost::vhost_user::message::FrontendReq;
 
-use super::{Absent, BridgeError, Options, wait};
+use super::{Absent, BridgeError, Meeting, Options, wait};
+use crate::listening_socket::ListeningSocket;
 use crate::message_socket::{MessageSocket, SocketError};
 use crate::spec::vhost_user::Header;
 
@@ -29,17 +30,19 @@ const VERSION: u32 = 1;
 pub(super) fn connect(options: &Options, stop: BorrowedFd<'_>) -> Result<Option<MessageSocket>, BridgeError> {
     let deadline = match options.absent {
         Absent::Fail => Some(Instant::now() + ANSWER_TIME),
+        Absent::WaitFor(time) => Some(Instant::now() + time),
         Absent::Wait => None,
     };
     let mut announced = false;
     loop {
-        let source = match attempt(&options.socket, stop, deadline)? {
+        let source = match attempt(&options.meeting, stop, deadline)? {
             Attempt::Alive(socket) => return Ok(Some(socket)),
             Attempt::Stopped => return Ok(None),
             Attempt::Failed(source) => source,
         };
-        let socket = options.socket.clone();
-        if options.absent == Absent::Fail {
+        let socket = options.meeting.path().to_owned();
+        let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        if options.absent == Absent::Fail || late {
             return Err(BridgeError::Connect { socket, source });
         }
         if !std::mem::replace(&mut announced, true) {
@@ -57,8 +60,23 @@ enum Attempt {
     Stopped,
 }
 
-fn attempt(path: &Path, stop: BorrowedFd<'_>, deadline: Option<Instant>) -> Result<Attempt, BridgeError> {
-    let mut socket = match open(path) {
+fn attempt(
+    meeting: &Meeting,
+    stop: BorrowedFd<'_>,
+    deadline: Option<Instant>,
+) -> Result<Attempt, BridgeError> {
+    let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    let opened = match meeting {
+        Meeting::Connect(path) => open(path),
+        Meeting::Listen(socket) => {
+            wait_for(&[stop, socket.as_fd()], left())?;
+            if wait_for(&[stop], Some(Duration::ZERO))? {
+                return Ok(Attempt::Stopped);
+            }
+            accept(socket)
+        }
+    };
+    let mut socket = match opened.and_then(ask) {
         Ok(socket) => socket,
         Err(source) => return Ok(Attempt::Failed(source)),
     };
@@ -69,7 +87,7 @@ fn attempt(path: &Path, stop: BorrowedFd<'_>, deadline: Option<Instant>) -> Resu
             Ok(None) => {}
             Err(error) => return Ok(Attempt::Failed(io::Error::other(error))),
         }
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let left = left();
         if left.is_some_and(|left| left.is_zero()) {
             return Ok(Attempt::Failed(io::Error::other("it does not answer; does it serve somebody else?")));
         }
@@ -80,12 +98,27 @@ fn attempt(path: &Path, stop: BorrowedFd<'_>, deadline: Option<Instant>) -> Resu
     }
 }
 
-/// Connects and asks for the features, without waiting: a backlog that is full counts as a failure.
-fn open(path: &Path) -> io::Result<MessageSocket> {
+/// Takes the connection of a back-end, without waiting: nobody there counts as a failure.
+fn accept(socket: &ListeningSocket) -> io::Result<UnixStream> {
+    if !wait_for(&[socket.as_fd()], Some(Duration::ZERO)).map_err(io::Error::other)? {
+        return Err(io::Error::other("no back-end has connected"));
+    }
+    let (stream, _) = socket.listener().accept()?;
+    stream.set_nonblocking(true)?;
+    Ok(stream)
+}
+
+/// Connects, without waiting: a backlog that is full counts as a failure.
+fn open(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)?;
-    let mut socket = MessageSocket::new(UnixStream::from(fd));
+    Ok(UnixStream::from(fd))
+}
+
+/// Asks for the features.
+fn ask(stream: UnixStream) -> io::Result<MessageSocket> {
+    let mut socket = MessageSocket::new(stream);
     let question = Header { request: FrontendReq::GET_FEATURES.into(), flags: VERSION, size: 0 };
     socket.send(question.to_bytes().to_vec(), Vec::new()).map_err(|error| match error {
         SocketError::Io(errno) => errno.into(),

@@ -6,13 +6,15 @@
 //! the back-end gets a new connection for the next one.
 
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::event::{PollFd, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::driver::pci_device::PciDevice;
 use crate::driver::{Driver, DriverError};
+use crate::listening_socket::ListeningSocket;
 use connect::connect;
 use session::{End, Session};
 
@@ -23,19 +25,41 @@ mod session;
 mod tests;
 
 /// What a bridge does besides moving messages.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Options {
-    /// Where the back-end listens.
-    pub socket: PathBuf,
+    /// Where the bridge meets the back-end.
+    pub meeting: Meeting,
     /// What to do without a back-end.
     pub absent: Absent,
 }
 
-/// What to do when nobody listens on the back-end's socket, or the back-end hangs up.
+/// Who listens for whom.
+#[derive(Debug)]
+pub enum Meeting {
+    /// The back-end listens on the socket of this path.
+    Connect(PathBuf),
+    /// The bridge listens for the back-end.
+    Listen(ListeningSocket),
+}
+
+impl Meeting {
+    /// The path of the socket.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Meeting::Connect(path) => path,
+            Meeting::Listen(socket) => socket.path(),
+        }
+    }
+}
+
+/// What to do when no back-end answers, or the back-end hangs up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Absent {
     /// End with an error.
     Fail,
+    /// Look for it for so long, then end with an error.
+    WaitFor(Duration),
     /// Look for it until it is there (again).
     Wait,
 }
@@ -47,7 +71,7 @@ pub enum BridgeError {
     #[error("vvu device: {0}")]
     Driver(#[from] DriverError),
     /// No back-end answers on its socket.
-    #[error("no back-end on {socket:?}: {source}; start the back-end first")]
+    #[error("no back-end on {socket:?}: {source}; start the back-end first, or wait for it")]
     Connect {
         /// The path.
         socket: PathBuf,
@@ -100,17 +124,20 @@ impl<D: PciDevice> Bridge<D> {
                 ready();
             }
             match session.run(stop)? {
-                End::Stopped => return Ok(()),
+                End::Stopped => {
+                    session.close()?;
+                    return Ok(());
+                }
                 End::FrontendLeft => log::info!("the front-end left"),
                 End::Refused(reason) => {
                     log::error!("disconnected the front-end: {reason}");
                     session.close()?;
                 }
                 End::BackendLeft { reason, serving } => {
-                    log::warn!("back-end on {:?}: {reason}", self.options.socket);
+                    log::warn!("back-end on {:?}: {reason}", self.options.meeting.path());
                     session.close()?;
                     if self.options.absent == Absent::Fail {
-                        let socket = self.options.socket.clone();
+                        let socket = self.options.meeting.path().to_owned();
                         return Err(BridgeError::BackendLeft { socket, serving });
                     }
                 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use vvu::bridge::{Absent, Bridge, BridgeError, Options};
+use vvu::bridge::{Absent, Bridge, BridgeError, Meeting, Options};
 use vvu::driver::Driver as GuestDriver;
 use vvu::driver::vfio_user::VfioUserDevice;
 use vvu::listening_socket::ListeningSocket;
@@ -106,7 +106,7 @@ impl Guest {
         let task = Task::spawn("bridge", move || {
             let device = VfioUserDevice::from_stream(stream).expect("vfio-user");
             let driver = GuestDriver::new(device).expect("vvu device");
-            let mut bridge = Bridge::new(driver, Options { socket, absent });
+            let mut bridge = Bridge::new(driver, Options { meeting: Meeting::Connect(socket), absent });
             bridge.run(stopped.as_fd(), || sender.send(()).expect("test"))
         });
         if let Err(error) = ready.recv_timeout(DEADLINE) {
@@ -164,7 +164,7 @@ impl Chain {
     }
 
     pub fn connect(&self, setup: Setup) -> Driver {
-        Driver::connect(&self.proxy.vhost_user(), &self.memory, setup).expect("connection")
+        Driver::connect_persistently(&self.proxy.vhost_user(), &self.memory, setup)
     }
 
     /// Ends every part; none may have come to grief before.

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use crate::e2e::{Setup, SetupOptions, runs};
+use crate::e2e::{Needs, Setup, SetupOptions, runs};
 use crate::interrupt;
 use crate::progress::Progress;
 use crate::report;
@@ -75,7 +75,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
         chain::measure(options.rounds, options.seconds, &run, &progress, &mut bench)?;
     }
     if options.what != Some(What::Chain) {
-        let setup = Setup::obtain(&options.setup, &progress)?;
+        let setup = Setup::obtain(&options.setup, &Needs::default(), &progress)?;
         let accelerator = &setup.accelerator;
         bench.accelerator = Some(report::Accelerator {
             used: accelerator.kind.to_string(),
@@ -83,7 +83,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
         });
         bench.qemu =
             Some(report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() });
-        let kernel = &setup.kernel;
+        let kernel = setup.kernel(&[])?;
         bench.kernel = Some(report::Kernel {
             version: kernel.version.clone(),
             config_digest: kernel.config_digest.clone(),

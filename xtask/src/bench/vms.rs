@@ -15,7 +15,7 @@ use crate::e2e::{ProxyPlan, Setup};
 use crate::image::{DiskImage, OverlayEntry, with_overlay};
 use crate::progress::Progress;
 use crate::rundir::{RunDir, SocketDir};
-use crate::scenario::{Iommu, Slot};
+use crate::scenario::{Frontend, Iommu, Slot};
 use crate::vm::args::{Config, Device, Guest, Serial, arguments};
 use crate::vm::proxy::Proxy;
 use crate::vm::{Logs, Vm, ending, printed};
@@ -146,7 +146,7 @@ impl<'a> Lab<'a> {
     }
 
     fn deadline(&self) -> Instant {
-        Instant::now() + LIMIT * self.setup.slowness()
+        Instant::now() + LIMIT * self.setup.slowness
     }
 
     fn launch(&self, config: &Config, initramfs: &Path) -> Result<Vm> {
@@ -155,8 +155,11 @@ impl<'a> Lab<'a> {
             console: self.run.file(&format!("{name}-console.log")),
             qemu: self.run.file(&format!("{name}-qemu.log")),
         };
-        let guest =
-            Guest { accelerator: self.setup.accelerator.kind, kernel: &self.setup.kernel.vmlinux, initramfs };
+        let guest = Guest {
+            accelerator: self.setup.accelerator.kind,
+            kernel: &self.setup.kernel(&[])?.vmlinux,
+            initramfs,
+        };
         let args = arguments(config, guest, Serial::Inherited(&logs.console))?;
         let mut command = self.setup.qemu.command();
         command.args(args).env(leftover::RUN_VARIABLE, self.run.id());
@@ -190,14 +193,14 @@ impl<'a> Lab<'a> {
         let mut processes = served.processes();
         processes.push(sibling.id());
         sibling.ready(self.deadline(), &mut || served.look())?;
-        run(&mut sibling, WARM_UP, LIMIT * self.setup.slowness(), &mut || served.look())?;
+        run(&mut sibling, WARM_UP, LIMIT * self.setup.slowness, &mut || served.look())?;
         for (test, rate, options) in TESTS {
             update(test.to_owned());
             let key = |metric: &str| Key { group: "vms".into(), test: test.into(), metric: metric.into() };
             let command =
                 format!("vvu-load measure --file /dev/vda --seconds {} --seed 1 {options}", self.seconds);
             let before = Usage::of(&processes);
-            let limit = Duration::from_secs(self.seconds) + GRACE * self.setup.slowness();
+            let limit = Duration::from_secs(self.seconds) + GRACE * self.setup.slowness;
             let output = run(&mut sibling, &command, limit, &mut || served.look())?;
             let used = Usage::of(&processes).since(before);
             let line = output.lines().next_back().unwrap_or_default();
@@ -220,9 +223,10 @@ impl<'a> Lab<'a> {
     /// Starts whatever serves the disk.
     fn serve(&self, variant: &Variant) -> Result<Served> {
         let socket = self.sockets.socket(&format!("{}.vhost", variant.name()));
-        let over = |socket: &Path| Device::VhostUserBlk {
+        let over = |socket: &Path| Device::VhostUser {
             slot: Slot::DEFAULT,
             socket: socket.display().to_string(),
+            frontend: Frontend::default(),
             queues: 1,
             reconnect_ms: 0,
         };
@@ -259,7 +263,8 @@ impl<'a> Lab<'a> {
             vfio_user: self.sockets.socket("vvu.vfio"),
             vhost_user: socket.to_owned(),
             memory_link: self.sockets.socket("vvu.mem"),
-            memory_mib: MEMORY_MIB,
+            memory_mib: Some(MEMORY_MIB),
+            trace: None,
             queues: 1,
         };
         let words = plan.words(&self.setup.binaries.vvu);
@@ -279,7 +284,7 @@ impl<'a> Lab<'a> {
             "cd /sys/bus/pci && echo vfio-pci > devices/{bdf}/driver_override && \
              echo {bdf} > drivers/virtio-pci/unbind && echo {bdf} > drivers/vfio-pci/bind"
         );
-        run(&mut vm, &bind, LIMIT * self.setup.slowness(), &mut || proxy.look())?;
+        run(&mut vm, &bind, LIMIT * self.setup.slowness, &mut || proxy.look())?;
         let serve = format!("vvu device block --vfio {bdf} --file /disk.img");
         vm.spawn("backend", &serve, 0, self.deadline(), &mut || proxy.look())?;
         let ready = Regex::new(r"^\[backend\] .*ready")?;

@@ -1,7 +1,9 @@
 //! `cargo xtask e2e`: runs scenarios in VMs and reports.
 
 mod memory;
+mod nested;
 mod plan;
+mod prepared;
 mod setup;
 mod steps;
 
@@ -13,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::image::{DiskImage, OverlayEntry, Pattern as Content, with_overlay};
+use crate::kernel::Kernel;
 use crate::progress::Progress;
 use crate::report::{self, Check, CheckResult, Outcome, Part, Report, Reports};
 use crate::rundir::{RunDir, SocketDir};
@@ -22,9 +25,11 @@ use crate::vm::proxy::Proxy;
 use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
+pub(crate) use memory::{ensure_free, free_mib, needed_mib};
+pub(crate) use nested::NestedSetup;
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
-pub(crate) use setup::{Setup, SetupOptions};
+pub(crate) use setup::{Needs, Setup, SetupOptions};
 
 /// How long a proxy may take until it listens, and a bare boot until its first line, at native speed.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -55,6 +60,9 @@ pub(crate) struct Options {
     /// Measure a bare boot of the same guest and compare
     #[arg(long)]
     measure: bool,
+    /// Run the scenario with KVM in a VM whose CPU QEMU emulates: for machines without KVM
+    #[arg(long, conflicts_with_all = ["prepared", "overlay", "measure", "accel", "qemu", "file"])]
+    nested: bool,
 }
 
 /// Runs `cargo xtask e2e`.
@@ -80,12 +88,20 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
             bail!("--overlay {}: want a directory", overlay.display());
         }
     }
-    // Before the kernel is built for nothing.
-    for scenario in &scenarios {
-        memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
-    }
     let progress = Progress::new(false);
-    let reports: Vec<Report> = run_all(&scenarios, options, &progress)?;
+    let reports: Vec<Report> = if options.nested {
+        let file = |scenario: &Scenario| {
+            let named = options.scenario_file.clone();
+            named.unwrap_or_else(|| dir.join(format!("{}.json", scenario.name)))
+        };
+        nested::run_all(&scenarios, file, options, &progress)?
+    } else {
+        // Before the kernel is built for nothing.
+        for scenario in &scenarios {
+            memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
+        }
+        run_all(&scenarios, options, &progress)?
+    };
     if reports.len() > 1 {
         tell(&report::summary(&reports), options.json);
     }
@@ -130,7 +146,7 @@ fn run_all(scenarios: &[Scenario], options: &Options, progress: &Progress) -> Re
         .iter()
         .map(|scenario| RunDir::create(&runs(), &scenario.name))
         .collect::<Result<Vec<_>>>()?;
-    let setup = Setup::obtain(&options.setup, progress);
+    let setup = Setup::obtain(&options.setup, &Needs::of(scenarios), progress);
     let common = progress.stages().len();
     let mut set_up_seconds = started.elapsed().as_secs_f64();
     for (scenario, run) in scenarios.iter().zip(&runs) {
@@ -194,17 +210,17 @@ fn one(
     report.accelerator =
         Some(report::Accelerator { used: accelerator.kind.to_string(), reason: accelerator.reason.clone() });
     report.qemu = Some(report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() });
-    let kernel = &setup.kernel;
+    let kernel = setup.kernel(&scenario.kernel)?;
     report.kernel =
         Some(report::Kernel { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() });
     let sockets = SocketDir::for_run(run)?;
-    let plan = Plan::new(scenario, &sockets)?;
+    let plan = Plan::new(scenario, run, &sockets)?;
     let images = Images::build(scenario, run, setup, options, progress)?;
     let values = scenario.values(
         |vvu| plan.proxies[vvu].slot.to_string(),
         |disk| images.disks.get(disk).cloned().unwrap_or_default(),
     );
-    let bench = Bench { run, setup, plan: &plan, images: &images };
+    let bench = Bench { run, setup, kernel, plan: &plan, images: &images };
     bench.write_replay(scenario, &values, &sockets)?;
 
     if options.measure {
@@ -271,7 +287,8 @@ impl Images {
         let mut images = Self { files: BTreeMap::new(), disks: BTreeMap::new() };
         let mut bytes = 0;
         for (name, vm) in &scenario.vms {
-            let trees = options.overlay.iter().chain(&vm.overlay);
+            let programs = vm.programs.iter().filter_map(|program| setup.programs.get(program));
+            let trees = programs.chain(&options.overlay).chain(&vm.overlay);
             let mut overlay: Vec<_> = trees.map(|tree| OverlayEntry::Tree(tree.clone())).collect();
             let mut disks = Vec::new();
             for (disk, spec) in scenario.disks.iter().filter(|(_, spec)| spec.vm == *name) {
@@ -316,6 +333,7 @@ fn disk_image(spec: &DiskSpec) -> Result<DiskImage> {
 struct Bench<'a> {
     run: &'a RunDir,
     setup: &'a Setup,
+    kernel: &'a Kernel,
     plan: &'a Plan,
     images: &'a Images,
 }
@@ -332,7 +350,7 @@ impl<'a> Bench<'a> {
             launched: None,
             values,
             measurements: steps::Measurements::new(),
-            slowness: self.setup.slowness(),
+            slowness: self.setup.slowness,
         };
         for name in scenario.vms.keys().filter(|name| !scenario.has(name, Action::Start)) {
             running.start(name)?;
@@ -359,7 +377,7 @@ impl<'a> Bench<'a> {
         command.args(&words[1..]).env(leftover::RUN_VARIABLE, self.run.id());
         self.note(&format!("proxy-{name}"), &words)?;
         let mut proxy = Proxy::start(name, command, self.run.file(&format!("proxy-{name}.log")))?;
-        proxy.ready(Instant::now() + START_LIMIT * self.setup.slowness())?;
+        proxy.ready(Instant::now() + START_LIMIT * self.setup.slowness)?;
         Ok(proxy)
     }
 
@@ -385,7 +403,7 @@ impl<'a> Bench<'a> {
     fn guest(&self, vm: &str) -> Guest<'_> {
         Guest {
             accelerator: self.setup.accelerator.kind,
-            kernel: &self.setup.kernel.vmlinux,
+            kernel: &self.kernel.vmlinux,
             initramfs: self.images.files.get(vm).unwrap_or(&self.setup.base.path),
         }
     }
@@ -406,7 +424,7 @@ impl<'a> Bench<'a> {
         };
         let mut vm = self.launch_config(&config, "bare")?;
         let pattern = regex::Regex::new(&regex::escape(vvu_init::protocol::READY_LINE))?;
-        let deadline = Instant::now() + START_LIMIT * self.setup.slowness();
+        let deadline = Instant::now() + START_LIMIT * self.setup.slowness;
         vm.wait_for(&pattern, deadline, &mut interrupt::check)?;
         let seconds = vm.launched().elapsed().as_secs_f64();
         vm.end();

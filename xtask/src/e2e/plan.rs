@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::rundir::SocketDir;
+use crate::rundir::{RunDir, SocketDir};
 use crate::scenario::{Action, Addr, Iommu, Scenario, Slot};
 use crate::vm::args::{Config, Device};
 
@@ -29,9 +29,11 @@ pub(crate) struct ProxyPlan {
     pub(crate) vhost_user: PathBuf,
     /// The link to the sibling memory file.
     pub(crate) memory_link: PathBuf,
-    /// The sibling's RAM in MiB.
-    pub(crate) memory_mib: u64,
-    /// Queues of the device.
+    /// The sibling's RAM in MiB if this proxy makes the memory file, rather than use that of an earlier one.
+    pub(crate) memory_mib: Option<u64>,
+    /// Where every message is written down.
+    pub(crate) trace: Option<PathBuf>,
+    /// vhost queues of the device.
     pub(crate) queues: u32,
 }
 
@@ -41,17 +43,21 @@ impl Plan {
     /// # Errors
     ///
     /// A device VM has more devices than its bus has slots.
-    pub(crate) fn new(scenario: &Scenario, sockets: &SocketDir) -> Result<Self> {
+    pub(crate) fn new(scenario: &Scenario, run: &RunDir, sockets: &SocketDir) -> Result<Self> {
         let slots = settle(scenario)?;
         let mut proxies = BTreeMap::new();
         for (name, vvu) in &scenario.vvu {
+            let sibling = &vvu.sibling_vm;
+            let first = scenario.vvu_of_sibling(sibling).next().map_or(name.as_str(), |(first, _)| first);
+            let memory_mib = scenario.vms.get(sibling).map_or(0, |vm| vm.memory_mib);
             let proxy = ProxyPlan {
                 slot: slots[name.as_str()],
                 vfio_user: sockets.socket(&format!("{name}.vfio")),
                 vhost_user: sockets.socket(&format!("{name}.vhost")),
-                memory_link: sockets.socket(&format!("{name}.mem")),
-                memory_mib: scenario.vms.get(&vvu.sibling_vm).map_or(0, |vm| vm.memory_mib),
-                queues: vvu.queues,
+                memory_link: sockets.socket(&format!("{first}.mem")),
+                memory_mib: (first == name).then_some(memory_mib),
+                trace: Some(run.file(&format!("trace-{name}.jsonl"))),
+                queues: vvu.frontend.vhost_queues(vvu.queues),
             };
             proxies.insert(name.clone(), proxy);
         }
@@ -65,19 +71,28 @@ impl Plan {
                 slot: proxies[*vvu].slot,
                 socket: text(&proxies[*vvu].vfio_user),
             });
-            let disks = front_ends.iter().map(|(vvu, spec)| Device::VhostUserBlk {
-                slot: Slot::DEFAULT,
-                socket: text(&proxies[*vvu].vhost_user),
-                queues: spec.queues,
-                reconnect_ms: spec.reconnect_ms,
-            });
+            let mut siblings = Vec::new();
+            for (vvu, spec) in &front_ends {
+                let taken: Vec<_> = back_ends.iter().map(|(vvu, _)| proxies[*vvu].slot).collect();
+                let slot = Slot::first_free(|slot| {
+                    taken.contains(&slot) || siblings.iter().any(|device: &Device| device.slot() == slot)
+                });
+                siblings.push(Device::VhostUser {
+                    slot: slot.with_context(|| format!("no PCI slot of {name:?} is left for {vvu:?}"))?,
+                    socket: text(&proxies[*vvu].vhost_user),
+                    frontend: spec.frontend.clone(),
+                    queues: spec.queues,
+                    reconnect_ms: spec.reconnect_ms,
+                });
+            }
             let config = Config {
                 name: name.clone(),
                 memory_mib: spec.memory_mib,
                 cpus: spec.cpus,
+                cpu_model: None,
                 memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
                 iommu,
-                devices: vvu.chain(disks).collect(),
+                devices: vvu.chain(siblings).collect(),
                 cmdline: spec.cmdline.clone(),
                 reboots: scenario.has(name, Action::Reboot),
             };
@@ -88,9 +103,9 @@ impl Plan {
 
     /// Every path that must be gone after the run.
     pub(crate) fn transient(&self) -> Vec<PathBuf> {
-        let paths =
-            self.proxies.values().flat_map(|proxy| [&proxy.vfio_user, &proxy.vhost_user, &proxy.memory_link]);
-        paths.cloned().collect()
+        let sockets = self.proxies.values().flat_map(|proxy| [&proxy.vfio_user, &proxy.vhost_user]);
+        let makers = self.proxies.values().filter(|proxy| proxy.memory_mib.is_some());
+        sockets.chain(makers.map(|proxy| &proxy.memory_link)).cloned().collect()
     }
 }
 
@@ -98,14 +113,19 @@ impl ProxyPlan {
     /// The words that start it, `vvu` being the program.
     pub(crate) fn words(&self, vvu: &Path) -> Vec<String> {
         let mut words = vec![text(vvu), "proxy".to_owned()];
-        for (option, value) in [
-            ("--vfio-user", text(&self.vfio_user)),
-            ("--vhost-user", text(&self.vhost_user)),
-            ("--memory-size", format!("{}M", self.memory_mib)),
-            ("--memory-link", text(&self.memory_link)),
-            ("--queues", self.queues.to_string()),
-        ] {
-            words.extend([option.to_owned(), value]);
+        let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
+        option("--vfio-user", text(&self.vfio_user));
+        option("--vhost-user", text(&self.vhost_user));
+        match self.memory_mib {
+            Some(mib) => {
+                option("--memory-size", format!("{mib}M"));
+                option("--memory-link", text(&self.memory_link));
+            }
+            None => option("--memory", text(&self.memory_link)),
+        }
+        option("--queues", self.queues.to_string());
+        if let Some(trace) = &self.trace {
+            option("--trace", text(trace));
         }
         words
     }
@@ -141,7 +161,7 @@ fn text(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rundir::RunDir;
+    use crate::scenario::Frontend;
 
     fn plan(text: &str) -> Plan {
         let dir = tempfile::tempdir().expect("a directory");
@@ -149,7 +169,7 @@ mod tests {
         std::fs::write(&file, text).expect("written");
         let scenario = Scenario::load(&file).expect("valid");
         let run = RunDir::create(dir.path(), "s").expect("a run directory");
-        Plan::new(&scenario, &SocketDir::for_run(&run).expect("a directory")).expect("settled")
+        Plan::new(&scenario, &run, &SocketDir::for_run(&run).expect("a directory")).expect("settled")
     }
 
     #[test]
@@ -162,7 +182,7 @@ mod tests {
         );
         assert_eq!(plan.proxies["b"].slot, Slot::DEFAULT);
         assert_eq!(plan.proxies["a"].slot.to_string(), "0000:00:11.0");
-        assert_eq!(plan.proxies["a"].memory_mib, 1024);
+        assert_eq!(plan.proxies["a"].memory_mib, Some(1024));
         let link = plan.proxies["a"].memory_link.display().to_string();
         assert_eq!(plan.vms["one"].memory_file, Some(link.clone()));
         assert_eq!(plan.vms["one"].iommu, None);
@@ -170,11 +190,35 @@ mod tests {
         assert_eq!(plan.vms["device"].iommu, Some(Iommu::Amd));
         assert_eq!(plan.vms["device"].devices.len(), 2);
         let socket = plan.proxies["b"].vhost_user.display().to_string();
-        let want = Device::VhostUserBlk { slot: Slot::DEFAULT, socket, queues: 2, reconnect_ms: 0 };
+        let frontend = Frontend::default();
+        let want = Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, queues: 2, reconnect_ms: 0 };
         assert_eq!(plan.vms["two"].devices, [want]);
         assert_eq!(plan.transient().len(), 6);
         let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");
         assert!(words.starts_with("/v/vvu proxy --vfio-user /"), "{words}");
-        assert!(words.ends_with(&format!("--memory-size 1024M --memory-link {link} --queues 1")), "{words}");
+        assert!(
+            words.contains(&format!("--memory-size 1024M --memory-link {link} --queues 1 --trace ")),
+            "{words}"
+        );
+    }
+
+    #[test]
+    fn devices_of_one_sibling_share_its_memory_file() {
+        let plan = plan(
+            r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 512}, "sibling": {"memory_mib": 256}},
+                "vvu": {"a": {}, "b": {"addr": "auto", "queues": 2, "frontend": {"kind": "net"}}},
+                "steps": [{"vm": "device", "power_off": true}]}"#,
+        );
+        let (a, b) = (&plan.proxies["a"], &plan.proxies["b"]);
+        assert_eq!((a.memory_mib, b.memory_mib), (Some(256), None));
+        assert_eq!(a.memory_link, b.memory_link);
+        let words = b.words(Path::new("vvu")).join(" ");
+        assert!(
+            words.contains(&format!("--memory {} --queues 4 --trace /", a.memory_link.display())),
+            "{words}"
+        );
+        let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().qemu()).collect();
+        assert_eq!(slots, ["10.0", "11.0"]);
+        assert_eq!(plan.transient().len(), 5);
     }
 }

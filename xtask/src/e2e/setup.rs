@@ -1,16 +1,19 @@
 //! What every scenario needs before its VMs can start: QEMU, kernel, programs, base image, accelerator.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::thread::{self, ScopedJoinHandle};
 
-use anyhow::{Error, Result, anyhow};
+use anyhow::{Context, Error, Result, anyhow};
 
+use super::prepared::Prepared;
 use crate::accel::{self, Accelerator, Kind};
 use crate::cache::Cache;
-use crate::image::{BaseImage, GuestBinaries, GuestTools, build_base};
+use crate::image::{BaseImage, GuestBinaries, GuestPrograms, GuestTools, build_base};
 use crate::kernel::{Kernel, KernelOptions};
 use crate::progress::Progress;
 use crate::qemu::Qemu;
+use crate::scenario::Scenario;
 
 /// What the command line says about the set-up.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -23,20 +26,51 @@ pub(crate) struct SetupOptions {
     /// What runs the guests' code
     #[arg(long, value_enum, default_value_t)]
     pub(crate) accel: accel::Request,
+    /// Take everything from this directory, as --nested lays it out, and obtain nothing
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["qemu", "file", "source", "fragments"])]
+    pub(crate) prepared: Option<PathBuf>,
+    /// How much longer than at native speed things may take [default: 2 with KVM, 6 without]
+    #[arg(long, value_name = "FACTOR", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) slowness: Option<u32>,
+}
+
+/// What some scenarios need besides what all do.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Needs {
+    /// Kernels, each by its fragments besides the base.
+    kernels: BTreeSet<Vec<String>>,
+    /// Names of other people's programs.
+    programs: BTreeSet<String>,
+}
+
+impl Needs {
+    /// What `scenarios` need.
+    pub(crate) fn of<'a>(scenarios: impl IntoIterator<Item = &'a Scenario>) -> Self {
+        let mut needs = Self::default();
+        for scenario in scenarios {
+            needs.kernels.insert(scenario.kernel.clone());
+            needs.programs.extend(scenario.vms.values().flat_map(|vm| &vm.programs).cloned());
+        }
+        needs
+    }
 }
 
 /// All that is needed, obtained.
 pub(crate) struct Setup {
     /// The QEMU that runs the VMs.
     pub(crate) qemu: Qemu,
-    /// The guest kernel.
-    pub(crate) kernel: Kernel,
+    /// The guest kernels by their fragments.
+    pub(super) kernels: BTreeMap<Vec<String>, Kernel>,
+    /// Trees with other people's programs, by their names.
+    pub(crate) programs: BTreeMap<String, PathBuf>,
     /// Our own programs.
     pub(crate) binaries: GuestBinaries,
     /// The initramfs that all VMs share.
     pub(crate) base: BaseImage,
     /// What runs the guests' code, and why.
     pub(crate) accelerator: Accelerator,
+    /// How much longer than at native speed things may take.
+    pub(crate) slowness: u32,
 }
 
 impl Setup {
@@ -45,7 +79,11 @@ impl Setup {
     /// # Errors
     ///
     /// The first thing that cannot be had, and the remedy.
-    pub(crate) fn obtain(options: &SetupOptions, progress: &Progress) -> Result<Self> {
+    pub(crate) fn obtain(options: &SetupOptions, needs: &Needs, progress: &Progress) -> Result<Self> {
+        if let Some(dir) = &options.prepared {
+            let prepared = Prepared::read(dir)?;
+            return Ok(prepared.with(choose(options.accel, progress)?, options.slowness));
+        }
         let cache = Cache::open(progress)?;
         let (fetched, binaries, accelerator) = thread::scope(|scope| {
             let binaries = scope.spawn(|| GuestBinaries::build(progress));
@@ -54,22 +92,44 @@ impl Setup {
             let fetch = || {
                 let qemu = Qemu::locate(progress, &cache, options.qemu.as_deref())?;
                 let tools = GuestTools::obtain(progress, &cache)?;
-                Ok::<_, Error>((qemu, tools, Kernel::obtain(progress, &cache, &options.kernel)?))
+                let list = GuestPrograms::read()?;
+                let programs = needs.programs.iter();
+                let programs = programs.map(|name| Ok((name.clone(), list.obtain(name, progress, &cache)?)));
+                let programs = programs.collect::<Result<BTreeMap<_, _>>>()?;
+                let mut kernels = BTreeMap::new();
+                let none = Vec::new();
+                for fragments in needs.kernels.iter().chain(needs.kernels.is_empty().then_some(&none)) {
+                    let mut options = options.kernel.clone();
+                    options.fragments.extend(fragments.iter().cloned());
+                    kernels.insert(fragments.clone(), Kernel::obtain(progress, &cache, &options)?);
+                }
+                Ok::<_, Error>((qemu, tools, programs, kernels))
             };
             (fetch(), joined(binaries), joined(accelerator))
         });
-        let ((qemu, tools, kernel), binaries) = (fetched?, binaries?);
+        let ((qemu, tools, programs, kernels), binaries) = (fetched?, binaries?);
         let base = build_base(&cache, &binaries, &tools)?;
-        Ok(Self { qemu, kernel, binaries, base, accelerator: accelerator? })
+        let accelerator = accelerator?;
+        let slowness = slowness(&accelerator, options.slowness);
+        Ok(Self { qemu, kernels, programs, binaries, base, accelerator, slowness })
     }
 
-    /// How much longer than at native speed things may take.
-    pub(crate) fn slowness(&self) -> u32 {
-        match self.accelerator.kind {
-            Kind::Kvm => 2,
-            Kind::Tcg => 6,
-        }
+    /// The kernel with these fragments besides the base.
+    ///
+    /// # Errors
+    ///
+    /// It is not among what was needed.
+    pub(crate) fn kernel(&self, fragments: &[String]) -> Result<&Kernel> {
+        self.kernels.get(fragments).with_context(|| format!("no kernel with {fragments:?} was obtained"))
     }
+}
+
+/// `wanted`, or what an accelerator is known for.
+pub(super) fn slowness(accelerator: &Accelerator, wanted: Option<u32>) -> u32 {
+    wanted.unwrap_or(match accelerator.kind {
+        Kind::Kvm => 2,
+        Kind::Tcg => 6,
+    })
 }
 
 fn choose(request: accel::Request, progress: &Progress) -> Result<Accelerator> {

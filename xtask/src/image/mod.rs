@@ -3,6 +3,7 @@
 mod binaries;
 mod cpio;
 mod disk;
+mod programs;
 mod tools;
 
 use std::fs::{self, File};
@@ -14,10 +15,11 @@ use sha2::{Digest, Sha256};
 
 use crate::cache::{Cache, Key, hex};
 
-pub(crate) use binaries::GuestBinaries;
+pub(crate) use binaries::{GuestBinaries, build_xtask};
 pub(crate) use cpio::Written;
 use cpio::{Archive, Content};
 pub(crate) use disk::{DiskImage, Pattern};
+pub(crate) use programs::GuestPrograms;
 pub(crate) use tools::GuestTools;
 
 /// Directories every guest has; PID 1 mounts file systems on some.
@@ -59,6 +61,22 @@ pub(crate) struct BaseImage {
 pub(crate) enum OverlayEntry {
     /// Everything below a directory of the host.
     Tree(PathBuf),
+    /// Everything below a directory of the host, at another place.
+    TreeAt {
+        /// Absolute path in the guest.
+        path: String,
+        /// The directory.
+        from: PathBuf,
+    },
+    /// A file of the host.
+    File {
+        /// Absolute path in the guest.
+        path: String,
+        /// Its permissions there.
+        mode: u32,
+        /// The file.
+        from: PathBuf,
+    },
     /// A disk image, as a file that the guest can write to.
     Disk {
         /// Absolute path in the guest.
@@ -118,7 +136,11 @@ pub(crate) fn with_overlay(base: &BaseImage, overlay: &[OverlayEntry], out: &Pat
     let mut archive = Archive::default();
     for entry in overlay {
         match entry {
-            OverlayEntry::Tree(from) => archive.tree(from)?,
+            OverlayEntry::Tree(from) => archive.tree(from, "")?,
+            OverlayEntry::TreeAt { path, from } => archive.tree(from, path)?,
+            OverlayEntry::File { path, mode, from } => {
+                archive.file(path, *mode, Content::Copy(from.clone()))?;
+            }
             OverlayEntry::Disk { path, image } => archive.file(path, 0o600, Content::Disk(image.clone()))?,
         }
     }

@@ -38,6 +38,24 @@ pub(crate) struct Report {
     pub(crate) measurements: BTreeMap<String, f64>,
     /// Sums.
     pub(crate) totals: Totals,
+    /// The VM in which all this ran (`--nested`).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) outer: Option<Outer>,
+}
+
+/// The VM in which a nested run took place.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Outer {
+    /// What ran its code.
+    pub(crate) accelerator: Accelerator,
+    /// The QEMU used.
+    pub(crate) qemu: Qemu,
+    /// Its kernel, which has KVM.
+    pub(crate) kernel: Kernel,
+    /// What took how long outside, in the order it ended.
+    pub(crate) stages: Vec<StageTime>,
+    /// The whole run.
+    pub(crate) seconds: f64,
 }
 
 /// How a run went.

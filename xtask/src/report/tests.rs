@@ -19,6 +19,7 @@ fn report() -> Report {
             bare_boot_seconds: Some(1.0),
             ratio_to_bare_boot: Some(3.0),
         },
+        outer: None,
     }
 }
 

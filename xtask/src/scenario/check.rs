@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::image::GuestPrograms;
+
 use super::step::{ACTIONS, Repeat};
 use super::{Action, Addr, DiskFacts, DiskSpec, Placed, ROUND, Scenario, Step, Values, VmSpec};
 
@@ -20,8 +22,12 @@ impl Scenario {
     pub(super) fn check(&self) -> Result<()> {
         check_name(&self.name).context("at name")?;
         ensure!(!self.vms.is_empty(), "at vms: want at least one VM");
+        for fragment in &self.kernel {
+            check_name(fragment).context("at kernel")?;
+        }
+        let programs = GuestPrograms::read()?;
         for (name, vm) in &self.vms {
-            check_name(name).and_then(|()| vm.check()).with_context(|| format!("at vms.{name}"))?;
+            check_name(name).and_then(|()| vm.check(&programs)).with_context(|| format!("at vms.{name}"))?;
         }
         self.check_vvu()?;
         for (name, disk) in &self.disks {
@@ -39,7 +45,6 @@ impl Scenario {
 
     fn check_vvu(&self) -> Result<()> {
         let mut taken = BTreeSet::new();
-        let mut siblings = BTreeSet::new();
         for (name, vvu) in &self.vvu {
             let path = || format!("at vvu.{name}");
             check_name(name)
@@ -52,15 +57,11 @@ impl Scenario {
                 vvu.device_vm
             );
             ensure!(
-                siblings.insert(&vvu.sibling_vm),
-                "at vvu.{name}.sibling_vm: {:?} has a vvu device already, whose shared memory BAR is its RAM",
-                vvu.sibling_vm
-            );
-            ensure!(
                 (1..=MAX_QUEUES).contains(&vvu.queues),
                 "at vvu.{name}.queues: {}: want 1 to {MAX_QUEUES}",
                 vvu.queues
             );
+            vvu.frontend.check().with_context(|| format!("at vvu.{name}.frontend"))?;
             if let Addr::Fixed(slot) = vvu.addr {
                 ensure!(
                     taken.insert((&vvu.device_vm, slot)),
@@ -201,7 +202,7 @@ impl<'a> State<'a> {
 }
 
 impl VmSpec {
-    fn check(&self) -> Result<()> {
+    fn check(&self, programs: &GuestPrograms) -> Result<()> {
         ensure!(
             self.memory_mib >= 64,
             "memory_mib: {}: want 64 or more, the guest kernel needs them",
@@ -209,6 +210,7 @@ impl VmSpec {
         );
         ensure!((1..=8).contains(&self.cpus), "cpus: {}: want 1 to 8, as in the guest kernel", self.cpus);
         ensure!(!self.cmdline.contains(['\n', '\0']), "cmdline: want one line");
+        self.programs.iter().try_for_each(|name| programs.check(name)).context("programs")?;
         if let Some(overlay) = &self.overlay {
             ensure!(overlay.is_dir(), "overlay: {} is not a directory", overlay.display());
         }

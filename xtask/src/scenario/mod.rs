@@ -4,6 +4,7 @@
 
 mod addr;
 mod check;
+mod frontend;
 mod step;
 mod text;
 
@@ -14,6 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 pub(crate) use addr::{Addr, Slot};
+pub(crate) use frontend::Frontend;
 pub(crate) use step::{Action, Placed, Step};
 pub(crate) use text::Values;
 
@@ -28,6 +30,9 @@ pub(crate) struct Scenario {
     pub(crate) name: String,
     /// One line for `e2e --list`.
     pub(crate) description: String,
+    /// Kernel fragments that its VMs need besides the base: names under `guest-images/kernel`.
+    #[serde(default)]
+    pub(crate) kernel: Vec<String>,
     /// The VMs by name.
     pub(crate) vms: BTreeMap<String, VmSpec>,
     /// The vvu devices by name: each joins a device VM and a sibling VM through a proxy of its own.
@@ -58,6 +63,9 @@ pub(crate) struct VmSpec {
     /// A directory whose tree is laid over the VM's root, relative to the scenario file.
     #[serde(default)]
     pub(crate) overlay: Option<PathBuf>,
+    /// Other people's programs that it gets: names in `guest-images/programs.json`.
+    #[serde(default)]
+    pub(crate) programs: Vec<String>,
 }
 
 /// How a VM's devices reach its memory.
@@ -97,6 +105,9 @@ pub(crate) struct VvuSpec {
     /// Milliseconds after which a front-end that lost its connection makes another one; 0: it never does.
     #[serde(default)]
     pub(crate) reconnect_ms: u32,
+    /// The sibling VM's device.
+    #[serde(default)]
+    pub(crate) frontend: Frontend,
 }
 
 /// A disk image, placed in the root directory of a VM as `NAME.img`.

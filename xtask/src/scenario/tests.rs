@@ -40,7 +40,16 @@ fn errors_name_the_json_path_and_what_is_wanted() {
     refused(r#""vvu": {}"#, r#""vvu": {"addr": "00:1f.0"}"#, &["vvu.vvu.addr", "01 to 1e"]);
     refused(r#""vvu": {}"#, r#""vvu": {"queues": 0}"#, &["vvu.vvu.queues"]);
     refused(r#""vvu": {}"#, r#""vvu": {"device_vm": "x"}"#, &["vvu.vvu", "\"x\"", "device, sibling"]);
-    refused(r#""vvu": {}"#, r#""vvu": {}, "b": {}"#, &["vvu.vvu.sibling_vm", "RAM"]);
+    refused(r#""vvu": {}"#, r#""vvu": {}, "b": {}"#, &["vvu.vvu.addr", "00:10.0"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"frontend": {"kind": "x"}}"#, &["vvu.vvu.frontend.kind", "console"]);
+    let comma = r#""vvu": {"frontend": {"properties": {"a": "b,c"}}}"#;
+    refused(r#""vvu": {}"#, comma, &["vvu.vvu.frontend", "\"b,c\""]);
+    refused(
+        r#""memory_mib": 256}, "s"#,
+        r#""memory_mib": 256, "programs": ["x"]}, "s"#,
+        &["vms.device", "\"x\""],
+    );
+    refused(r#""name": "one""#, r#""kernel": ["../x"], "name": "one""#, &["at kernel", "../x"]);
     refused(r#""size_mib": 1"#, r#""size_mib": 0"#, &["disks.disk", "size_mib"]);
     refused(r#""size_mib": 1"#, r#""file": "no.img""#, &["disks.disk", "/nonexistent/no.img"]);
     refused(r#""run": "lspci -s {bdf}""#, r#""run": "lspci {bfd}""#, &["steps[0]", "{bfd}", "{bdf}"]);

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::accel::Kind;
 use crate::rundir::MAX_SOCKET_PATH;
-use crate::scenario::{Iommu, Slot};
+use crate::scenario::{Frontend, Iommu, Slot};
 
 /// The IOMMU's slot.
 const IOMMU_SLOT: Slot = Slot::new(5);
@@ -38,6 +38,8 @@ pub(crate) struct Config {
     pub(crate) memory_mib: u64,
     /// Virtual CPUs.
     pub(crate) cpus: u32,
+    /// Their model as QEMU names it; `None` for the accelerator's best.
+    pub(crate) cpu_model: Option<&'static str>,
     /// The file that is its RAM; `None` for memory of its own, which is shared with vfio-user servers too.
     pub(crate) memory_file: Option<String>,
     /// The IOMMU in front of its devices.
@@ -60,13 +62,15 @@ pub(crate) enum Device {
         /// The proxy's vfio-user socket.
         socket: String,
     },
-    /// A virtio block device whose back-end is behind a vhost-user socket.
-    VhostUserBlk {
+    /// A virtio device whose back-end is behind a vhost-user socket.
+    VhostUser {
         /// Where it is.
         slot: Slot,
         /// The socket.
         socket: String,
-        /// Virtqueues.
+        /// What it is.
+        frontend: Frontend,
+        /// Its queues, as its kind counts them.
         queues: u32,
         /// Milliseconds between attempts to make a lost connection again; 0: none are made.
         reconnect_ms: u32,
@@ -84,7 +88,7 @@ impl Device {
     /// Where it is.
     pub(crate) fn slot(&self) -> Slot {
         match self {
-            Device::Vvu { slot, .. } | Device::VhostUserBlk { slot, .. } | Device::VirtioBlk { slot, .. } => {
+            Device::Vvu { slot, .. } | Device::VhostUser { slot, .. } | Device::VirtioBlk { slot, .. } => {
                 *slot
             }
         }
@@ -92,7 +96,7 @@ impl Device {
 
     fn socket(&self) -> Option<&str> {
         match self {
-            Device::Vvu { socket, .. } | Device::VhostUserBlk { socket, .. } => Some(socket),
+            Device::Vvu { socket, .. } | Device::VhostUser { socket, .. } => Some(socket),
             Device::VirtioBlk { .. } => None,
         }
     }
@@ -125,10 +129,19 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     args.pair("-display", "none").pair("-name", escaped(&config.name));
     let irqchip = if config.iommu == Some(Iommu::Intel) { ",kernel-irqchip=split" } else { "" };
     args.pair("-machine", format!("q35,hpet=off,sata=off,smbus=off,memory-backend=mem{irqchip}"));
-    match guest.accelerator {
-        Kind::Kvm => args.pair("-accel", "kvm").pair("-cpu", "host"),
-        Kind::Tcg => args.pair("-accel", "tcg,thread=multi"),
+    let cpu_model = match guest.accelerator {
+        Kind::Kvm => {
+            args.pair("-accel", "kvm");
+            config.cpu_model.or(Some("host"))
+        }
+        Kind::Tcg => {
+            args.pair("-accel", "tcg,thread=multi");
+            config.cpu_model
+        }
     };
+    if let Some(model) = cpu_model {
+        args.pair("-cpu", model);
+    }
     args.pair("-smp", config.cpus.to_string()).pair("-m", format!("{}M", config.memory_mib));
     let memory = format!("id=mem,size={}M,share=on", config.memory_mib);
     args.pair(
@@ -144,7 +157,7 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     match serial {
         Serial::Inherited(log) => {
             let log = escaped(&log.display().to_string());
-            args.pair("-chardev", format!("file,id=console,path=/dev/fd/1,logfile={log},logappend=on"))
+            args.pair("-chardev", format!("file,id=console,path=/proc/self/fd/1,logfile={log},logappend=on"))
                 .pair("-serial", "chardev:console")
                 .pair("-chardev", "socket,id=control,fd=0")
                 .pair("-serial", "chardev:control");
@@ -234,16 +247,13 @@ impl Args {
                     });
                     self.pair("-device", device.to_string());
                 }
-                Device::VhostUserBlk { socket, queues, reconnect_ms, .. } => {
+                Device::VhostUser { socket, frontend, queues, reconnect_ms, .. } => {
                     let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));
                     if *reconnect_ms > 0 {
                         chardev.push_str(&format!(",reconnect-ms={reconnect_ms}"));
                     }
                     self.pair("-chardev", chardev);
-                    self.pair(
-                        "-device",
-                        format!("vhost-user-blk-pci,chardev=vhost{number},addr={addr},num-queues={queues}"),
-                    );
+                    self.0.extend(frontend.arguments(number, &addr, *queues));
                 }
                 Device::VirtioBlk { file, .. } => {
                     let disk = json!({
@@ -298,7 +308,7 @@ mod tests {
              -object memory-backend-memfd,id=mem,size=512M,share=on -kernel /c/vmlinux -initrd /c/device.cpio \
              -append console=ttyS0 loglevel=6 panic=-1 no_timer_check vvu.hostname=device \
              vfio_iommu_type1.allow_unsafe_interrupts=1 \
-             -chardev file,id=console,path=/dev/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
+             -chardev file,id=console,path=/proc/self/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
              -chardev socket,id=control,fd=0 -serial chardev:control \
              -device virtio-iommu-pci,addr=05.0,boot-bypass=off \
              -device {\"addr\":\"10.0\",\"driver\":\"vfio-user-pci\",\"rombar\":0,\
@@ -313,9 +323,10 @@ mod tests {
             memory_mib: 256,
             cpus: 2,
             memory_file: Some("/r/a,b/memory".into()),
-            devices: vec![Device::VhostUserBlk {
+            devices: vec![Device::VhostUser {
                 slot: Slot::DEFAULT,
                 socket: "/r/a,b/v.sock".into(),
+                frontend: Frontend::default(),
                 queues: 2,
                 reconnect_ms: 100,
             }],

@@ -450,3 +450,7 @@ impl VhostUserBackend for Device {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "device_test.rs"]
+mod tests;

@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use vvu::backend::Stop;
 use vvu::backend::block::{self, Block};
-use vvu::bridge::{Absent, Bridge, Options};
+use vvu::bridge::{Absent, Bridge, Meeting, Options};
 use vvu::driver::Driver;
 use vvu::driver::sysfs::PciSysfs;
 use vvu::driver::vfio::VfioDevice;
@@ -19,6 +19,9 @@ use vvu::listening_socket::ListeningSocket;
 use vvu::spec::addr::Bdf;
 
 use crate::stop;
+
+mod bridge;
+mod program;
 
 /// Options of `vvu device`.
 #[derive(Debug, clap::Args)]
@@ -32,7 +35,7 @@ enum Device {
     /// Serve a disk.
     Block(BlockArgs),
     /// Connect a vvu device to any vhost-user back-end.
-    Bridge(BridgeArgs),
+    Bridge(bridge::Args),
 }
 
 /// Where a back-end is reached.
@@ -65,30 +68,12 @@ struct BlockArgs {
     serial: Option<String>,
 }
 
-#[derive(Debug, clap::Args)]
-struct BridgeArgs {
-    /// PCI address of the vvu device.
-    #[arg(long, value_name = "BDF")]
-    vfio: Bdf,
-    /// Socket that the back-end listens on.
-    #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
-    /// Wait for the back-end whenever it is not there, instead of ending.
-    #[arg(long)]
-    wait: bool,
-}
-
 /// Serves until a signal asks for the end.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = stop::on_signal().context("cannot catch signals")?;
     match &args.device {
         Device::Block(args) => run_block(args, &stop),
-        Device::Bridge(args) => {
-            let absent = if args.wait { Absent::Wait } else { Absent::Fail };
-            let options = Options { socket: args.socket.clone(), absent };
-            let ready = format!("bridge ready on {}, {}", args.vfio, args.socket.display());
-            bridge(args.vfio, options, &stop, &ready)
-        }
+        Device::Bridge(args) => bridge::run(args, &stop),
     }
 }
 
@@ -126,7 +111,8 @@ fn behind_bridge(
     let end = Stop::new().context("cannot make an event")?;
     thread::scope(|scope| {
         let backend = scope.spawn(|| serve(listener.listener(), &end));
-        let bridged = bridge(bdf, Options { socket, absent: Absent::Fail }, stop, ready);
+        let bridged =
+            bridge_to(bdf, Options { meeting: Meeting::Connect(socket), absent: Absent::Fail }, stop, ready);
         end.stop();
         // What ended the back-end is the better answer: the bridge only saw it hang up.
         joined(backend.join())?;
@@ -156,11 +142,16 @@ fn on_socket(
     })
 }
 
-fn bridge(bdf: Bdf, options: Options, stop: &OwnedFd, ready: &str) -> anyhow::Result<()> {
+/// A bridge behind the vvu device `bdf`.
+fn open_bridge(bdf: Bdf, options: Options) -> anyhow::Result<Bridge<VfioDevice>> {
     let device = VfioDevice::open(PciSysfs::default(), bdf)?;
     let driver = Driver::new(device).with_context(|| format!("cannot drive {bdf}"))?;
+    Ok(Bridge::new(driver, options))
+}
+
+fn bridge_to(bdf: Bdf, options: Options, stop: &OwnedFd, ready: &str) -> anyhow::Result<()> {
     let mut said = Ok(());
-    Bridge::new(driver, options).run(stop.as_fd(), || said = say(ready))?;
+    open_bridge(bdf, options)?.run(stop.as_fd(), || said = say(ready))?;
     said
 }
 

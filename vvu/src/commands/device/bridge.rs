@@ -1,0 +1,151 @@
+//! `vvu device bridge`: any vhost-user back-end behind a vvu device.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use vvu::bridge::{Absent, Bridge, BridgeError, Meeting, Options};
+use vvu::driver::pci_device::PciDevice;
+use vvu::listening_socket::ListeningSocket;
+use vvu::spec::addr::Bdf;
+
+use super::program::{Program, is_readable};
+use super::{bridge_to, open_bridge, say};
+
+/// What stands for the socket's path in the words of a command.
+const SOCKET: &str = "{socket}";
+/// How long a program that was started may take until it answers.
+const START_TIME: Duration = Duration::from_secs(30);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// PCI address of the vvu device.
+    #[arg(long, value_name = "BDF")]
+    vfio: Bdf,
+    /// Socket that the back-end listens on; with COMMAND one is made up unless given.
+    #[arg(long, value_name = "PATH", required_unless_present = "command")]
+    socket: Option<PathBuf>,
+    /// Listen on the socket, for a back-end that connects.
+    #[arg(long)]
+    listen: bool,
+    /// Wait for the back-end whenever it is not there, instead of ending.
+    #[arg(long, conflicts_with = "command")]
+    wait: bool,
+    /// Start COMMAND again when it fails. One that ends well is always started again.
+    #[arg(long, requires = "command")]
+    restart: bool,
+    /// Back-end to run, with {socket} for the path of the socket.
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+pub(super) fn run(args: &Args, stop: &OwnedFd) -> anyhow::Result<()> {
+    if !args.command.is_empty() {
+        return run_program(args, stop);
+    }
+    let socket = args.socket.as_deref().context("name a socket: --socket PATH")?;
+    let absent = if args.wait { Absent::Wait } else { Absent::Fail };
+    let options = Options { meeting: meeting(socket, args.listen)?, absent };
+    bridge_to(args.vfio, options, stop, &format!("bridge ready on {}, {}", args.vfio, socket.display()))
+}
+
+fn meeting(socket: &Path, listen: bool) -> anyhow::Result<Meeting> {
+    Ok(if listen {
+        Meeting::Listen(ListeningSocket::bind(socket)?)
+    } else {
+        Meeting::Connect(socket.to_owned())
+    })
+}
+
+fn run_program(args: &Args, stop: &OwnedFd) -> anyhow::Result<()> {
+    let directory = tempfile::Builder::new().prefix("vvu-").tempdir();
+    let directory =
+        directory.context("cannot make a temporary directory: set TMPDIR to one that can be written")?;
+    let socket = args.socket.clone().unwrap_or_else(|| directory.path().join("back-end"));
+    let words = words(&args.command, &socket, args.socket.is_some())?;
+    let options = Options { meeting: meeting(&socket, args.listen)?, absent: Absent::WaitFor(START_TIME) };
+    let mut bridge = open_bridge(args.vfio, options)?;
+    let ready = format!("bridge ready on {}, {}", args.vfio, words[0]);
+    serve(&mut bridge, &words, args.restart, stop, || say(&ready))
+}
+
+/// Runs the program, and runs it again where that helps, until `stop` is readable.
+///
+/// A program that served one front-end and then ended well did all it should, so there is another one for the next
+/// front-end. One that ends before it answers would do so for ever.
+fn serve<D: PciDevice>(
+    bridge: &mut Bridge<D>,
+    words: &[String],
+    restart: bool,
+    stop: &OwnedFd,
+    ready: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut ready = Some(ready);
+    loop {
+        let mut program = Program::start(words)?;
+        let until = program.exit_or(stop)?;
+        let mut answered = Ok(false);
+        let bridged = bridge.run(until.event(), || {
+            answered = ready.take().map_or(Ok(()), |ready| ready()).map(|()| true);
+        });
+        let exit = program.exit()?;
+        if is_readable(stop)? {
+            program.end()?;
+            return Ok(bridged?);
+        }
+        let answered = answered?;
+        let Some(exit) = exit else {
+            program.end()?;
+            return bridged.map_err(|error| describe(error, &words[0]));
+        };
+        // Whatever it started must not serve the next one's socket.
+        program.end()?;
+        ensure!(answered, "{} ended ({exit}) before it answered on its socket", words[0]);
+        match bridged {
+            Ok(()) | Err(BridgeError::Connect { .. } | BridgeError::BackendLeft { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if exit.success() {
+            log::info!("{} has ended: starting it again", words[0]);
+        } else if restart {
+            log::warn!("{} failed ({exit}): starting it again", words[0]);
+        } else {
+            bail!("{} failed ({exit}); --restart starts it again", words[0]);
+        }
+    }
+}
+
+fn describe(error: BridgeError, program: &str) -> anyhow::Error {
+    let late = matches!(error, BridgeError::Connect { .. });
+    let error = anyhow::Error::from(error);
+    if late { error.context(format!("{program} runs, but does not answer on its socket")) } else { error }
+}
+
+/// `command` with the socket's path filled in.
+fn words(command: &[String], socket: &Path, known: bool) -> anyhow::Result<Vec<String>> {
+    let path = socket.to_str().context("the socket's path is not UTF-8: choose another with --socket")?;
+    ensure!(
+        known || command.iter().any(|word| word.contains(SOCKET)),
+        "the command does not say where its socket goes: write {SOCKET} there, or give --socket PATH"
+    );
+    Ok(command.iter().map(|word| word.replace(SOCKET, path)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn command(words: &[&str]) -> Vec<String> {
+        words.iter().map(|word| (*word).to_owned()).collect()
+    }
+
+    #[test]
+    fn the_socket_is_filled_in_wherever_it_is_named() {
+        let filled = words(&command(&["b", "--path={socket},x", "{socket}"]), Path::new("/s"), false);
+        assert_eq!(filled.expect("filled"), ["b", "--path=/s,x", "/s"]);
+        let error = words(&command(&["b"]), Path::new("/s"), false).expect_err("no place").to_string();
+        assert!(error.contains("{socket}") && error.contains("--socket"), "{error}");
+        assert_eq!(words(&command(&["b"]), Path::new("/s"), true).expect("known"), ["b"]);
+    }
+}

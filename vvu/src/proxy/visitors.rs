@@ -1,0 +1,64 @@
+//! Front-ends that come when there is no back-end.
+//!
+//! One that a VMM makes when it starts may wait: its guest does not run yet. One that comes back because the back-end
+//! left may not: its guest runs, and a VMM that waits for an answer on the new connection (QEMU does so with its big
+//! lock held) stops it. It is hung up on, so that it tries again later.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use super::peer::Peer;
+
+/// Most connections that wait outside of the socket's backlog.
+const WAITING_MAX: usize = 8;
+
+/// A front-end that may be served, and its process if that can be told.
+pub(crate) type Visitor = (UnixStream, Option<Peer>);
+
+#[derive(Debug, Default)]
+pub(crate) struct Visitors {
+    waiting: VecDeque<Visitor>,
+    /// The process whose session ended because the driver went.
+    bereft: Option<Peer>,
+}
+
+impl Visitors {
+    /// From now on `peer` is hung up on until the driver is ready; with `None`, nobody is.
+    pub(crate) fn set_bereft(&mut self, peer: Option<Peer>) {
+        self.bereft = peer;
+    }
+
+    /// The next front-end to serve, or `None` if there is none.
+    pub(crate) fn next(&mut self, listener: &UnixListener) -> io::Result<Option<Visitor>> {
+        match self.waiting.pop_front() {
+            Some(visitor) => Ok(Some(visitor)),
+            None => accept(listener),
+        }
+    }
+
+    /// Looks at one of those that came; false if there is none, or no need to look.
+    pub(crate) fn sort(&mut self, listener: &UnixListener) -> io::Result<bool> {
+        if self.bereft.is_none() || self.waiting.len() == WAITING_MAX {
+            return Ok(false);
+        }
+        let Some(visitor) = accept(listener)? else { return Ok(false) };
+        if visitor.1 == self.bereft {
+            log::debug!("hung up on a front-end that came back before the back-end did");
+        } else {
+            self.waiting.push_back(visitor);
+        }
+        Ok(true)
+    }
+}
+
+fn accept(listener: &UnixListener) -> io::Result<Option<Visitor>> {
+    match listener.accept() {
+        Ok((stream, _)) => {
+            let peer = Peer::of(&stream)?;
+            Ok(Some((stream, peer)))
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
+    }
+}
