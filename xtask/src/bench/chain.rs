@@ -45,7 +45,7 @@ pub(super) fn measure(
         for (test, variants) in results.as_object().context("the chain bench prints an object")? {
             for variant in VARIANTS {
                 let values = &variants[variant][0];
-                note(test, variant, values, bench);
+                note(round, test, variant, values, bench);
             }
         }
     }
@@ -54,17 +54,17 @@ pub(super) fn measure(
 }
 
 /// Notes every figure of a test.
-fn note(test: &str, variant: &str, values: &Value, bench: &mut Bench) {
+fn note(round: u32, test: &str, variant: &str, values: &Value, bench: &mut Bench) {
     let key = |metric: &str| Key { group: GROUP.into(), test: test.into(), metric: metric.into() };
     for (metric, value) in values.as_object().into_iter().flatten() {
         let better = if metric == "per_second" { Better::Higher } else { Better::Lower };
         match value {
             Value::Number(number) if metric != "operations" => {
-                bench.add(key(metric), better, variant, number.as_f64().unwrap_or(f64::NAN));
+                bench.add(round, key(metric), better, variant, number.as_f64().unwrap_or(f64::NAN));
             }
             Value::Object(threads) => {
                 let sum: f64 = threads.values().filter_map(Value::as_f64).sum();
-                bench.add(key(metric), better, variant, sum);
+                bench.add(round, key(metric), better, variant, sum);
             }
             _ => {}
         }
@@ -126,11 +126,11 @@ fn count_system_calls(program: &Path, run: &RunDir, progress: &Progress, bench: 
                 // Less often than every twentieth time it is none of the path.
                 if each >= 0.05 {
                     let key = Key { group: GROUP.into(), test: test.into(), metric: format!("{call}_calls") };
-                    bench.add(key, Better::Lower, variant, each);
+                    bench.add(1, key, Better::Lower, variant, each);
                 }
             }
             let key = Key { group: GROUP.into(), test: test.into(), metric: "system_calls".into() };
-            bench.add(key, Better::Lower, variant, sum);
+            bench.add(1, key, Better::Lower, variant, sum);
         }
     }
     stage.done("counted with strace");

@@ -121,8 +121,8 @@ mod tests {
         let mut bench = Bench::default();
         for (metric, better, vvu) in [("slow_us", Better::Lower, 4.0), ("per_second", Better::Higher, 2.0)] {
             let key = Key { group: "chain".into(), test: "t".into(), metric: metric.into() };
-            bench.add(key.clone(), better, "vvu", vvu);
-            bench.add(key, better, "plain", 1.0);
+            bench.add(1, key.clone(), better, "vvu", vvu);
+            bench.add(1, key, better, "plain", 1.0);
         }
         let svg = svg(&bench);
         assert_eq!(svg.matches("chain t ").count(), 2);

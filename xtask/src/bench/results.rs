@@ -119,6 +119,8 @@ pub(crate) struct Values {
     pub(crate) max: f64,
     /// One of each round, in order.
     pub(crate) values: Vec<f64>,
+    /// The rounds they are of, counted from 1: one in which the variant failed is missing.
+    pub(crate) rounds: Vec<u32>,
 }
 
 /// How two variants compare.
@@ -136,14 +138,14 @@ pub(crate) struct Ratio {
 }
 
 impl Bench {
-    /// Notes a value of the next round.
-    pub(crate) fn add(&mut self, key: Key, better: Better, variant: &str, value: f64) {
+    /// Notes a value of a round.
+    pub(crate) fn add(&mut self, round: u32, key: Key, better: Better, variant: &str, value: f64) {
         let index = self.results.iter().position(|metric| metric.key == key).unwrap_or(self.results.len());
         if index == self.results.len() {
             self.results.push(Metric { key, better, ..Metric::default() });
         }
         let metric = &mut self.results[index];
-        metric.variants.entry(variant.to_owned()).or_default().add(value);
+        metric.variants.entry(variant.to_owned()).or_default().add(round, value);
         metric.update();
     }
 
@@ -166,8 +168,9 @@ impl Bench {
 }
 
 impl Values {
-    fn add(&mut self, value: f64) {
+    fn add(&mut self, round: u32, value: f64) {
         self.values.push(value);
+        self.rounds.push(round);
         let mut sorted = self.values.clone();
         sorted.sort_by(f64::total_cmp);
         let middle = sorted.len() / 2;
@@ -187,7 +190,15 @@ impl Metric {
         let Some(subject) = self.variants.get(SUBJECT) else { return };
         for (name, other) in self.variants.iter().filter(|(name, _)| *name != SUBJECT) {
             // The variants of a round are measured side by side, so load that comes and goes hits both.
-            let of_rounds = subject.values.iter().zip(&other.values).map(|(subject, other)| subject / other);
+            let in_round = |round: u32| {
+                let index = other.rounds.iter().position(|other| *other == round)?;
+                other.values.get(index)
+            };
+            let of_rounds = subject
+                .values
+                .iter()
+                .zip(&subject.rounds)
+                .filter_map(|(value, round)| Some(value / in_round(*round)?));
             let ratios: Vec<f64> = of_rounds.filter(|ratio| ratio.is_finite()).collect();
             let of_medians = subject.median / other.median;
             if let (Some(min), Some(max)) =
@@ -210,9 +221,9 @@ mod tests {
 
     fn bench(pairs: &[(f64, f64)]) -> Bench {
         let mut bench = Bench { format: FORMAT, ..Bench::default() };
-        for (vvu, plain) in pairs {
-            bench.add(key("kick_p50_us"), Better::Lower, "vvu", *vvu);
-            bench.add(key("kick_p50_us"), Better::Lower, "plain", *plain);
+        for (round, (vvu, plain)) in (1..).zip(pairs) {
+            bench.add(round, key("kick_p50_us"), Better::Lower, "vvu", *vvu);
+            bench.add(round, key("kick_p50_us"), Better::Lower, "plain", *plain);
         }
         bench
     }
@@ -226,6 +237,16 @@ mod tests {
         let want = Ratio { of_medians: 3.0, min: 2.0, max: 4.0, baseline: None };
         assert_eq!(metric.ratios["plain"], want);
         assert_eq!(self::bench(&[(1.0, 1.0), (2.0, 1.0)]).results[0].variants["vvu"].median, 1.5);
+    }
+
+    #[test]
+    fn only_values_of_the_same_round_are_compared() {
+        let mut bench = bench(&[(30.0, 10.0)]);
+        bench.add(2, key("kick_p50_us"), Better::Lower, "vvu", 1.0);
+        bench.add(3, key("kick_p50_us"), Better::Lower, "vvu", 20.0);
+        bench.add(3, key("kick_p50_us"), Better::Lower, "plain", 10.0);
+        let ratio = &bench.results[0].ratios["plain"];
+        assert_eq!((ratio.of_medians, ratio.min, ratio.max), (2.0, 2.0, 3.0));
     }
 
     #[test]
@@ -243,7 +264,7 @@ mod tests {
         );
         assert_eq!(serde_json::from_str::<Bench>(&text).expect("the same"), before);
         let mut after = bench(&[(20.0, 10.0)]);
-        after.add(key("new_us"), Better::Lower, "vvu", 1.0);
+        after.add(1, key("new_us"), Better::Lower, "vvu", 1.0);
         after.compare(&before);
         assert_eq!(after.results[0].ratios["plain"].baseline, Some(3.0));
     }
