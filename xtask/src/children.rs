@@ -65,6 +65,34 @@ pub(crate) fn spawn(command: Command) -> io::Result<Running> {
     answer.recv().map_err(|_| io::Error::other("the spawner thread ended"))?
 }
 
+/// Starts `command` in our own process group, so that it may read the terminal.
+///
+/// For the main thread only: the death signal comes when the forking thread ends. [`kill_all`] does not know this
+/// child; it gets what the terminal sends to the group.
+///
+/// # Errors
+///
+/// What `Command::spawn` says.
+pub(crate) fn spawn_on_terminal(mut command: Command) -> io::Result<Child> {
+    die_with_parent(&mut command);
+    command.spawn()
+}
+
+/// Has the kernel kill the child when the thread that forks it ends.
+fn die_with_parent(command: &mut Command) {
+    let parent = getpid();
+    // SAFETY: the closure runs between fork and exec; it makes two system calls and touches neither the heap nor locks.
+    unsafe {
+        command.pre_exec(move || {
+            set_parent_process_death_signal(Some(Signal::KILL))?;
+            if getppid() != Some(parent) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            Ok(())
+        });
+    }
+}
+
 type Request = (Command, mpsc::Sender<io::Result<Running>>);
 
 /// The thread that forks.
@@ -88,18 +116,8 @@ fn spawner() -> mpsc::Sender<Request> {
 }
 
 fn spawn_here(mut command: Command) -> io::Result<Running> {
-    let parent = getpid();
     command.process_group(0);
-    // SAFETY: the closure runs between fork and exec; it makes two system calls and touches neither the heap nor locks.
-    unsafe {
-        command.pre_exec(move || {
-            set_parent_process_death_signal(Some(Signal::KILL))?;
-            if getppid() != Some(parent) {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
-            Ok(())
-        });
-    }
+    die_with_parent(&mut command);
     // Held across the fork, so that kill_all sees either no child or a listed one.
     let mut registry = registry();
     if registry.closed {

@@ -56,6 +56,20 @@ impl Control {
         self.ready.as_ref().context("the guest is not ready")
     }
 
+    /// Expects the guest to get ready once more.
+    pub(crate) fn restarting(&mut self) {
+        self.ready = None;
+    }
+
+    /// Waits until the guest sends something of its own accord, which [`Control::ended`] then tells.
+    ///
+    /// # Errors
+    ///
+    /// As [`Control::request`].
+    pub(crate) fn wait(&mut self, deadline: Instant, mut look: impl FnMut() -> Result<()>) -> Result<()> {
+        self.receive(deadline, &mut look).map(drop)
+    }
+
     /// Asks the guest for something and waits for the answer.
     ///
     /// `look` is called at least five times a second and ends the wait with its error.

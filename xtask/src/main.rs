@@ -2,12 +2,14 @@
 
 mod accel;
 mod apt;
+mod bench;
 mod byhand;
 mod cache;
 mod children;
 mod compatibility;
 mod console;
 mod control;
+mod doctor;
 mod e2e;
 mod image;
 mod interrupt;
@@ -49,6 +51,10 @@ enum Task {
     Vm(byhand::Role),
     /// Run all tests: units, the chain without VMs, faults and scenarios
     Test(test::Options),
+    /// Tell what this machine has and lacks of what the runs need
+    Doctor(doctor::Options),
+    /// Measure what VVU costs
+    Bench(bench::Options),
     /// Get or build the guest kernel
     Kernel(kernel::KernelOptions),
     /// Write the table of back-ends in docs/compatibility.md from the last runs
@@ -79,7 +85,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.task {
         Task::E2e(options) => return e2e::main(options),
+        Task::Bench(options) => return bench::main(options),
         Task::Vm(role) => return byhand::main(role),
+        Task::Doctor(options) => return doctor::main(options),
         Task::Test(options) => test::main(options)?,
         Task::Kernel(options) => {
             let progress = Progress::new(false);

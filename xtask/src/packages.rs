@@ -98,7 +98,7 @@ pub(crate) fn ensure(progress: &Progress, cache: &Cache, packages: &[Package]) -
 }
 
 /// How to become root without a password: nothing to do, `sudo -n`, or not at all.
-fn privilege() -> Option<&'static [&'static str]> {
+pub(crate) fn privilege() -> Option<&'static [&'static str]> {
     let apt = Command::new("apt-get").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if !apt.is_ok_and(|status| status.success()) {
         return None;

@@ -12,9 +12,9 @@ use crate::cache::{Cache, Key};
 use crate::packages;
 use crate::progress::{Progress, Stage};
 
-const PROGRAM: &str = "qemu-system-x86_64";
+pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 /// What the VMs cannot do without; QEMU has it since 10.1.
-const NEEDED_DEVICE: &str = "vfio-user-pci";
+pub(crate) const NEEDED_DEVICE: &str = "vfio-user-pci";
 const SUITES: &[&str] = &["trixie", "trixie-backports"];
 const PACKAGE: &str = "qemu-system-x86";
 /// What is kept of the unpacked packages; the rest is documentation, translations and other programs.
@@ -95,12 +95,33 @@ impl Qemu {
         )
     }
 
-    fn plain(path: PathBuf, origin: Origin) -> Result<Self> {
+    /// The QEMU at `path`.
+    ///
+    /// # Errors
+    ///
+    /// It does not answer as QEMU.
+    pub(crate) fn plain(path: PathBuf, origin: Origin) -> Result<Self> {
         let argv = vec![path.clone().into()];
         Self { path, origin, version: String::new(), env: Vec::new(), argv }.with_version()
     }
 
+    /// The root of a QEMU from Debian's packages with all that it needs, for use elsewhere with [`Qemu::from_root`].
+    ///
+    /// # Errors
+    ///
+    /// Debian's packages cannot be downloaded.
+    pub(crate) fn portable(progress: &Progress, cache: &Cache) -> Result<PathBuf> {
+        let stage = progress.stage("portable qemu");
+        let root = Self::unpacked_root(progress, cache, &stage)?;
+        stage.done("unpacked Debian packages");
+        Ok(root)
+    }
+
     fn unpacked(progress: &Progress, cache: &Cache, stage: &Stage) -> Result<Self> {
+        Self::from_root(&Self::unpacked_root(progress, cache, stage)?)
+    }
+
+    fn unpacked_root(progress: &Progress, cache: &Cache, stage: &Stage) -> Result<PathBuf> {
         if !cfg!(target_arch = "x86_64") {
             bail!("only x86-64 machines can run Debian's x86-64 packages");
         }
@@ -122,11 +143,15 @@ impl Qemu {
             }
             Ok(())
         })?;
-        Self::from_root(&entry.path)
+        Ok(entry.path)
     }
 
     /// The QEMU unpacked in `root`: with its own loader and libraries, since the machine's may be older.
-    fn from_root(root: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it does not run.
+    pub(crate) fn from_root(root: &Path) -> Result<Self> {
         let path = root.join("usr/bin").join(PROGRAM);
         let libraries = root.join(LIBRARIES);
         let argv = vec![

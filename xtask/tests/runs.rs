@@ -133,3 +133,55 @@ fn a_spawned_command_that_ends_fails_the_wait_at_once() {
     assert!(evidence.contains("backend ended with exit code 1"), "{evidence}");
     assert!(evidence.contains("no such device"), "{evidence}");
 }
+
+/// Commands, QEMU and the guest end in every way there is, and come back.
+#[test]
+fn what_is_taken_away_comes_back_and_is_counted() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("s.json");
+    let text = r#"{"name": "s", "description": "", "vms": {"one": {"memory_mib": 128}}, "steps": [
+        {"vm": "one", "start": true},
+        {"check": "commands", "repeat": {"times": 2, "steps": [
+            {"vm": "one", "spawn": "trap '' TERM; while :; do sleep 1; done", "as": "job"},
+            {"vm": "one", "kill": "job", "signal": "KILL"},
+            {"vm": "one", "spawn": "exit 3", "as": "job", "expect": {"exit": 3}},
+            {"vm": "one", "wait": "job"},
+            {"vm": "one", "run": "echo {round}", "expect": {"stdout": "^(\\d)$"}, "save": "rounds", "measure": true}]}},
+        {"check": "guest", "vm": "one", "spawn": "sleep 1000", "as": "job"},
+        {"check": "guest", "vm": "one", "run": "touch /mark"},
+        {"check": "guest", "vm": "one", "reboot": true},
+        {"check": "guest", "vm": "one", "run": "test ! -e /mark"},
+        {"check": "guest", "vm": "one", "spawn": "sleep 1000", "as": "job"},
+        {"check": "qemu", "vm": "one", "kill_vm": true},
+        {"check": "qemu", "vm": "one", "start": true},
+        {"check": "qemu", "vm": "one", "power_off": true}]}"#;
+    fs::write(&file, text).expect("written");
+    let status = e2e(dir.path(), &["--scenario-file", file.to_str().expect("UTF-8")])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .expect("xtask starts");
+    let report = report(&run_dir(dir.path()));
+    assert_eq!(status.code(), Some(0), "{report:#}");
+    let want = serde_json::json!({"faults_injected": 4.0, "rounds": 3.0});
+    assert_eq!(report["measurements"], want);
+}
+
+#[test]
+fn a_command_that_ends_otherwise_than_expected_fails_the_wait() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("s.json");
+    let text = r#"{"name": "s", "description": "", "vms": {"one": {"memory_mib": 128}}, "steps": [
+        {"check": "c", "vm": "one", "spawn": "exit 4", "as": "job", "expect": {"exit": 3}},
+        {"check": "c", "vm": "one", "wait": "job"}]}"#;
+    fs::write(&file, text).expect("written");
+    let status = e2e(dir.path(), &["--scenario-file", file.to_str().expect("UTF-8")])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .expect("xtask starts");
+    assert_eq!(status.code(), Some(1));
+    let report = report(&run_dir(dir.path()));
+    let evidence = report["checks"][0]["evidence"].as_str().expect("text");
+    assert!(evidence.contains("job ended with exit code 4"), "{evidence}");
+}

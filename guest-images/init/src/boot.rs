@@ -79,8 +79,17 @@ pub(crate) fn console_terminal() -> Option<String> {
     Path::new(&path).exists().then_some(path)
 }
 
-/// Ends every process, writes everything back and turns the machine off. Returns only if the kernel refuses.
-pub(crate) fn power_off() -> anyhow::Error {
+/// How the guest ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// The machine is turned off.
+    PowerOff,
+    /// The machine starts again, unless its VMM takes that for its end.
+    Reboot,
+}
+
+/// Ends every process, writes everything back and ends the guest. Returns only if the kernel refuses.
+pub(crate) fn end(ending: Ending) -> anyhow::Error {
     // As kill(2) has it, "process group 1" is -1: every process but this one. There may be none.
     let _ = rustix::process::kill_process_group(Pid::INIT, Signal::KILL);
     // Any of this hangs if a device behind it is gone, which must not keep the machine up.
@@ -89,9 +98,13 @@ pub(crate) fn power_off() -> anyhow::Error {
         rustix::fs::sync();
         unmount_all();
     });
-    match rustix::system::reboot(RebootCommand::PowerOff) {
-        Ok(()) => anyhow::anyhow!("the kernel came back from powering off"),
-        Err(error) => anyhow::Error::from(error).context("cannot power off"),
+    let command = match ending {
+        Ending::PowerOff => RebootCommand::PowerOff,
+        Ending::Reboot => RebootCommand::Restart,
+    };
+    match rustix::system::reboot(command) {
+        Ok(()) => anyhow::anyhow!("the kernel came back from {ending:?}"),
+        Err(error) => anyhow::Error::from(error).context(format!("{ending:?} is not possible")),
     }
 }
 

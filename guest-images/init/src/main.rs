@@ -20,7 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, WaitOptions};
 use signal_hook::consts::{SIGCHLD, SIGTERM, SIGUSR1, SIGUSR2};
 
-use boot::Options;
+use boot::{Ending, Options};
 use control::Control;
 use jobs::Jobs;
 use vvu_init::protocol::{Action, Answer, Empty, Event, Identity, Message, Outcome, READY_LINE, Request};
@@ -37,11 +37,12 @@ fn main() -> ExitCode {
         eprintln!("vvu-init: this is PID 1 of a guest and nothing to run by hand");
         return ExitCode::FAILURE;
     }
-    if let Err(error) = Guest::start().and_then(Guest::serve) {
+    let ending = Guest::start().and_then(Guest::serve).unwrap_or_else(|error| {
         println!("vvu-init: failed: {error:#}");
-    }
+        Ending::PowerOff
+    });
     boot::within(LAST_WORDS, || rustix::termios::tcdrain(io::stdout()));
-    let error = boot::power_off();
+    let error = boot::end(ending);
     // PID 1 must not end, or the kernel panics; with `panic=-1` and `-no-reboot` that ends the guest as well.
     println!("vvu-init: failed: {error:#}");
     ExitCode::FAILURE
@@ -55,14 +56,17 @@ struct Guest {
     shell: Option<Shell>,
     /// A byte for each SIGCHLD.
     child_ended: UnixStream,
-    /// A byte for each signal by which `poweroff`, `halt` and `reboot` ask PID 1.
+    /// A byte for each signal by which `poweroff` and `halt` ask PID 1.
     asked_to_end: UnixStream,
+    /// A byte for each signal by which `reboot` asks PID 1.
+    asked_to_reboot: UnixStream,
 }
 
 impl Guest {
     fn start() -> Result<Self> {
         let child_ended = signal_stream(&[SIGCHLD])?;
-        let asked_to_end = signal_stream(&[SIGTERM, SIGUSR1, SIGUSR2])?;
+        let asked_to_end = signal_stream(&[SIGUSR1, SIGUSR2])?;
+        let asked_to_reboot = signal_stream(&[SIGTERM])?;
         let Options { shell, hostname: _ } = boot::set_up()?;
         let control = match Control::open(Path::new(CONTROL_PORT)) {
             Ok(control) => Some(control),
@@ -79,18 +83,23 @@ impl Guest {
             }
         };
         let shell = if shell { Some(Shell::start()?) } else { None };
-        let mut guest = Self { jobs: Jobs::default(), control, shell, child_ended, asked_to_end };
+        let mut guest =
+            Self { jobs: Jobs::default(), control, shell, child_ended, asked_to_end, asked_to_reboot };
         guest.send(&Message::Event(Event::Ready(identity())));
         Ok(guest)
     }
 
     /// Handles what comes until the guest is to end.
-    fn serve(mut self) -> Result<()> {
+    fn serve(mut self) -> Result<Ending> {
         loop {
             self.wait()?;
             if drained(&self.asked_to_end) {
                 println!("vvu-init: asked to power off by a signal");
-                return Ok(());
+                return Ok(Ending::PowerOff);
+            }
+            if drained(&self.asked_to_reboot) {
+                println!("vvu-init: asked to reboot by a signal");
+                return Ok(Ending::Reboot);
             }
             self.jobs.read(&mut io::stdout());
             if drained(&self.child_ended) {
@@ -103,13 +112,17 @@ impl Guest {
             let requests = control.receive().context("cannot read requests")?;
             for request in requests {
                 match request {
-                    Ok(Request { action: Action::PowerOff(Empty {}), id }) => {
-                        self.answer(id, Outcome::PoweringOff(Empty {}));
+                    Ok(Request { id, action }) => {
+                        self.handle(id, &action);
+                        let ending = match action {
+                            Action::PowerOff(Empty {}) => Ending::PowerOff,
+                            Action::Reboot(Empty {}) => Ending::Reboot,
+                            _ => continue,
+                        };
                         let control = self.control.take();
                         boot::within(LAST_WORDS, move || control.map(Control::finish));
-                        return Ok(());
+                        return Ok(ending);
                     }
-                    Ok(Request { id, action }) => self.handle(id, &action),
                     Err(refusal) => {
                         println!("vvu-init: bad request: {refusal:?}");
                         self.send(&refusal);
@@ -129,7 +142,8 @@ impl Guest {
             Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() }
         });
         let input = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-        let signals: [BorrowedFd<'_>; 2] = [self.child_ended.as_fd(), self.asked_to_end.as_fd()];
+        let signals: [BorrowedFd<'_>; 3] =
+            [self.child_ended.as_fd(), self.asked_to_end.as_fd(), self.asked_to_reboot.as_fd()];
         let mut fds: Vec<_> = signals.into_iter().chain(self.jobs.fds()).map(input).collect();
         if let Some(control) = &self.control {
             let (port, flags) = control.interest();
@@ -165,6 +179,7 @@ impl Guest {
             },
             Action::Hello(Empty {}) => Outcome::Hello(identity()),
             Action::PowerOff(Empty {}) => Outcome::PoweringOff(Empty {}),
+            Action::Reboot(Empty {}) => Outcome::Rebooting(Empty {}),
         };
         self.answer(id, outcome);
     }

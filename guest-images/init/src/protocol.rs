@@ -26,7 +26,7 @@ pub const MAX_ANSWER: usize = 2 * 6 * MAX_CAPTURE + (4 << 10);
 pub const READY_LINE: &str = "vvu-init: ready";
 
 /// Names of [`Action`] for people.
-const ACTIONS: &str = "run, spawn, kill, hello, power_off";
+const ACTIONS: &str = "run, spawn, kill, hello, power_off, reboot";
 
 /// A line from the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +52,8 @@ pub enum Action {
     Hello(Empty),
     /// End the guest: `powering_off`, then the machine goes away.
     PowerOff(Empty),
+    /// End the guest and start it again: `rebooting`, later a `ready` event.
+    Reboot(Empty),
 }
 
 /// A command to run to its end, by `/bin/sh -c`, stdin empty, in a process group of its own.
@@ -130,6 +132,8 @@ pub enum Outcome {
     Hello(Identity),
     /// The guest is about to end.
     PoweringOff(Empty),
+    /// The guest is about to restart.
+    Rebooting(Empty),
     /// The request could not be done, and why.
     Error(String),
 }
@@ -271,6 +275,7 @@ mod tests {
             request(r#"{"id":4,"power_off":{}}"#),
             Request { id: 4, action: Action::PowerOff(Empty {}) }
         );
+        assert_eq!(request(r#"{"id":5,"reboot":{}}"#), Request { id: 5, action: Action::Reboot(Empty {}) });
     }
 
     #[test]
@@ -303,6 +308,7 @@ mod tests {
             Outcome::Killed(Empty {}),
             Outcome::Hello(identity.clone()),
             Outcome::PoweringOff(Empty {}),
+            Outcome::Rebooting(Empty {}),
             Outcome::Error("no".into()),
         ];
         let answers = outcomes.into_iter().map(|outcome| Message::Answer(Answer { id: 7, outcome }));

@@ -5,8 +5,9 @@
 
 pub mod block;
 
+mod connection;
+mod inflight;
 mod server;
 mod vring;
 
-pub use server::{ExitEvents, ServeError, Stop, serve};
-pub use vring::Vring;
+pub use server::{ServeError, Stop};

@@ -5,15 +5,18 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
-use vhost::vhost_user::{Error as VhostUserError, Listener};
-use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserBackend, VhostUserDaemon};
+use vhost::vhost_user::Listener;
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-use super::Vring;
+use super::connection::{self, End};
+use super::inflight::{Inflight, Limits};
+use super::vring::Vring;
+use crate::message_socket::SocketError;
 
 /// Memory of the front-end's VM: empty until the front-end describes it.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -21,9 +24,6 @@ pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 /// Why serving came to an end before it was told to.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The device for a new front-end could not be made.
-    #[error("cannot make a device for the next front-end: {0}")]
-    Device(#[source] io::Error),
     /// Threads or descriptors for a new front-end could not be had.
     #[error("cannot start serving the next front-end: {0}; check the limits on threads and open files")]
     Start(String),
@@ -32,7 +32,7 @@ pub enum ServeError {
     Wait(#[source] io::Error),
 }
 
-/// Ends one call of [`serve`] from another thread; clones end the same one.
+/// Ends one call of a back-end's `serve` from another thread; clones end the same one.
 #[derive(Clone)]
 pub struct Stop {
     shared: Arc<Shared>,
@@ -42,7 +42,6 @@ struct Shared {
     requested: AtomicBool,
     event: OwnedFd,
     listener: OnceLock<UnixListener>,
-    connection: Mutex<Option<ShutdownHandle>>,
 }
 
 impl Stop {
@@ -52,43 +51,27 @@ impl Stop {
     /// When there is no file descriptor left.
     pub fn new() -> io::Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (requested, connection) = (AtomicBool::new(false), Mutex::new(None));
-        let listener = OnceLock::new();
-        Ok(Self { shared: Arc::new(Shared { requested, event, listener, connection }) })
+        let (requested, listener) = (AtomicBool::new(false), OnceLock::new());
+        Ok(Self { shared: Arc::new(Shared { requested, event, listener }) })
     }
 
-    /// Disconnects the front-end, if there is one, and makes [`serve`] return once the requests it
+    /// Disconnects the front-end, if there is one, and makes `serve` return once the requests it
     /// has begun are done. Harmless when repeated.
     pub fn stop(&self) {
         self.shared.requested.store(true, Ordering::SeqCst);
-        // Fails only when the counter is full, and then the event is signalled already.
-        let _ = rustix::io::write(&self.shared.event, &1u64.to_ne_bytes());
         // First the listener: a front-end that reconnects at once is to find nobody here, rather than
         // to wait in the backlog of a server that is about to go.
         if let Some(listener) = self.shared.listener.get() {
             let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
         }
-        if let Some(connection) = self.connection().as_ref() {
-            connection.shutdown();
-        }
+        // Fails only when the counter is full, and then the event is signalled already.
+        let _ = rustix::io::write(&self.shared.event, &1u64.to_ne_bytes());
     }
 
     /// Whether [`stop`](Self::stop) was called.
     #[must_use]
     pub fn is_requested(&self) -> bool {
         self.shared.requested.load(Ordering::SeqCst)
-    }
-
-    fn connection(&self) -> MutexGuard<'_, Option<ShutdownHandle>> {
-        self.shared.connection.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn attach(&self, connection: Option<ShutdownHandle>) {
-        *self.connection() = connection;
-        // A request made before the line above did not see the connection.
-        if self.is_requested() {
-            self.stop();
-        }
     }
 }
 
@@ -102,12 +85,15 @@ impl std::fmt::Debug for Stop {
 /// own, until `stop` says so, after which nobody can connect to `listener` any more. A front-end that
 /// breaks the protocol loses its connection, no more.
 ///
+/// `new_device` gets the front-end's memory and its in-flight tracking.
+///
 /// # Errors
 /// [`ServeError`].
-pub fn serve<D>(
+pub(super) fn serve<D>(
     listener: &UnixListener,
     stop: &Stop,
-    new_device: impl Fn(Memory) -> io::Result<D>,
+    limits: Limits,
+    new_device: impl Fn(Memory, Arc<Inflight>) -> D,
 ) -> Result<(), ServeError>
 where
     D: VhostUserBackend<Bitmap = (), Vring = Vring> + 'static,
@@ -115,30 +101,29 @@ where
     // A second call with the same order would leave its own listener alone, which does no harm.
     let _ = stop.shared.listener.set(listener.try_clone().map_err(ServeError::Wait)?);
     while wait_for_front_end(listener, stop).map_err(ServeError::Wait)? {
-        let memory = Memory::new(GuestMemoryMmap::new());
-        let device = new_device(memory.clone()).map_err(ServeError::Device)?;
-        let start = |error: DaemonError| ServeError::Start(error.to_string());
-        let mut daemon =
-            VhostUserDaemon::new("vhost-user".to_owned(), Arc::new(device), memory).map_err(start)?;
-        let mut connection = Listener::from(listener.try_clone().map_err(ServeError::Wait)?);
-        match daemon.start(&mut connection) {
-            Ok(()) => {}
+        let frontend = match listener.accept() {
+            Ok((frontend, _)) => frontend,
             // The listener is closed by now.
             Err(_) if stop.is_requested() => return Ok(()),
-            Err(error) => return Err(start(error)),
-        }
+            Err(error) => return Err(ServeError::Wait(error)),
+        };
+        let start = |error: &dyn std::fmt::Display| ServeError::Start(error.to_string());
+        let memory = Memory::new(GuestMemoryMmap::new());
+        let inflight = Arc::new(Inflight::new(limits));
+        let device = Arc::new(new_device(memory.clone(), inflight.clone()));
+        let mut daemon =
+            VhostUserDaemon::new("vhost-user".to_owned(), device, memory).map_err(|error| start(&error))?;
+        let (private, backend) = connection::private_pair().map_err(|error| start(&error))?;
+        daemon.start(&mut Listener::from(private)).map_err(|error| start(&error))?;
         log::info!("front-end connected");
-        stop.attach(daemon.shutdown_handle());
-        match daemon.wait() {
-            Ok(())
-            | Err(DaemonError::HandleRequest(
-                VhostUserError::Disconnected | VhostUserError::PartialMessage,
-            )) => {
-                log::info!("front-end disconnected");
-            }
-            Err(error) => log::warn!("front-end disconnected: {error}"),
+        let end = connection::relay(frontend, backend, &inflight, stop.shared.event.as_fd());
+        // Both sockets are closed now, so this is no wait for either peer.
+        let outcome = daemon.wait();
+        match (end, outcome) {
+            (End::Left(SocketError::Closed) | End::Stopped, _) => log::info!("front-end disconnected"),
+            (End::Closed, Err(error)) => log::warn!("front-end disconnected: {error}"),
+            (end, _) => log::warn!("front-end disconnected: {end}"),
         }
-        stop.attach(None);
     }
     Ok(())
 }
@@ -163,13 +148,13 @@ fn wait_for_front_end(listener: &UnixListener, stop: &Stop) -> io::Result<bool> 
 /// descriptor for each queue of each connection. Belongs into the device, since that is the last
 /// thing of a connection to go.
 #[derive(Debug, Default)]
-pub struct ExitEvents {
+pub(super) struct ExitEvents {
     consumers: Mutex<Vec<RawFd>>,
 }
 
 impl ExitEvents {
     /// What [`VhostUserBackend::exit_event`] returns; none when there is no descriptor left.
-    pub fn create(&self) -> Option<(EventConsumer, EventNotifier)> {
+    pub(super) fn create(&self) -> Option<(EventConsumer, EventNotifier)> {
         let (consumer, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
             .inspect_err(|error| log::error!("cannot make an event for a worker thread: {error}"))
             .ok()?;

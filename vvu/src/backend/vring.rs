@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -19,9 +20,10 @@ use super::server::Memory;
 /// event it replaces is dead, even if other processes keep it open; and no event that a front-end
 /// provides is ever read or written in a way that could block.
 #[derive(Clone)]
-pub struct Vring {
+pub(super) struct Vring {
     ring: VringMutex<Memory>,
     events: Arc<Mutex<Events>>,
+    started: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -81,6 +83,11 @@ fn signal(event: &File) -> io::Result<()> {
 }
 
 impl Vring {
+    /// Whether the front-end has started the ring since this was asked last.
+    pub(super) fn take_start(&self) -> bool {
+        self.started.swap(false, Ordering::Relaxed)
+    }
+
     fn events(&self) -> MutexGuard<'_, Events> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -117,7 +124,8 @@ impl<'a> VringStateMutGuard<'a, Memory> for Vring {
 
 impl VringT<Memory> for Vring {
     fn new(mem: Memory, max_queue_size: u16) -> Result<Self, virtio_queue::Error> {
-        Ok(Self { ring: VringMutex::new(mem, max_queue_size)?, events: Arc::default() })
+        let ring = VringMutex::new(mem, max_queue_size)?;
+        Ok(Self { ring, events: Arc::default(), started: Arc::default() })
     }
 
     fn set_kick(&self, file: Option<File>) {
@@ -202,6 +210,7 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_queue_ready(&self, ready: bool) {
+        self.started.store(ready, Ordering::Relaxed);
         self.ring.set_queue_ready(ready);
     }
 

@@ -17,6 +17,9 @@ const MESSAGES_PER_TURN: usize = 64;
 /// Payload of an acknowledgement that says no.
 const FAILURE: [u8; 8] = 1u64.to_le_bytes();
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+/// How often to make sure that the device still answers when nothing happens: one whose proxy has ended raises no
+/// interrupt to tell so.
+const LOOK_INTERVAL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// How a session ended.
 #[derive(Debug)]
@@ -109,8 +112,12 @@ impl<'d, D: PciDevice> Session<'d, D> {
                 fds.push(PollFd::new(socket, events));
             }
         }
-        wait(&mut fds, more.then_some(NOW))?;
-        Ok(!fds[0].revents().is_empty())
+        let ready = wait(&mut fds, Some(if more { NOW } else { LOOK_INTERVAL }))?;
+        let stopped = !fds[0].revents().is_empty();
+        if ready == 0 && !more {
+            self.driver.link()?;
+        }
+        Ok(stopped)
     }
 
     /// Whether the device has taken the link down, as it does when the front-end left.

@@ -379,6 +379,42 @@ fn nobody_listening_is_an_error_that_says_so() {
 }
 
 #[test]
+fn a_device_that_goes_without_a_word_is_found_out() {
+    let harness = Harness::new(Absent::Wait);
+    harness.fake.state().stuck_status = 0xff;
+    let outcome = harness.end();
+    assert!(matches!(outcome, Err(BridgeError::Driver(DriverError::Gone))), "{outcome:?}");
+}
+
+#[test]
+fn a_back_end_that_asks_on_the_socket_for_answers_is_disconnected() {
+    let mut harness = Harness::new(Absent::Wait);
+    let mut backend = harness.backend();
+    harness.fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+    backend.send(message(2, NEED_REPLY, &[]), Vec::new()).expect("send");
+    assert!(matches!(receive(&mut backend), Err(SocketError::Closed)));
+    assert!(harness.fake.sent().is_empty());
+    let _next = harness.backend();
+}
+
+#[test]
+fn a_back_end_that_sends_no_messages_is_disconnected() {
+    for bytes in
+        [[1, 0, 0, 0, 5, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], [1, 0, 0, 0, 6, 0, 0, 0, 8, 0, 0, 0], [0xff; 12]]
+    {
+        let mut harness = Harness::new(Absent::Wait);
+        let mut backend = harness.backend();
+        harness.fake.request(3, VERSION, &[]);
+        receive(&mut backend).expect("SET_OWNER");
+        backend.send(bytes.to_vec(), Vec::new()).expect("send");
+        assert!(matches!(receive(&mut backend), Err(SocketError::Closed)), "{bytes:?}");
+        assert!(harness.fake.sent().is_empty());
+        let _next = harness.backend();
+    }
+}
+
+#[test]
 fn a_back_end_that_connects_is_served_one_connection_after_the_other() {
     let directory = tempfile::tempdir().expect("directory");
     let socket = directory.path().join("bridge");

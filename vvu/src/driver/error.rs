@@ -80,7 +80,9 @@ pub enum DriverError {
         queues: u16,
     },
     /// The device does not answer.
-    #[error("the device is gone: its registers read all ones; did the proxy end?")]
+    #[error(
+        "the device is gone: its registers read all ones; if its proxy ended, start the proxy and both VMs again"
+    )]
     Gone,
     /// The device failed.
     #[error("the device needs a reset: its status is {status:#04x}")]

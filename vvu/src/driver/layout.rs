@@ -13,6 +13,12 @@ pub enum LayoutError {
     /// The device could not be asked.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// No device, or one that does not answer.
+    #[error(
+        "no PCI device answers: its configuration space reads all ones; if its proxy ended, start the proxy and \
+         both VMs again"
+    )]
+    Gone,
     /// Another device.
     #[error(
         "not a vvu device: PCI id is {vendor:04x}:{device:04x}, want {VENDOR_ID:04x}:{DEVICE_ID:04x}; name \
@@ -88,6 +94,9 @@ impl Layout {
     pub(super) fn probe<D: PciDevice>(device: &D) -> Result<Self, LayoutError> {
         let space = read_config(device)?;
         let (vendor, id) = (get16(&space, config::VENDOR_ID), get16(&space, config::DEVICE_ID));
+        if (vendor, id) == (u16::MAX, u16::MAX) {
+            return Err(LayoutError::Gone);
+        }
         if (vendor, id) != (VENDOR_ID, DEVICE_ID) {
             return Err(LayoutError::Identity { vendor, device: id });
         }
@@ -265,6 +274,7 @@ mod tests {
     fn another_device_is_named_as_such() {
         let error = probe(|space| space[config::DEVICE_ID] = 0x41).expect_err("virtio-net");
         assert!(error.to_string().starts_with("not a vvu device: PCI id is 1af4:1041, want 1af4:107d"));
+        assert!(matches!(probe(|space| space.fill(0xff)), Err(LayoutError::Gone)));
     }
 
     #[test]

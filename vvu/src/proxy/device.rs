@@ -12,6 +12,7 @@ use super::link::{LinkEvent, LinkState};
 use super::session::Session;
 use super::sibling_memory::SiblingMemory;
 use super::trace::Trace;
+use super::visitors::Visitors;
 use super::vrings::Vrings;
 use crate::spec::addr::QueueIndex;
 use crate::spec::pci::{self, Region};
@@ -48,6 +49,8 @@ pub struct Device {
     pub(super) link: LinkState,
     /// There if and only if the link is [`LinkState::Connected`].
     pub(super) session: Option<Session>,
+    /// Who comes when there is no back-end.
+    pub(super) visitors: Visitors,
     pub(super) trace: Option<Trace>,
 }
 
@@ -59,7 +62,7 @@ impl Device {
     ///
     /// # Errors
     /// When the number of queues or the size of the memory file cannot be, or the kernel refuses to
-    /// poll the listener.
+    /// poll the listener or has no asynchronous I/O.
     pub fn new(config: DeviceConfig) -> io::Result<Self> {
         let DeviceConfig { memory, listener, queues, uuid } = config;
         if !(1..=Self::QUEUES_MAX).contains(&queues) {
@@ -82,9 +85,10 @@ impl Device {
             isr: 0,
             link_status: 0,
             vector_select: 0,
-            vrings: Vrings::new(queues),
+            vrings: Vrings::new(queues)?,
             link: LinkState::Down,
             session: None,
+            visitors: Visitors::default(),
             trace: None,
             memory,
         })

@@ -111,6 +111,27 @@ mod tests {
         assert_eq!(reached, HashSet::from(LinkState::ALL));
     }
 
+    /// The table under "The link": an empty cell changes nothing.
+    #[test]
+    fn the_table_in_the_architecture_is_this_one() {
+        let text = include_str!("../../../ARCHITECTURE.md");
+        let table = text.split_once("| state |").expect("the table").1;
+        let cells = |row: &'static str| row.trim().trim_matches('|').split('|').map(str::trim);
+        let mut rows = table.lines();
+        let events: Vec<_> = cells(rows.next().expect("the events")).collect();
+        assert_eq!(events, LinkEvent::ALL.map(|event| format!("{event:?}")));
+        let rows: Vec<_> = rows.skip(1).take_while(|row| row.starts_with('|')).collect();
+        assert_eq!(rows.len(), LinkState::ALL.len());
+        for (state, row) in LinkState::ALL.into_iter().zip(rows) {
+            let after = LinkEvent::ALL.map(|event| state.after(event));
+            let after = after.map(|next| if next == state { String::new() } else { format!("{next:?}") });
+            let want: Vec<_> = [format!("{state:?}")].into_iter().chain(after).collect();
+            // The empty cells at the end of a row are its own.
+            let got: Vec<_> = row.split('|').skip(1).map(str::trim).take(want.len()).collect();
+            assert_eq!(got, want);
+        }
+    }
+
     #[test]
     fn every_state_is_left_by_reset() {
         for state in LinkState::ALL {

@@ -14,13 +14,18 @@ mod device;
 mod events;
 mod link;
 mod message_queues;
+mod peer;
 mod relay;
 mod session;
 mod sibling_memory;
+mod signaller;
 mod trace;
 mod treatment;
+mod visitors;
 mod vrings;
 
+#[cfg(test)]
+mod hostile_tests;
 #[cfg(any(test, fuzzing))]
 pub mod rig;
 #[cfg(test)]

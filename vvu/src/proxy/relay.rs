@@ -1,7 +1,5 @@
 //! The link at work: accepts front-ends and moves messages between them and the guest driver.
 
-use std::io;
-
 use virtio_queue::QueueT;
 
 use super::Host;
@@ -67,6 +65,9 @@ impl Device {
         if before == LinkState::Connected {
             self.end_session();
         }
+        if matches!(self.link, LinkState::Connected | LinkState::Leaving) {
+            self.visitors.set_bereft(None);
+        }
         let status = match (before, self.link) {
             (_, LinkState::Connected) => self.link_status | device_config::FRONTEND_UP,
             (LinkState::Leaving, LinkState::Down) => 0,
@@ -93,6 +94,7 @@ impl Device {
             self.events.remove(&kick);
         }
         if let Some(session) = self.session.take() {
+            self.visitors.set_bereft(session.peer);
             self.events.remove(session.frontend());
             session.channel().into_iter().for_each(|channel| self.events.remove(channel));
         }
@@ -102,7 +104,7 @@ impl Device {
     pub(super) fn pump<H: Host>(&mut self, host: &H) {
         for _ in 0..MESSAGES_PER_TURN {
             let moved = match self.link {
-                LinkState::Down | LinkState::Broken => false,
+                LinkState::Down | LinkState::Broken => self.sort_visitors(),
                 LinkState::Waiting => self.accept(host),
                 LinkState::Connected => self.exchange(host),
                 LinkState::Leaving => self.mark_end(host),
@@ -116,15 +118,15 @@ impl Device {
 
     /// Accepts a front-end; false if there is none.
     fn accept<H: Host>(&mut self, host: &H) -> bool {
-        let stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+        let (stream, peer) = match self.visitors.next(&self.listener) {
+            Ok(Some(visitor)) => visitor,
+            Ok(None) => return false,
             Err(error) => {
                 log::warn!("accepting a front-end: {error}");
                 return false;
             }
         };
-        let session = Session::new(stream);
+        let session = Session::new(stream, peer);
         if let Err(error) = self.events.add(session.frontend(), Source::Socket) {
             log::warn!("polling a front-end: {error}");
             return true;
@@ -132,6 +134,14 @@ impl Device {
         self.session = Some(session);
         self.step(host, LinkEvent::FrontendConnected);
         true
+    }
+
+    /// Looks at a front-end that comes while there is no back-end; false if there is none.
+    fn sort_visitors(&mut self) -> bool {
+        self.visitors.sort(&self.listener).unwrap_or_else(|error| {
+            log::warn!("accepting a front-end: {error}");
+            false
+        })
     }
 
     /// Moves at most one message each way; false if nothing moved.

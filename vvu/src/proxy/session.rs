@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 
+use super::peer::Peer;
 use super::sibling_memory::SiblingMemory;
 use super::trace::{Did, From, Trace};
 use super::treatment::{Refusal, Treatment, is_query, treat_backend_request, treat_reply, treat_request};
@@ -29,6 +30,8 @@ pub(crate) enum SessionError {
 #[derive(Debug)]
 pub(crate) struct Session {
     frontend: MessageSocket,
+    /// The front-end's process, if it can be told.
+    pub(crate) peer: Option<Peer>,
     channel: Option<MessageSocket>,
     reply_ack: bool,
     /// Codes of requests that the back-end has yet to answer, oldest first.
@@ -40,9 +43,10 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: UnixStream, peer: Option<Peer>) -> Self {
         Self {
             frontend: MessageSocket::new(stream),
+            peer,
             channel: None,
             reply_ack: false,
             unanswered: VecDeque::new(),

@@ -286,6 +286,35 @@ fn a_second_front_end_waits_for_the_first_to_leave() {
     assert_eq!(rig.used(0).expect("relayed").len(), HEADER_SIZE);
 }
 
+/// Such a front-end belongs to a VM that runs; if it were to wait for an answer, so would the VM.
+#[test]
+fn a_front_end_that_comes_back_before_the_back_end_is_hung_up_on() {
+    for name in ["the driver goes", "virtio reset", "reset"] {
+        let mut rig = Rig::new();
+        rig.bring_up(feature::OFFERED);
+        let mut lost = rig.connect();
+        rig.process();
+        assert_eq!(rig.device.link(), LinkState::Connected, "{name}");
+        match name {
+            "the driver goes" => rig.write(Region::Bar(0), pci::DEVICE_CFG.offset, &[0; 4]),
+            "virtio reset" => rig.common(common::DEVICE_STATUS, &[0]),
+            _ => rig.device.reset(),
+        }
+        assert!(lost.receive().is_err(), "{name}");
+        for _ in 0..20 {
+            let mut back = rig.connect();
+            rig.process();
+            assert!(back.receive().is_err(), "{name}");
+        }
+        rig.device.reset();
+        rig.bring_up(feature::OFFERED);
+        let mut back = rig.connect();
+        rig.process();
+        assert_eq!(rig.device.link(), LinkState::Connected, "{name}");
+        assert!(back.receive().expect("connected").is_none(), "{name}");
+    }
+}
+
 #[test]
 fn rings_outside_memory_break_the_driver_not_the_device() {
     let mut rig = Rig::new();

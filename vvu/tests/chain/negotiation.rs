@@ -25,7 +25,8 @@ fn features_and_configuration_arrive() {
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::RESET_DEVICE
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
     assert_eq!(driver.protocol_features, want);
     assert_eq!(driver.frontend.get_queue_num().expect("queues"), 4);
     assert_eq!(config_u64(&driver.config, 0), 5, "capacity in sectors");

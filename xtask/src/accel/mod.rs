@@ -31,6 +31,9 @@ const DYING: Duration = Duration::from_secs(1);
 /// Least speed of a usable KVM as a fraction of the host's: hardware has about 1, emulation below 0.1.
 const LEAST_SPEED: f64 = 0.5;
 
+/// How the reason begins when KVM is used without proof.
+pub(crate) const UNPROVEN: &str = "asked for by --accel kvm, although";
+
 /// What a user asks for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Request {
@@ -117,7 +120,7 @@ pub(crate) fn choose(request: Request) -> Result<Accelerator> {
     let verdict = evidence.verdict();
     let (kind, reason) = match (request, evidence.usable) {
         (_, true) => (Kind::Kvm, verdict),
-        (Request::Kvm, false) => (Kind::Kvm, format!("asked for by --accel kvm, although {verdict}")),
+        (Request::Kvm, false) => (Kind::Kvm, format!("{UNPROVEN} {verdict}")),
         (_, false) => (Kind::Tcg, verdict),
     };
     Ok(Accelerator { kind, reason, evidence: Some(evidence) })

@@ -51,12 +51,7 @@ impl Cache {
     ///
     /// No home directory is known, or the directory cannot be made.
     pub(crate) fn open(progress: &Progress) -> Result<Self> {
-        let absolute =
-            |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-        let base = absolute("XDG_CACHE_HOME")
-            .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
-            .context("no place for the cache: set HOME or XDG_CACHE_HOME to an absolute path")?;
-        Self::open_at(base.join("vvu"), progress)
+        Self::open_at(place()?, progress)
     }
 
     /// Opens a cache at `root`.
@@ -238,6 +233,57 @@ fn remove_aside(path: PathBuf, lock: File) -> Receiver<()> {
         drop(done);
     });
     closed
+}
+
+/// Where the cache is, or is going to be: `$XDG_CACHE_HOME/vvu` or `~/.cache/vvu`.
+///
+/// # Errors
+///
+/// No home directory is known.
+pub(crate) fn place() -> Result<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_CACHE_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+        .context("no place for the cache: set HOME or XDG_CACHE_HOME to an absolute path")?;
+    Ok(base.join("vvu"))
+}
+
+/// An entry as [`survey`] finds it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Surveyed {
+    /// Its kind, such as `kernel`.
+    pub(crate) kind: String,
+    /// Where its files are.
+    pub(crate) files: PathBuf,
+    /// What is wrong with it.
+    pub(crate) damage: Option<String>,
+}
+
+/// Looks at every entry of the cache at `root`, and changes nothing but what the entries remember of their files'
+/// times.
+///
+/// # Errors
+///
+/// The cache cannot be read; that it is absent is no error.
+pub(crate) fn survey(root: &Path) -> Result<Vec<Surveyed>> {
+    let mut found = Vec::new();
+    if !root.exists() {
+        return Ok(found);
+    }
+    for kind in list(root)?.into_iter().filter(|path| path.is_dir()) {
+        for place in list(&kind)?.into_iter().filter(|path| path.join(FILES).is_dir()) {
+            // One that is being made is none yet.
+            if place.extension() == Some(OsStr::new("tmp")) {
+                continue;
+            }
+            found.push(Surveyed {
+                kind: kind.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+                files: place.join(FILES),
+                damage: verify(&place).err().map(|damage| format!("{damage:#}")),
+            });
+        }
+    }
+    Ok(found)
 }
 
 fn is_unused(entry: &Path) -> bool {

@@ -17,14 +17,27 @@ const QEMU_MIB: u64 = 96;
 ///
 /// What is wanted and what there is, or the host does not tell.
 pub(crate) fn ensure_free(ram_mib: u64, vms: usize) -> Result<()> {
+    check(ram_mib, vms, free_mib()?)
+}
+
+/// Memory that this process may still use, in MiB.
+///
+/// # Errors
+///
+/// The host does not tell.
+pub(crate) fn free_mib() -> Result<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let available = available(&meminfo).context("/proc/meminfo has no MemAvailable")?;
-    let group = group_room();
-    check(ram_mib, vms, group.map_or(available, |group| group.min(available)))
+    Ok(group_room().map_or(available, |group| group.min(available)))
+}
+
+/// What the host must have free for `vms` VMs with `ram_mib` in sum, in MiB.
+pub(crate) fn needed_mib(ram_mib: u64, vms: usize) -> u64 {
+    ram_mib.saturating_add(RESERVE_MIB).saturating_add(QEMU_MIB.saturating_mul(vms as u64))
 }
 
 fn check(ram_mib: u64, vms: usize, available_mib: u64) -> Result<()> {
-    let wanted = ram_mib.saturating_add(RESERVE_MIB).saturating_add(QEMU_MIB.saturating_mul(vms as u64));
+    let wanted = needed_mib(ram_mib, vms);
     ensure!(
         wanted <= available_mib,
         "too little memory: {vms} VMs with {ram_mib} MiB in sum need {wanted} MiB of the host and {available_mib} MiB \

@@ -1,7 +1,10 @@
 //! `cargo xtask e2e`: runs scenarios in VMs and reports.
 
+mod keep;
 mod memory;
+mod nested;
 mod plan;
+mod prepared;
 mod setup;
 mod steps;
 
@@ -17,12 +20,14 @@ use crate::kernel::Kernel;
 use crate::progress::Progress;
 use crate::report::{self, Check, CheckResult, Outcome, Part, Report, Reports};
 use crate::rundir::{RunDir, SocketDir};
-use crate::scenario::{self, DiskFacts, DiskSpec, Pattern, Scenario};
+use crate::scenario::{self, Action, DiskFacts, DiskSpec, Pattern, Placed, Scenario};
 use crate::vm::args::{Guest, Serial, arguments};
 use crate::vm::proxy::Proxy;
 use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
+pub(crate) use memory::{ensure_free, free_mib, needed_mib};
+pub(crate) use nested::NestedSetup;
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{Needs, Setup, SetupOptions};
@@ -56,6 +61,15 @@ pub(crate) struct Options {
     /// Measure a bare boot of the same guest and compare
     #[arg(long)]
     measure: bool,
+    /// Keep the VMs before they are shut down, and when a check fails, and run commands in them from standard input
+    #[arg(long, conflicts_with = "nested")]
+    keep: bool,
+    /// As --keep, but only when a check fails
+    #[arg(long, conflicts_with = "nested")]
+    interactive: bool,
+    /// Run the scenario with KVM in a VM whose CPU QEMU emulates: for machines without KVM
+    #[arg(long, conflicts_with_all = ["prepared", "overlay", "measure", "accel", "qemu", "file"])]
+    nested: bool,
 }
 
 /// Runs `cargo xtask e2e`.
@@ -67,7 +81,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     let dir = workspace().join("scenarios");
     if options.list {
         for scenario in scenario::list(&dir)?.values() {
-            println!("{:12} {}", scenario.name, scenario.description);
+            println!("{:16} {}", scenario.name, scenario.description);
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -81,12 +95,23 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
             bail!("--overlay {}: want a directory", overlay.display());
         }
     }
-    // Before the kernel is built for nothing.
-    for scenario in &scenarios {
-        memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
-    }
     let progress = Progress::new(false);
-    let reports: Vec<Report> = run_all(&scenarios, options, &progress)?;
+    let reports: Vec<Report> = if options.nested {
+        let file = |scenario: &Scenario| {
+            let named = options.scenario_file.clone();
+            named.unwrap_or_else(|| dir.join(format!("{}.json", scenario.name)))
+        };
+        nested::run_all(&scenarios, file, options, &progress)?
+    } else {
+        // Before the kernel is built for nothing.
+        for scenario in &scenarios {
+            memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
+        }
+        run_all(&scenarios, options, &progress)?
+    };
+    if reports.len() > 1 {
+        tell(&report::summary(&reports), options.json);
+    }
     let worst = reports.iter().map(|report| report.result).max_by_key(|result| severity(*result));
     if options.json {
         print_json(reports, options.all)?;
@@ -167,16 +192,16 @@ fn finish(run: &RunDir, report: &Report, json: bool) -> Result<()> {
     if let Some(error) = &report.error {
         eprintln!("error: {error}");
     }
-    let text = format!("{}{}\n", report::table(report), run.path().display());
-    if json {
-        eprint!("{text}")
-    } else {
-        print!("{text}")
-    }
+    tell(&format!("{}{}\n", report::table(report), run.path().display()), json);
     if report.result == Outcome::Pass {
         run.prune(&report.scenario);
     }
     Ok(())
+}
+
+/// Prints what is for people; stdout is the report's alone if that is wanted there.
+fn tell(text: &str, json: bool) {
+    if json { eprint!("{text}") } else { print!("{text}") }
 }
 
 /// Runs one scenario. An error means that it could not run; a check that failed is in the report.
@@ -212,8 +237,22 @@ fn one(
     memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
     let _transient = Transient(plan.transient());
     let mut running = bench.start(scenario, values)?;
-    let done = steps::carry_out(scenario, &mut running, progress);
+    let mut prompt = |running: &mut steps::Running<'_>| match options.keep {
+        true => keep::prompt(running, run, &mut std::io::stdin()),
+        false => Ok(()),
+    };
+    let done = steps::carry_out(scenario, &mut running, progress, &mut prompt);
+    let failure = done.checks.iter().find(|check| check.result == CheckResult::Fail);
+    let failure = failure.map(|check| format!("{}: {}", check.name, check.evidence));
+    if let Some(failure) = failure.or(done.error.as_ref().map(|error| format!("{error:#}")))
+        && (options.keep || options.interactive)
+        && !children::interrupted()
+    {
+        eprintln!("{failure}");
+        keep::prompt(&mut running, run, &mut std::io::stdin())?;
+    }
     report.checks = done.checks;
+    report.measurements = std::mem::take(&mut running.measurements);
     report.totals.launch_to_vda_seconds = done.launch_to_vda;
     let totals = &mut report.totals;
     totals.ratio_to_bare_boot =
@@ -322,27 +361,18 @@ struct Bench<'a> {
 impl<'a> Bench<'a> {
     /// Starts the proxies, then the VMs that no step starts.
     fn start(&'a self, scenario: &Scenario, values: scenario::Values) -> Result<steps::Running<'a>> {
-        let mut proxies = Vec::new();
-        for (name, proxy) in &self.plan.proxies {
-            let words = proxy.words(&self.setup.binaries.vvu);
-            let mut command = Command::new(&words[0]);
-            command.args(&words[1..]).env(leftover::RUN_VARIABLE, self.run.id());
-            self.note(&format!("proxy-{name}"), &words)?;
-            let mut proxy = Proxy::start(name, command, self.run.file(&format!("proxy-{name}.log")))?;
-            // Before the next one starts, which may use the memory file that this one makes.
-            proxy.ready(Instant::now() + START_LIMIT * self.setup.slowness())?;
-            proxies.push(proxy);
-        }
+        let proxies = self.plan.proxies.keys().map(|name| Ok((name.clone(), self.launch_proxy(name)?)));
         let mut running = steps::Running {
             vms: BTreeMap::new(),
-            proxies,
+            proxies: proxies.collect::<Result<_>>()?,
             launch: Box::new(|name| self.launch(name)),
+            launch_proxy: Box::new(|name| self.launch_proxy(name)),
             launched: None,
             values,
-            slowness: self.setup.slowness(),
+            measurements: steps::Measurements::new(),
+            slowness: self.setup.slowness,
         };
-        let later: Vec<_> = scenario.steps.iter().filter(|step| step.start).map(|step| &step.vm).collect();
-        for name in scenario.vms.keys().filter(|name| !later.contains(name)) {
+        for name in scenario.vms.keys().filter(|name| !scenario.has(name, Action::Start)) {
             running.start(name)?;
         }
         Ok(running)
@@ -353,9 +383,22 @@ impl<'a> Bench<'a> {
         let steps::Running { mut vms, mut proxies, .. } = running;
         vms.values_mut().for_each(Vm::end);
         drop(vms);
-        let stopped: Vec<Result<()>> = proxies.iter_mut().map(Proxy::stop).collect();
-        proxies.iter_mut().for_each(Proxy::end);
+        let stopped: Vec<Result<()>> = proxies.values_mut().map(Proxy::stop).collect();
+        proxies.values_mut().for_each(Proxy::end);
         stopped.into_iter().collect()
+    }
+
+    /// Starts the proxy of a vvu device and waits until it listens.
+    fn launch_proxy(&self, name: &str) -> Result<Proxy> {
+        let plan =
+            self.plan.proxies.get(name).with_context(|| format!("no vvu device is called {name:?}"))?;
+        let words = plan.words(&self.setup.binaries.vvu);
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).env(leftover::RUN_VARIABLE, self.run.id());
+        self.note(&format!("proxy-{name}"), &words)?;
+        let mut proxy = Proxy::start(name, command, self.run.file(&format!("proxy-{name}.log")))?;
+        proxy.ready(Instant::now() + START_LIMIT * self.setup.slowness)?;
+        Ok(proxy)
     }
 
     fn launch(&self, name: &str) -> Result<Vm> {
@@ -401,7 +444,7 @@ impl<'a> Bench<'a> {
         };
         let mut vm = self.launch_config(&config, "bare")?;
         let pattern = regex::Regex::new(&regex::escape(vvu_init::protocol::READY_LINE))?;
-        let deadline = Instant::now() + START_LIMIT * self.setup.slowness();
+        let deadline = Instant::now() + START_LIMIT * self.setup.slowness;
         vm.wait_for(&pattern, deadline, &mut interrupt::check)?;
         let seconds = vm.launched().elapsed().as_secs_f64();
         vm.end();
@@ -422,14 +465,15 @@ impl<'a> Bench<'a> {
         }
         // In the order in which the scenario uses them.
         let mut names: Vec<&String> = scenario.vms.keys().collect();
-        names.sort_by_key(|name| scenario.steps.iter().position(|step| step.vm == **name));
+        let steps = scenario.unrolled(1);
+        let in_vm = |placed: &Placed<'_>, name: &str| placed.step.vm.as_deref() == Some(name);
+        names.sort_by_key(|name| steps.iter().position(|placed| in_vm(placed, name)));
         for name in names {
             let config = self.plan.vms.get(name).context("every VM is planned")?;
             let mut words = self.setup.qemu.argv_prefix();
             words.extend(arguments(config, self.guest(name), Serial::Terminal)?);
-            let steps =
-                scenario.steps.iter().filter(|step| step.vm == *name).filter_map(|step| step.action());
-            let steps = steps.map(|action| {
+            let steps = steps.iter().filter(|placed| in_vm(placed, name));
+            let steps = steps.filter_map(|placed| placed.step.action()).map(|action| {
                 let text = report::by_hand(action);
                 // A value that a step saves is not known yet.
                 values.fill(&text).unwrap_or(text)

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::rundir::{RunDir, SocketDir};
-use crate::scenario::{Addr, Iommu, Scenario, Slot};
+use crate::scenario::{Action, Addr, Iommu, Scenario, Slot};
 use crate::vm::args::{Config, Device};
 
 /// What is going to be started.
@@ -82,16 +82,19 @@ impl Plan {
                     socket: text(&proxies[*vvu].vhost_user),
                     frontend: spec.frontend.clone(),
                     queues: spec.queues,
+                    reconnect_ms: spec.reconnect_ms,
                 });
             }
             let config = Config {
                 name: name.clone(),
                 memory_mib: spec.memory_mib,
                 cpus: spec.cpus,
+                cpu_model: None,
                 memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
                 iommu,
                 devices: vvu.chain(siblings).collect(),
                 cmdline: spec.cmdline.clone(),
+                reboots: scenario.has(name, Action::Reboot),
             };
             vms.insert(name.clone(), config);
         }
@@ -188,7 +191,7 @@ mod tests {
         assert_eq!(plan.vms["device"].devices.len(), 2);
         let socket = plan.proxies["b"].vhost_user.display().to_string();
         let frontend = Frontend::default();
-        let want = Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, queues: 2 };
+        let want = Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, queues: 2, reconnect_ms: 0 };
         assert_eq!(plan.vms["two"].devices, [want]);
         assert_eq!(plan.transient().len(), 6);
         let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");

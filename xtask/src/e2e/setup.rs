@@ -6,6 +6,7 @@ use std::thread::{self, ScopedJoinHandle};
 
 use anyhow::{Context, Error, Result, anyhow};
 
+use super::prepared::Prepared;
 use crate::accel::{self, Accelerator, Kind};
 use crate::cache::Cache;
 use crate::image::{BaseImage, GuestBinaries, GuestPrograms, GuestTools, build_base};
@@ -25,6 +26,12 @@ pub(crate) struct SetupOptions {
     /// What runs the guests' code
     #[arg(long, value_enum, default_value_t)]
     pub(crate) accel: accel::Request,
+    /// Take everything from this directory, as --nested lays it out, and obtain nothing
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["qemu", "file", "source", "fragments"])]
+    pub(crate) prepared: Option<PathBuf>,
+    /// How much longer than at native speed things may take [default: 2 with KVM, 6 without]
+    #[arg(long, value_name = "FACTOR", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) slowness: Option<u32>,
 }
 
 /// What some scenarios need besides what all do.
@@ -53,7 +60,7 @@ pub(crate) struct Setup {
     /// The QEMU that runs the VMs.
     pub(crate) qemu: Qemu,
     /// The guest kernels by their fragments.
-    kernels: BTreeMap<Vec<String>, Kernel>,
+    pub(super) kernels: BTreeMap<Vec<String>, Kernel>,
     /// Trees with other people's programs, by their names.
     pub(crate) programs: BTreeMap<String, PathBuf>,
     /// Our own programs.
@@ -62,6 +69,8 @@ pub(crate) struct Setup {
     pub(crate) base: BaseImage,
     /// What runs the guests' code, and why.
     pub(crate) accelerator: Accelerator,
+    /// How much longer than at native speed things may take.
+    pub(crate) slowness: u32,
 }
 
 impl Setup {
@@ -71,6 +80,10 @@ impl Setup {
     ///
     /// The first thing that cannot be had, and the remedy.
     pub(crate) fn obtain(options: &SetupOptions, needs: &Needs, progress: &Progress) -> Result<Self> {
+        if let Some(dir) = &options.prepared {
+            let prepared = Prepared::read(dir)?;
+            return Ok(prepared.with(choose(options.accel, progress)?, options.slowness));
+        }
         let cache = Cache::open(progress)?;
         let (fetched, binaries, accelerator) = thread::scope(|scope| {
             let binaries = scope.spawn(|| GuestBinaries::build(progress));
@@ -96,7 +109,9 @@ impl Setup {
         });
         let ((qemu, tools, programs, kernels), binaries) = (fetched?, binaries?);
         let base = build_base(&cache, &binaries, &tools)?;
-        Ok(Self { qemu, kernels, programs, binaries, base, accelerator: accelerator? })
+        let accelerator = accelerator?;
+        let slowness = slowness(&accelerator, options.slowness);
+        Ok(Self { qemu, kernels, programs, binaries, base, accelerator, slowness })
     }
 
     /// The kernel with these fragments besides the base.
@@ -107,14 +122,14 @@ impl Setup {
     pub(crate) fn kernel(&self, fragments: &[String]) -> Result<&Kernel> {
         self.kernels.get(fragments).with_context(|| format!("no kernel with {fragments:?} was obtained"))
     }
+}
 
-    /// How much longer than at native speed things may take.
-    pub(crate) fn slowness(&self) -> u32 {
-        match self.accelerator.kind {
-            Kind::Kvm => 2,
-            Kind::Tcg => 6,
-        }
-    }
+/// `wanted`, or what an accelerator is known for.
+pub(super) fn slowness(accelerator: &Accelerator, wanted: Option<u32>) -> u32 {
+    wanted.unwrap_or(match accelerator.kind {
+        Kind::Kvm => 2,
+        Kind::Tcg => 6,
+    })
 }
 
 fn choose(request: accel::Request, progress: &Progress) -> Result<Accelerator> {

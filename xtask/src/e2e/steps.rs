@@ -4,33 +4,43 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
-use vvu_init::protocol::End;
+use vvu_init::protocol::{End, Exit};
 
 use crate::interrupt;
 use crate::progress::{Progress, Stage};
 use crate::report::{Check, CheckResult};
-use crate::scenario::{Action, Scenario, Step, Values};
+use crate::scenario::{Action, Placed, ROUND, Scenario, Step, Values};
 use crate::vm::proxy::Proxy;
 use crate::vm::{Vm, ending, printed};
 
 /// The check whose time is in the report's sums.
 const VDA_CHECK: &str = "vda-appears";
 
-/// Starts the VM of a name.
-pub(crate) type Launch<'a> = Box<dyn Fn(&str) -> Result<Vm> + 'a>;
+/// The measurement that counts what was taken away by force.
+const FAULTS: &str = "faults_injected";
+
+/// Starts what has this name.
+pub(crate) type Launch<'a, T> = Box<dyn Fn(&str) -> Result<T> + 'a>;
+
+/// Numbers for the report, by name.
+pub(crate) type Measurements = BTreeMap<String, f64>;
 
 /// Everything that runs.
 pub(crate) struct Running<'a> {
-    /// The VMs by name; one that was powered off is gone.
+    /// The VMs by name; one that has ended is gone.
     pub(crate) vms: BTreeMap<String, Vm>,
-    /// The proxies.
-    pub(crate) proxies: Vec<Proxy>,
+    /// The proxies by vvu device; one that was killed is gone.
+    pub(crate) proxies: BTreeMap<String, Proxy>,
     /// Starts a VM.
-    pub(crate) launch: Launch<'a>,
+    pub(crate) launch: Launch<'a, Vm>,
+    /// Starts the proxy of a vvu device and waits until it listens.
+    pub(crate) launch_proxy: Launch<'a, Proxy>,
     /// When the first VM was started.
     pub(crate) launched: Option<Instant>,
     /// The placeholders' values.
     pub(crate) values: Values,
+    /// What was measured so far.
+    pub(crate) measurements: Measurements,
     /// How much longer than at native speed things may take.
     pub(crate) slowness: u32,
 }
@@ -46,12 +56,29 @@ pub(crate) struct Done {
     pub(crate) error: Option<Error>,
 }
 
-/// Carries out all steps until one fails.
-pub(crate) fn carry_out(scenario: &Scenario, running: &mut Running<'_>, progress: &Progress) -> Done {
-    let mut done = Done { checks: planned(scenario), ..Done::default() };
+/// Carries out all steps until one fails. `before_end` is called before the VMs that are left are shut down.
+pub(crate) fn carry_out(
+    scenario: &Scenario,
+    running: &mut Running<'_>,
+    progress: &Progress,
+    before_end: &mut dyn FnMut(&mut Running<'_>) -> Result<()>,
+) -> Done {
+    let steps = scenario.unrolled(u32::MAX);
+    let is_work = |placed: &Placed<'_>| placed.step.action() != Some(Action::PowerOff);
+    let end = steps.iter().rposition(is_work).map_or(0, |last| last + 1);
+    let mut done = Done { checks: planned(&steps), ..Done::default() };
     let mut stage: Option<(&str, Stage)> = None;
-    for (index, step) in scenario.steps.iter().enumerate() {
-        let name = step.check.as_deref().unwrap_or("boot");
+    for (index, placed) in steps.iter().enumerate() {
+        if index == end {
+            if let Some((last, stage)) = stage.take() {
+                stage.done(evidence_of(&done.checks, last));
+            }
+            done.error = before_end(running).err();
+            if done.error.is_some() {
+                return done;
+            }
+        }
+        let name = placed.check.unwrap_or("boot");
         stage = match stage {
             Some((last, stage)) if last == name => Some((last, stage)),
             last => {
@@ -61,16 +88,21 @@ pub(crate) fn carry_out(scenario: &Scenario, running: &mut Running<'_>, progress
                 Some((name, progress.stage(name)))
             }
         };
-        if let (Some((_, stage)), Some(action)) = (&stage, step.action()) {
+        running.enter(placed.round);
+        if let (Some((_, stage)), Some(action)) = (&stage, placed.step.action()) {
             let text = action.to_string();
-            stage.update(format!("{}: {}", step.vm, running.values.fill(&text).unwrap_or(text)));
+            let place = placed.step.vm.as_deref().unwrap_or("host");
+            stage.update(format!("{place}: {}", running.values.fill(&text).unwrap_or(text)));
         }
-        let result = running.step(step).with_context(|| format!("steps[{index}]"));
+        let result = running.step(placed.step).with_context(|| match placed.round {
+            Some(round) => format!("{}, round {round}", placed.path),
+            None => placed.path.clone(),
+        });
         if name == VDA_CHECK {
             done.launch_to_vda = running.launched.map(|launched| launched.elapsed().as_secs_f64());
         }
-        let last_of_check = scenario.steps[index + 1..].iter().all(|later| later.check != step.check);
-        if let Err(error) = record(&mut done.checks, step, last_of_check, result) {
+        let last_of_check = steps[index + 1..].iter().all(|later| later.check != placed.check);
+        if let Err(error) = record(&mut done.checks, placed.check, last_of_check, result) {
             done.error = Some(error);
         }
         let failed = done.checks.iter().any(|check| check.result == CheckResult::Fail);
@@ -82,23 +114,26 @@ pub(crate) fn carry_out(scenario: &Scenario, running: &mut Running<'_>, progress
     if let Some((last, stage)) = stage {
         stage.done(evidence_of(&done.checks, last));
     }
+    if end == steps.len() {
+        done.error = before_end(running).err();
+    }
     done
 }
 
 /// The scenario's checks in order, none of them made yet.
-fn planned(scenario: &Scenario) -> Vec<Check> {
+fn planned(steps: &[Placed<'_>]) -> Vec<Check> {
     let mut checks: Vec<Check> = Vec::new();
-    for name in scenario.steps.iter().filter_map(|step| step.check.as_ref()) {
-        if checks.iter().all(|check| check.name != *name) {
-            checks.push(Check { name: name.clone(), ..Check::default() });
+    for name in steps.iter().filter_map(|placed| placed.check) {
+        if checks.iter().all(|check| check.name != name) {
+            checks.push(Check { name: name.to_owned(), ..Check::default() });
         }
     }
     checks
 }
 
 /// Writes a step's result into its check. A failed step without a check comes back as an error.
-fn record(checks: &mut [Check], step: &Step, last: bool, result: Result<String>) -> Result<()> {
-    let Some(check) = checks.iter_mut().find(|check| Some(&check.name) == step.check.as_ref()) else {
+fn record(checks: &mut [Check], name: Option<&str>, last: bool, result: Result<String>) -> Result<()> {
+    let Some(check) = checks.iter_mut().find(|check| Some(check.name.as_str()) == name) else {
         return result.map(drop);
     };
     match result {
@@ -126,21 +161,27 @@ fn evidence_of(checks: &[Check], name: &str) -> String {
 }
 
 impl Running<'_> {
+    /// Sets the placeholder that tells the round of a repeat.
+    fn enter(&mut self, round: Option<u32>) {
+        match round {
+            Some(round) => self.values.set(ROUND, round.to_string()),
+            None => self.values.unset(ROUND),
+        }
+    }
+
     /// Carries out one step and returns the evidence.
     fn step(&mut self, step: &Step) -> Result<String> {
         interrupt::check()?;
         let action = step.action().context("a checked step has one action")?;
-        if action == Action::Start {
-            self.start(&step.vm)?;
-            return Ok(String::new());
+        let evidence = match &step.vm {
+            None => self.act_on_host(action),
+            Some(vm) if action == Action::Start => self.start(vm).map(|()| String::new()),
+            Some(vm) => self.act_in_vm(vm, step, action),
+        }?;
+        if action.is_fault() {
+            *self.measurements.entry(FAULTS.to_owned()).or_default() += 1.0;
         }
-        // Taken out, so that the others can be looked at while this one is waited for.
-        let mut vm = self.vms.remove(&step.vm).with_context(|| format!("the VM {} does not run", step.vm))?;
-        let result = self.act(&mut vm, step, action);
-        if action != Action::PowerOff || result.is_err() {
-            self.vms.insert(step.vm.clone(), vm);
-        }
-        result
+        Ok(evidence)
     }
 
     /// Starts a VM.
@@ -151,83 +192,128 @@ impl Running<'_> {
         Ok(())
     }
 
+    fn act_on_host(&mut self, action: Action<'_>) -> Result<String> {
+        match action {
+            Action::KillProxy(name) => {
+                let proxy = self.proxies.remove(name);
+                proxy.with_context(|| format!("the proxy {name} does not run"))?.end();
+                Ok(format!("the proxy {name} was killed"))
+            }
+            Action::StartProxy(name) => {
+                self.proxies.insert(name.to_owned(), (self.launch_proxy)(name)?);
+                Ok(format!("the proxy {name} runs again"))
+            }
+            action => bail!("{action} needs a VM"),
+        }
+    }
+
+    fn act_in_vm(&mut self, name: &str, step: &Step, action: Action<'_>) -> Result<String> {
+        // Taken out, so that the others can be looked at while this one is waited for.
+        let mut vm = self.vms.remove(name).with_context(|| format!("the VM {name} does not run"))?;
+        if action == Action::KillVm {
+            vm.end();
+            return Ok(format!("the VM {name} was killed"));
+        }
+        let result = self.act(&mut vm, step, action);
+        if action != Action::PowerOff || result.is_err() {
+            self.vms.insert(name.to_owned(), vm);
+        }
+        result
+    }
+
     fn act(&mut self, vm: &mut Vm, step: &Step, action: Action<'_>) -> Result<String> {
         let seconds = step.timeout_s.unwrap_or(default_timeout(action)).saturating_mul(self.slowness.into());
         let limit = Duration::from_secs(seconds.min(86_400));
         let deadline = Instant::now() + limit;
-        let Self { vms, proxies, values, .. } = self;
+        let Self { vms, proxies, values, measurements, .. } = self;
         let mut look = || {
             interrupt::check()?;
-            proxies.iter_mut().try_for_each(Proxy::look)?;
+            proxies.values_mut().try_for_each(Proxy::look)?;
             vms.values_mut().try_for_each(Vm::look)
         };
         if !matches!(action, Action::Console(_)) {
             vm.ready(deadline, &mut look)?;
         }
-        match action {
-            Action::Start => bail!("a start has nothing to wait for"),
+        let (found, evidence) = match action {
             Action::Run(command) => {
                 let command = values.fill(command)?;
                 let exit = vm.run(&command, limit, &mut look)?;
-                if exit.end != End::Code(step.expect.exit) {
-                    bail!(
-                        "{}: `{command}` ended with {}, want exit code {}{}",
-                        vm.name(),
-                        ending(exit.end),
-                        step.expect.exit,
-                        printed(&exit.output)
-                    );
-                }
-                let stdout = exit.output.stdout.trim_end();
-                if let Some(pattern) = &step.expect.stdout {
-                    let pattern = values.pattern(pattern)?;
-                    let Some(found) = pattern.captures(stdout) else {
-                        bail!(
-                            "{}: `{command}` printed nothing that matches /{pattern}/{}",
-                            vm.name(),
-                            printed(&exit.output)
-                        );
-                    };
-                    if let Some(name) = &step.save {
-                        let value = found.get(1).or_else(|| found.get(0)).map_or("", |value| value.as_str());
-                        values.set(name, value);
-                    }
-                }
-                Ok(if stdout.is_empty() {
-                    format!("`{command}` gave exit code {}", step.expect.exit)
-                } else {
-                    stdout.to_owned()
-                })
+                judge(vm.name(), &command, &exit, step, values)?
             }
             Action::Spawn { name, command } => {
                 let command = values.fill(command)?;
-                vm.spawn(name, &command, deadline, &mut look)?;
-                Ok(String::new())
+                vm.spawn(name, &command, step.expect.exit, deadline, &mut look)?;
+                (None, String::new())
             }
-            Action::Kill(name) => {
-                vm.kill(name, deadline, &mut look)?;
-                Ok(format!("sent SIGTERM to {name}"))
+            Action::Kill { name, signal } => {
+                let end = vm.kill(name, signal.number(), deadline, &mut look)?;
+                (None, format!("{name} ended with {} after {signal}", ending(end)))
+            }
+            Action::Wait(name) => {
+                let end = vm.wait_for_end(name, deadline, &mut look)?;
+                (None, format!("{name} ended with {}", ending(end)))
             }
             Action::Console(pattern) => {
                 let found = vm.wait_for(&values.pattern(pattern)?, deadline, &mut look)?;
-                if let Some(name) = &step.save {
-                    values.set(name, found.value);
-                }
-                Ok(found.line)
+                (Some(found.value), found.line)
+            }
+            Action::Reboot => {
+                vm.reboot(deadline, &mut look)?;
+                (None, format!("{} rebooted", vm.name()))
             }
             Action::PowerOff => {
                 vm.power_off(deadline, &mut look)?;
-                Ok(format!("{} powered off, QEMU ended with exit code 0", vm.name()))
+                (None, format!("{} powered off, QEMU ended with exit code 0", vm.name()))
             }
+            Action::Start | Action::KillVm | Action::KillProxy(_) | Action::StartProxy(_) => {
+                bail!("{action} has nothing to wait for")
+            }
+        };
+        if let (Some(name), Some(value)) = (&step.save, found) {
+            if step.measure {
+                let number: f64 =
+                    value.trim().parse().with_context(|| format!("{name} is no number: {value:?}"))?;
+                *measurements.entry(name.clone()).or_default() += number;
+            }
+            values.set(name, value);
         }
+        Ok(evidence)
     }
+}
+
+/// What a command gave, if it is as wanted: the value to save, and the evidence.
+fn judge(
+    vm: &str,
+    command: &str,
+    exit: &Exit,
+    step: &Step,
+    values: &Values,
+) -> Result<(Option<String>, String)> {
+    let want = step.expect.exit;
+    if exit.end != End::Code(want) {
+        let printed = printed(&exit.output);
+        bail!("{vm}: `{command}` ended with {}, want exit code {want}{printed}", ending(exit.end));
+    }
+    let stdout = exit.output.stdout.trim_end();
+    let mut value = None;
+    if let Some(pattern) = &step.expect.stdout {
+        let pattern = values.pattern(pattern)?;
+        let Some(found) = pattern.captures(stdout) else {
+            let printed = printed(&exit.output);
+            bail!("{vm}: `{command}` printed nothing that matches /{pattern}/{printed}");
+        };
+        value = found.get(1).or_else(|| found.get(0)).map(|found| found.as_str().to_owned());
+    }
+    let evidence =
+        if stdout.is_empty() { format!("`{command}` gave exit code {want}") } else { stdout.to_owned() };
+    Ok((value, evidence))
 }
 
 /// Seconds allowed at native speed unless the scenario says otherwise.
 fn default_timeout(action: Action<'_>) -> u64 {
     match action {
-        Action::Start | Action::Spawn { .. } | Action::Kill(_) => 10,
         Action::Run(_) | Action::PowerOff => 20,
-        Action::Console(_) => 30,
+        Action::Console(_) | Action::Reboot | Action::Wait(_) => 30,
+        _ => 10,
     }
 }

@@ -1,4 +1,4 @@
-//! Our own programs in the guests: PID 1 and `vvu`, static.
+//! Our own programs in the guests: PID 1, `vvu` and `vvu-load`, static.
 
 use std::env;
 use std::ffi::OsString;
@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::logged;
-use crate::progress::Progress;
+use crate::progress::{Progress, Stage};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "guest";
@@ -21,6 +21,8 @@ pub(crate) struct GuestBinaries {
     pub(crate) init: PathBuf,
     /// The `vvu` program, which runs on the host as well: the proxy.
     pub(crate) vvu: PathBuf,
+    /// I/O load for a guest's disk.
+    pub(crate) load: PathBuf,
 }
 
 impl GuestBinaries {
@@ -31,23 +33,41 @@ impl GuestBinaries {
     /// Cargo fails.
     pub(crate) fn build(progress: &Progress) -> Result<Self> {
         let stage = progress.stage("guest build");
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
-        // A directory of its own: other flags would throw the developer's build away.
-        let target = root.join("target").join(PROFILE);
-        fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
-        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        command
-            .current_dir(root)
-            .args(["build", "--package", "vvu-init", "--package", "vvu", "--bins"])
-            .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
-            .arg(&target)
-            .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
-            .env("CARGO_TERM_COLOR", "never");
-        logged::run(command, &target.join("build.log"), |line| stage.update(line.trim()))?;
-        let built = target.join(TARGET).join(PROFILE);
-        stage.done("static vvu-init and vvu");
-        Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu") })
+        let built = build(&stage, &["vvu-init", "vvu", "vvu-load"])?;
+        stage.done("static vvu-init, vvu and vvu-load");
+        Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu"), load: built.join("vvu-load") })
     }
+}
+
+/// Builds this program as it can run in a guest, and tells where it is.
+///
+/// # Errors
+///
+/// Cargo fails.
+pub(crate) fn build_xtask(progress: &Progress) -> Result<PathBuf> {
+    let stage = progress.stage("xtask build");
+    let built = build(&stage, &["xtask"])?;
+    stage.done("static xtask");
+    Ok(built.join("xtask"))
+}
+
+/// Builds the programs of `packages` and returns the directory they are in.
+fn build(stage: &Stage, packages: &[&str]) -> Result<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
+    // A directory of its own: other flags would throw the developer's build away.
+    let target = root.join("target").join(PROFILE);
+    fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command
+        .current_dir(root)
+        .arg("build")
+        .args(packages.iter().flat_map(|package| ["--package", package]))
+        .args(["--bins", "--profile", PROFILE, "--target", TARGET, "--target-dir"])
+        .arg(&target)
+        .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
+        .env("CARGO_TERM_COLOR", "never");
+    logged::run(command, &target.join("build.log"), |line| stage.update(line.trim()))?;
+    Ok(target.join(TARGET).join(PROFILE))
 }
 
 /// Static, and without the places of the source in panic messages, so that checkouts give the same bytes.

@@ -76,12 +76,13 @@ impl Archive {
         self.insert(path, Node::Device { mode: mode & 0o7777, major, minor })
     }
 
-    /// Adds everything below a directory of the host at the same place in the guest: files, directories and
-    /// symbolic links as such, with their permissions.
-    pub(crate) fn tree(&mut self, from: &Path) -> Result<()> {
+    /// Adds everything below a directory of the host below `place` in the guest, `""` being the root: files,
+    /// directories and symbolic links as such, with their permissions.
+    pub(crate) fn tree(&mut self, from: &Path, place: &str) -> Result<()> {
         let metadata = fs::metadata(from).with_context(|| format!("cannot read {}", from.display()))?;
         ensure!(metadata.is_dir(), "{} is not a directory", from.display());
-        self.tree_at(from, "")
+        let below = if place.is_empty() { String::new() } else { format!("{place}/") };
+        self.tree_at(from, &below)
     }
 
     fn tree_at(&mut self, from: &Path, below: &str) -> Result<()> {
@@ -349,7 +350,7 @@ mod tests {
             symlink("nowhere/at/all", path("dangling")).expect("symlink");
             symlink("bin", path("sbin")).expect("symlink");
             let mut archive = Archive::default();
-            archive.tree(dir.path()).expect("tree");
+            archive.tree(dir.path(), "").expect("tree");
             bytes(&archive)
         };
         let archive = make();
@@ -368,9 +369,9 @@ mod tests {
     fn sockets_and_such_are_refused_by_name() {
         let dir = tempfile::tempdir().expect("directory");
         let _listener = UnixListener::bind(dir.path().join("socket")).expect("socket");
-        let error = Archive::default().tree(dir.path()).expect_err("a socket");
+        let error = Archive::default().tree(dir.path(), "").expect_err("a socket");
         assert!(error.to_string().contains("socket is neither"), "{error}");
-        let error = Archive::default().tree(&dir.path().join("socket")).expect_err("a socket");
+        let error = Archive::default().tree(&dir.path().join("socket"), "").expect_err("a socket");
         assert!(error.to_string().contains("not a directory"), "{error}");
     }
 

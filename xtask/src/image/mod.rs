@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::cache::{Cache, Key, hex};
 
-pub(crate) use binaries::GuestBinaries;
+pub(crate) use binaries::{GuestBinaries, build_xtask};
 pub(crate) use cpio::Written;
 use cpio::{Archive, Content};
 pub(crate) use disk::{DiskImage, Pattern};
@@ -61,6 +61,22 @@ pub(crate) struct BaseImage {
 pub(crate) enum OverlayEntry {
     /// Everything below a directory of the host.
     Tree(PathBuf),
+    /// Everything below a directory of the host, at another place.
+    TreeAt {
+        /// Absolute path in the guest.
+        path: String,
+        /// The directory.
+        from: PathBuf,
+    },
+    /// A file of the host.
+    File {
+        /// Absolute path in the guest.
+        path: String,
+        /// Its permissions there.
+        mode: u32,
+        /// The file.
+        from: PathBuf,
+    },
     /// A disk image, as a file that the guest can write to.
     Disk {
         /// Absolute path in the guest.
@@ -99,6 +115,7 @@ fn base(binaries: &GuestBinaries, tools: &GuestTools) -> Result<Archive> {
     archive.device("dev/null", 0o666, 1, 3)?;
     archive.file("init", 0o755, Content::Copy(binaries.init.clone()))?;
     archive.file("bin/vvu", 0o755, Content::Copy(binaries.vvu.clone()))?;
+    archive.file("bin/vvu-load", 0o755, Content::Copy(binaries.load.clone()))?;
     archive.file("bin/lspci", 0o755, Content::Copy(tools.lspci.clone()))?;
     archive.file("usr/share/misc/pci.ids", 0o644, Content::Copy(tools.pci_ids.clone()))?;
     archive.file("bin/busybox", 0o755, Content::Copy(tools.busybox.clone()))?;
@@ -119,7 +136,11 @@ pub(crate) fn with_overlay(base: &BaseImage, overlay: &[OverlayEntry], out: &Pat
     let mut archive = Archive::default();
     for entry in overlay {
         match entry {
-            OverlayEntry::Tree(from) => archive.tree(from)?,
+            OverlayEntry::Tree(from) => archive.tree(from, "")?,
+            OverlayEntry::TreeAt { path, from } => archive.tree(from, path)?,
+            OverlayEntry::File { path, mode, from } => {
+                archive.file(path, *mode, Content::Copy(from.clone()))?;
+            }
             OverlayEntry::Disk { path, image } => archive.file(path, 0o600, Content::Disk(image.clone()))?,
         }
     }
@@ -145,7 +166,7 @@ mod tests {
             fs::write(&path, name).expect("write");
             path
         };
-        let binaries = GuestBinaries { init: file("init"), vvu: file("vvu") };
+        let binaries = GuestBinaries { init: file("init"), vvu: file("vvu"), load: file("load") };
         let applets = vec!["ls".into(), "sh".into()];
         let tools =
             GuestTools { busybox: file("busybox"), applets, lspci: file("lspci"), pci_ids: file("pci.ids") };

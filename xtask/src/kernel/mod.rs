@@ -20,7 +20,7 @@ use crate::packages::{self, Package};
 use crate::progress::Progress;
 
 /// What compiling a kernel takes on the host.
-const PACKAGES: [Package; 12] = [
+pub(crate) const PACKAGES: [Package; 12] = [
     packages::program("gcc", "gcc"),
     packages::program("binutils", "ld"),
     packages::file("libc6-dev", "/usr/include/stdio.h"),

@@ -21,13 +21,8 @@ pub(crate) fn table(report: &Report) -> String {
         let evidence = if failed { indented(&check.evidence) } else { shortened(&check.evidence) };
         line(&mut text, format_args!("  {mark}  {:width$}  {evidence}", check.name));
     }
-    let result = match report.result {
-        Outcome::Pass => "passed",
-        Outcome::Fail => "FAILED",
-        Outcome::Error => "could not run",
-        Outcome::Interrupted => "interrupted",
-    };
-    let mut sums = format!("{} {result} in {:.1} s", report.scenario, report.totals.seconds);
+    let mut sums =
+        format!("{} {} in {:.1} s", report.scenario, verdict(report.result), report.totals.seconds);
     if let Some(seconds) = report.totals.launch_to_vda_seconds {
         let _ = write!(sums, ", launch to /dev/vda {seconds:.1} s");
     }
@@ -37,8 +32,33 @@ pub(crate) fn table(report: &Report) -> String {
     if let Some(accelerator) = &report.accelerator {
         let _ = write!(sums, ", {}", accelerator.used);
     }
+    for (name, value) in &report.measurements {
+        let _ = write!(sums, ", {name} {value}");
+    }
     line(&mut text, format_args!("{sums}"));
     text
+}
+
+/// Several scenarios, each in a line, and their sum.
+pub(crate) fn summary(reports: &[Report]) -> String {
+    let width = reports.iter().map(|report| report.scenario.len()).max().unwrap_or(0);
+    let mut text = String::from("\n");
+    for Report { scenario, result, totals, .. } in reports {
+        line(&mut text, format_args!("{scenario:width$}  {:13}  {:6.1} s", verdict(*result), totals.seconds));
+    }
+    let passed = reports.iter().filter(|report| report.result == Outcome::Pass).count();
+    let seconds: f64 = reports.iter().map(|report| report.totals.seconds).sum();
+    line(&mut text, format_args!("{passed} of {} passed in {seconds:.1} s", reports.len()));
+    text
+}
+
+fn verdict(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Pass => "passed",
+        Outcome::Fail => "FAILED",
+        Outcome::Error => "could not run",
+        Outcome::Interrupted => "interrupted",
+    }
 }
 
 fn line(text: &mut String, line: std::fmt::Arguments<'_>) {

@@ -5,11 +5,12 @@
 mod human;
 mod replay;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use human::table;
+pub(crate) use human::{summary, table};
 pub(crate) use replay::{Part, by_hand, command_line, replay_script};
 
 use crate::progress::StageTime;
@@ -33,8 +34,28 @@ pub(crate) struct Report {
     pub(crate) stages: Vec<StageTime>,
     /// What was checked, in the scenario's order.
     pub(crate) checks: Vec<Check>,
+    /// Numbers that the scenario's steps gave, by name.
+    pub(crate) measurements: BTreeMap<String, f64>,
     /// Sums.
     pub(crate) totals: Totals,
+    /// The VM in which all this ran (`--nested`).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) outer: Option<Outer>,
+}
+
+/// The VM in which a nested run took place.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Outer {
+    /// What ran its code.
+    pub(crate) accelerator: Accelerator,
+    /// The QEMU used.
+    pub(crate) qemu: Qemu,
+    /// Its kernel, which has KVM.
+    pub(crate) kernel: Kernel,
+    /// What took how long outside, in the order it ended.
+    pub(crate) stages: Vec<StageTime>,
+    /// The whole run.
+    pub(crate) seconds: f64,
 }
 
 /// How a run went.

@@ -53,8 +53,8 @@ pub(crate) fn by_hand(action: Action<'_>) -> String {
         Action::Run(command) => format!("# {command}"),
         Action::Spawn { command, .. } => format!("# {command} &"),
         Action::Console(pattern) => format!("(wait for the line /{pattern}/)"),
-        Action::Kill(name) => format!("# kill {name}"),
         Action::PowerOff => "# poweroff".to_owned(),
-        Action::Start => "(start it)".to_owned(),
+        Action::Reboot => "# reboot".to_owned(),
+        action => format!("({action})"),
     }
 }

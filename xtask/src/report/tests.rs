@@ -12,12 +12,14 @@ fn report() -> Report {
         kernel: Some(Kernel { version: "6.12.117".into(), config_digest: "ab".into() }),
         stages: vec![StageTime { name: "image".into(), seconds: 1.5 }],
         checks: vec![Check { name: "capacity".into(), result: CheckResult::Pass, evidence: "131072".into() }],
+        measurements: BTreeMap::from([("bad_blocks".into(), 0.0)]),
         totals: Totals {
             seconds: 9.5,
             launch_to_vda_seconds: Some(3.0),
             bare_boot_seconds: Some(1.0),
             ratio_to_bare_boot: Some(3.0),
         },
+        outer: None,
     }
 }
 
@@ -32,6 +34,7 @@ fn the_keys_are_stable() {
         "kernel": {"version": "6.12.117", "config_digest": "ab"},
         "stages": [{"name": "image", "seconds": 1.5}],
         "checks": [{"name": "capacity", "result": "pass", "evidence": "131072"}],
+        "measurements": {"bad_blocks": 0.0},
         "totals": {"seconds": 9.5, "launch_to_vda_seconds": 3.0, "bare_boot_seconds": 1.0, "ratio_to_bare_boot": 3.0},
     });
     assert_eq!(serde_json::to_value(report()).expect("JSON"), want);
@@ -74,9 +77,20 @@ fn the_table_shows_failures_whole_and_successes_in_a_line() {
   FAIL  backend-ready  no line
         last lines:
         | x
-block passed in 9.5 s, launch to /dev/vda 3.0 s = 3.0 bare boots of 1.00 s, tcg
+block passed in 9.5 s, launch to /dev/vda 3.0 s = 3.0 bare boots of 1.00 s, tcg, bad_blocks 0
 ";
     assert_eq!(table(&report), want);
+}
+
+#[test]
+fn the_summary_has_a_line_for_each_scenario() {
+    let failed = Report { scenario: "longer-name".into(), result: Outcome::Fail, ..report() };
+    let want = "
+block        passed            9.5 s
+longer-name  FAILED            9.5 s
+1 of 2 passed in 19.0 s
+";
+    assert_eq!(summary(&[report(), failed]), want);
 }
 
 #[test]

@@ -6,12 +6,15 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::image::GuestPrograms;
 
-use super::{Action, Addr, DiskFacts, DiskSpec, Scenario, Step, Values, VmSpec};
+use super::step::{ACTIONS, Repeat};
+use super::{Action, Addr, DiskFacts, DiskSpec, Placed, ROUND, Scenario, Step, Values, VmSpec};
 
 /// Most queues of a vvu device that the proxy relays.
 const MAX_QUEUES: u32 = 64;
 /// Largest generated disk: it lives in the memory of a VM.
 const MAX_DISK_MIB: u64 = 64 << 10;
+/// Most rounds of a repeat.
+const MAX_ROUNDS: u32 = 1000;
 /// Names become file names and placeholders.
 const NAME: &str = "lower-case letters, digits, - and _, at most 32, first a letter";
 
@@ -71,49 +74,128 @@ impl Scenario {
     }
 
     fn check_steps(&self) -> Result<()> {
-        // Known once the scenario runs; here only their names count.
-        let mut values = self.values(|_| String::new(), |_| DiskFacts::default());
         ensure!(!self.steps.is_empty(), "at steps: want at least one");
-        let mut started = BTreeSet::new();
         for (index, step) in self.steps.iter().enumerate() {
-            self.check_step(step, &mut values, &mut started).with_context(|| format!("at steps[{index}]"))?;
+            if let Some(repeat) = &step.repeat {
+                step.check_repeat(repeat).with_context(|| format!("at steps[{index}].repeat"))?;
+            }
+        }
+        let mut state = State::new(self);
+        // What holds for a second round holds for all.
+        for placed in self.unrolled(2) {
+            state.check(&placed).with_context(|| match placed.round {
+                Some(round) => format!("at {}, round {round}", placed.path),
+                None => format!("at {}", placed.path),
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Step {
+    fn check_repeat(&self, repeat: &Repeat) -> Result<()> {
+        ensure!(
+            self.action().is_none() && self.vm.is_none() && self.save.is_none(),
+            "a repeat has nothing beside it but `check`"
+        );
+        ensure!((1..=MAX_ROUNDS).contains(&repeat.times), "times: {}: want 1 to {MAX_ROUNDS}", repeat.times);
+        ensure!(!repeat.steps.is_empty(), "steps: want at least one");
+        let nested = repeat.steps.iter().position(|step| step.repeat.is_some());
+        ensure!(nested.is_none(), "steps[{}]: a repeat cannot hold another", nested.unwrap_or_default());
+        Ok(())
+    }
+}
+
+/// What is known before a step: checked by walking through the steps as a run does.
+struct State<'a> {
+    scenario: &'a Scenario,
+    values: Values,
+    /// VMs that run.
+    vms: BTreeSet<&'a str>,
+    /// vvu devices whose proxy runs.
+    proxies: BTreeSet<&'a str>,
+}
+
+impl<'a> State<'a> {
+    fn new(scenario: &'a Scenario) -> Self {
+        let vms = scenario.vms.keys().filter(|vm| !scenario.has(vm, Action::Start));
+        Self {
+            scenario,
+            // Known once the scenario runs; here only their names count.
+            values: scenario.values(|_| String::new(), |_| DiskFacts::default()),
+            vms: vms.map(String::as_str).collect(),
+            proxies: scenario.vvu.keys().map(String::as_str).collect(),
+        }
+    }
+
+    fn check(&mut self, placed: &Placed<'a>) -> Result<()> {
+        let Placed { step, check, round, .. } = *placed;
+        let Some(action) = step.action() else { bail!("want exactly one of {ACTIONS}") };
+        if let Some(check) = check {
+            check_name(check).context("check")?;
+        }
+        match round {
+            Some(round) => self.values.set(ROUND, round.to_string()),
+            None => self.values.unset(ROUND),
+        }
+        match &step.vm {
+            None => ensure!(action.is_on_host(), "vm: missing: name the VM in which it happens"),
+            Some(_) if action.is_on_host() => bail!("vm: this happens on the host, in no VM"),
+            Some(vm) => {
+                self.scenario.known_vm(vm).context("vm")?;
+                self.follow(vm, action)?;
+            }
+        }
+        match action {
+            Action::Run(command) | Action::Spawn { command, .. } => {
+                self.values.fill(command)?;
+            }
+            Action::Console(pattern) => {
+                self.values.pattern(pattern).context("console")?;
+            }
+            Action::KillProxy(name) => {
+                ensure!(self.proxies.remove(name), "kill_proxy: no proxy of a vvu device {name:?} runs");
+            }
+            Action::StartProxy(name) => {
+                let (name, _) = self
+                    .scenario
+                    .vvu
+                    .get_key_value(name)
+                    .with_context(|| format!("start_proxy: no vvu device is called {name:?}"))?;
+                ensure!(self.proxies.insert(name), "start_proxy: the proxy of {name:?} runs already");
+            }
+            _ => {}
+        }
+        self.check_result(step, action)
+    }
+
+    /// Notes what `action` does to the VM `vm`.
+    fn follow(&mut self, vm: &'a str, action: Action<'_>) -> Result<()> {
+        if action == Action::Start {
+            ensure!(self.vms.insert(vm), "start: {vm:?} runs already");
+            return Ok(());
+        }
+        ensure!(self.vms.contains(vm), "vm: {vm:?} does not run: a `start` step must come before");
+        if matches!(action, Action::PowerOff | Action::KillVm) {
+            self.vms.remove(vm);
         }
         Ok(())
     }
 
-    fn check_step<'a>(
-        &self,
-        step: &'a Step,
-        values: &mut Values,
-        started: &mut BTreeSet<&'a str>,
-    ) -> Result<()> {
-        self.known_vm(&step.vm).context("vm")?;
-        let Some(action) = step.action() else {
-            bail!("want exactly one of start, run, spawn, kill, console and power_off");
-        };
-        if let Some(check) = &step.check {
-            check_name(check).context("check")?;
-        }
-        match action {
-            Action::Start => ensure!(started.insert(&step.vm), "{:?} was started before", step.vm),
-            Action::Run(command) | Action::Spawn { command, .. } => {
-                values.fill(command)?;
-            }
-            Action::Console(pattern) => {
-                values.pattern(pattern).context("console")?;
-            }
-            Action::Kill(_) | Action::PowerOff => {}
-        }
+    fn check_result(&mut self, step: &Step, action: Action<'_>) -> Result<()> {
         if let Some(pattern) = &step.expect.stdout {
             ensure!(matches!(action, Action::Run(_)), "expect.stdout: only a run has it");
-            values.pattern(pattern).context("expect.stdout")?;
+            self.values.pattern(pattern).context("expect.stdout")?;
         }
+        let ends = matches!(action, Action::Run(_) | Action::Spawn { .. });
+        ensure!(ends || step.expect.exit == 0, "expect.exit: only run and spawn have it");
         if let Some(save) = &step.save {
             let found = step.expect.stdout.is_some() || step.console.is_some();
             ensure!(found, "save: want expect.stdout or console, whose match is saved");
             check_name(save).context("save")?;
-            values.set(save, "0");
+            self.values.set(save, "0");
         }
+        ensure!(!step.measure || step.save.is_some(), "measure: want `save`, which names the measurement");
         ensure!(step.timeout_s != Some(0), "timeout_s: 0: want 1 or more");
         Ok(())
     }

@@ -5,10 +5,10 @@
 mod addr;
 mod check;
 mod frontend;
+mod step;
 mod text;
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,7 +16,11 @@ use serde::Deserialize;
 
 pub(crate) use addr::{Addr, Slot};
 pub(crate) use frontend::Frontend;
+pub(crate) use step::{Action, Placed, Step};
 pub(crate) use text::Values;
+
+/// The placeholder that numbers the rounds of a repeat.
+pub(crate) const ROUND: &str = "round";
 
 /// A scenario file.
 #[derive(Debug, Clone, Deserialize)]
@@ -98,6 +102,9 @@ pub(crate) struct VvuSpec {
     /// Queues of the front-end's device.
     #[serde(default = "one")]
     pub(crate) queues: u32,
+    /// Milliseconds after which a front-end that lost its connection makes another one; 0: it never does.
+    #[serde(default)]
+    pub(crate) reconnect_ms: u32,
     /// The sibling VM's device.
     #[serde(default)]
     pub(crate) frontend: Frontend,
@@ -142,114 +149,6 @@ pub(crate) enum Pattern {
     Random,
     /// Zeroes.
     Zero,
-}
-
-/// One step: where, one action, and what must come of it.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Step {
-    /// The check this step belongs to. A check passes when all its steps do.
-    #[serde(default)]
-    pub(crate) check: Option<String>,
-    /// The VM it happens in.
-    pub(crate) vm: String,
-    /// Start the VM and go on without waiting for it. A VM without such a step starts before the first step.
-    #[serde(default)]
-    pub(crate) start: bool,
-    /// Run a shell command to its end.
-    #[serde(default)]
-    pub(crate) run: Option<String>,
-    /// Start a shell command that stays; its output goes to the VM's console.
-    #[serde(default)]
-    pub(crate) spawn: Option<String>,
-    /// Name of the spawned command, for `kill`; `spawned` unless given.
-    #[serde(default, rename = "as")]
-    pub(crate) name: Option<String>,
-    /// Send SIGTERM to the spawned command of this name.
-    #[serde(default)]
-    pub(crate) kill: Option<String>,
-    /// Wait until a line of the VM's console matches this regular expression.
-    #[serde(default)]
-    pub(crate) console: Option<String>,
-    /// Shut the VM down and wait for its end.
-    #[serde(default)]
-    pub(crate) power_off: bool,
-    /// What a `run` must give.
-    #[serde(default)]
-    pub(crate) expect: Expect,
-    /// Keep the first capture group of `expect.stdout` or `console` (without a group, the whole match) under this
-    /// name, as a placeholder for later steps.
-    #[serde(default)]
-    pub(crate) save: Option<String>,
-    /// Seconds allowed at native speed; scaled for slower accelerators.
-    #[serde(default)]
-    pub(crate) timeout_s: Option<u64>,
-}
-
-/// What a command must give.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Expect {
-    /// Exit code, 0 unless given.
-    #[serde(default)]
-    pub(crate) exit: i32,
-    /// Regular expression that must match somewhere in its standard output.
-    #[serde(default)]
-    pub(crate) stdout: Option<String>,
-}
-
-/// What a step does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Action<'a> {
-    /// Start the VM.
-    Start,
-    /// Run a command to its end.
-    Run(&'a str),
-    /// Start a command that stays.
-    Spawn {
-        /// Its name.
-        name: &'a str,
-        /// The shell command.
-        command: &'a str,
-    },
-    /// End a spawned command.
-    Kill(&'a str),
-    /// Wait for a line on the console.
-    Console(&'a str),
-    /// Shut the VM down.
-    PowerOff,
-}
-
-impl fmt::Display for Action<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Action::Start => f.write_str("start"),
-            Action::Run(command) => write!(f, "`{command}`"),
-            Action::Spawn { name, command } => write!(f, "`{command}` as {name}"),
-            Action::Kill(name) => write!(f, "kill {name}"),
-            Action::Console(pattern) => write!(f, "console line /{pattern}/"),
-            Action::PowerOff => f.write_str("power off"),
-        }
-    }
-}
-
-impl Step {
-    /// The one action of the step, or `None` if it has none or several.
-    pub(crate) fn action(&self) -> Option<Action<'_>> {
-        let name = self.name.as_deref().unwrap_or("spawned");
-        let mut actions = [
-            self.start.then_some(Action::Start),
-            self.run.as_deref().map(Action::Run),
-            self.spawn.as_deref().map(|command| Action::Spawn { name, command }),
-            self.kill.as_deref().map(Action::Kill),
-            self.console.as_deref().map(Action::Console),
-            self.power_off.then_some(Action::PowerOff),
-        ]
-        .into_iter()
-        .flatten();
-        let action = actions.next()?;
-        actions.next().is_none().then_some(action)
-    }
 }
 
 impl Scenario {
@@ -304,6 +203,19 @@ impl Scenario {
             values.set(format!("{name}.bytes"), bytes.to_string());
         }
         values
+    }
+
+    /// The steps one after the other, the rounds of a repeat unrolled, at most `rounds` of them.
+    pub(crate) fn unrolled(&self, rounds: u32) -> Vec<Placed<'_>> {
+        let placed = |(index, step)| Placed::unroll(step, format!("steps[{index}]"), rounds);
+        self.steps.iter().enumerate().flat_map(placed).collect()
+    }
+
+    /// Whether a step has this action for the VM `vm`.
+    pub(crate) fn has(&self, vm: &str, action: Action<'_>) -> bool {
+        self.unrolled(1)
+            .iter()
+            .any(|placed| placed.step.vm.as_deref() == Some(vm) && placed.step.action() == Some(action))
     }
 
     /// RAM of all its VMs in MiB.

@@ -59,7 +59,77 @@ fn errors_name_the_json_path_and_what_is_wanted() {
     refused("{bdf} (.*)", "(", &["steps[0]", "expect.stdout"]);
     refused("{line}", "{later}", &["steps[1]", "{later}", "{line}"]);
     refused(r#""name": "one""#, r#""name": "../one""#, &["at name"]);
+    refused(r#""vm": "sibling", "run""#, r#""run""#, &["steps[1]", "vm: missing"]);
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"kill_proxy": "x"}, {"vm": "sibling", "run""#,
+        &["steps[1]", "\"x\""],
+    );
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"start_proxy": "vvu"}, {"vm": "sibling", "run""#,
+        &["runs already"],
+    );
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"vm": "sibling", "kill_vm": true}, {"vm": "sibling", "run""#,
+        &["steps[2]", "does not run"],
+    );
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"vm": "sibling", "start": true}, {"vm": "sibling", "start": true}, {"vm": "sibling", "run""#,
+        &["steps[2]", "runs already"],
+    );
+    refused(r#""save": "line""#, r#""measure": true"#, &["steps[0]", "measure"]);
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"vm": "sibling", "kill": "x", "signal": "STOP"}, {"vm": "sibling", "run""#,
+        &["steps[1].signal", "TERM"],
+    );
     refused("]\n}", "]\n} x", &["after the scenario"]);
+}
+
+/// `MINIMAL` with a repeat before its last step.
+fn with_repeat(times: u32, steps: &str) -> String {
+    let repeat = format!(r#"{{"check": "c", "repeat": {{"times": {times}, "steps": [{steps}]}}}}, "#);
+    MINIMAL.replace(r#"{"vm": "sibling", "run""#, &format!(r#"{repeat}{{"vm": "sibling", "run""#))
+}
+
+#[test]
+fn a_repeat_is_unrolled() {
+    let text = with_repeat(
+        3,
+        r#"{"vm": "sibling", "run": "echo {round}"}, {"check": "d", "vm": "device", "run": "x"}"#,
+    );
+    let scenario = parse(&text).expect("valid");
+    let steps = scenario.unrolled(u32::MAX);
+    let shape: Vec<_> =
+        steps.iter().map(|placed| (placed.path.as_str(), placed.check, placed.round)).collect();
+    let (one, two) = ("steps[1].repeat.steps[0]", "steps[1].repeat.steps[1]");
+    let rounds = (1..=3).flat_map(|round| [(one, Some("c"), Some(round)), (two, Some("d"), Some(round))]);
+    let mut want = vec![("steps[0]", None, None)];
+    want.extend(rounds);
+    want.push(("steps[2]", None, None));
+    assert_eq!(shape, want);
+    assert_eq!(scenario.unrolled(1).len(), 4);
+}
+
+#[test]
+fn every_round_of_a_repeat_must_be_possible() {
+    let refused = |times, steps: &str, want: &str| {
+        let error = format!("{:#}", parse(&with_repeat(times, steps)).expect_err(steps));
+        assert!(error.contains(want), "{error:?} lacks {want:?}");
+    };
+    parse(&with_repeat(2, r#"{"vm": "device", "kill_vm": true}, {"vm": "device", "start": true}"#))
+        .expect_err("a VM with a start does not run before");
+    refused(2, r#"{"kill_proxy": "vvu"}"#, "at steps[1].repeat.steps[0], round 2");
+    parse(&with_repeat(1, r#"{"kill_proxy": "vvu"}"#)).expect("once");
+    parse(&with_repeat(2, r#"{"kill_proxy": "vvu"}, {"start_proxy": "vvu"}"#)).expect("and again");
+    refused(0, r#"{"vm": "device", "run": "x"}"#, "steps[1].repeat: times: 0");
+    refused(1, "", "steps: want at least one");
+    refused(1, r#"{"repeat": {"times": 1, "steps": []}}"#, "a repeat cannot hold another");
+    let text = MINIMAL.replace("{line} {disk}", "{round}");
+    assert!(format!("{:#}", parse(&text).expect_err("no round")).contains("{round}"));
 }
 
 #[test]

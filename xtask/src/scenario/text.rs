@@ -25,6 +25,11 @@ impl Values {
         self.0.insert(name.into(), value.into());
     }
 
+    /// Takes the value of the placeholder `name` away.
+    pub(crate) fn unset(&mut self, name: &str) {
+        self.0.remove(name);
+    }
+
     /// `text` with its placeholders filled in.
     ///
     /// # Errors

@@ -38,6 +38,8 @@ pub(crate) struct Config {
     pub(crate) memory_mib: u64,
     /// Virtual CPUs.
     pub(crate) cpus: u32,
+    /// Their model as QEMU names it; `None` for the accelerator's best.
+    pub(crate) cpu_model: Option<&'static str>,
     /// The file that is its RAM; `None` for memory of its own, which is shared with vfio-user servers too.
     pub(crate) memory_file: Option<String>,
     /// The IOMMU in front of its devices.
@@ -46,6 +48,8 @@ pub(crate) struct Config {
     pub(crate) devices: Vec<Device>,
     /// Added to the kernel command line.
     pub(crate) cmdline: String,
+    /// A reboot of the guest starts it again; else it ends QEMU.
+    pub(crate) reboots: bool,
 }
 
 /// A PCI device of a VM.
@@ -68,6 +72,15 @@ pub(crate) enum Device {
         frontend: Frontend,
         /// Its queues, as its kind counts them.
         queues: u32,
+        /// Milliseconds between attempts to make a lost connection again; 0: none are made.
+        reconnect_ms: u32,
+    },
+    /// A virtio block device that QEMU itself serves.
+    VirtioBlk {
+        /// Where it is.
+        slot: Slot,
+        /// The disk image.
+        file: String,
     },
 }
 
@@ -75,13 +88,16 @@ impl Device {
     /// Where it is.
     pub(crate) fn slot(&self) -> Slot {
         match self {
-            Device::Vvu { slot, .. } | Device::VhostUser { slot, .. } => *slot,
+            Device::Vvu { slot, .. } | Device::VhostUser { slot, .. } | Device::VirtioBlk { slot, .. } => {
+                *slot
+            }
         }
     }
 
-    fn socket(&self) -> &str {
+    fn socket(&self) -> Option<&str> {
         match self {
-            Device::Vvu { socket, .. } | Device::VhostUser { socket, .. } => socket,
+            Device::Vvu { socket, .. } | Device::VhostUser { socket, .. } => Some(socket),
+            Device::VirtioBlk { .. } => None,
         }
     }
 }
@@ -106,14 +122,26 @@ pub(crate) enum Serial<'a> {
 /// Two devices in one slot, or a socket path too long for a unix socket.
 pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -> Result<Vec<String>> {
     let mut args = Args::default();
-    args.flag("-no-user-config").flag("-nodefaults").flag("-no-reboot");
+    args.flag("-no-user-config").flag("-nodefaults");
+    if !config.reboots {
+        args.flag("-no-reboot");
+    }
     args.pair("-display", "none").pair("-name", escaped(&config.name));
     let irqchip = if config.iommu == Some(Iommu::Intel) { ",kernel-irqchip=split" } else { "" };
     args.pair("-machine", format!("q35,hpet=off,sata=off,smbus=off,memory-backend=mem{irqchip}"));
-    match guest.accelerator {
-        Kind::Kvm => args.pair("-accel", "kvm").pair("-cpu", "host"),
-        Kind::Tcg => args.pair("-accel", "tcg,thread=multi"),
+    let cpu_model = match guest.accelerator {
+        Kind::Kvm => {
+            args.pair("-accel", "kvm");
+            config.cpu_model.or(Some("host"))
+        }
+        Kind::Tcg => {
+            args.pair("-accel", "tcg,thread=multi");
+            config.cpu_model
+        }
     };
+    if let Some(model) = cpu_model {
+        args.pair("-cpu", model);
+    }
     args.pair("-smp", config.cpus.to_string()).pair("-m", format!("{}M", config.memory_mib));
     let memory = format!("id=mem,size={}M,share=on", config.memory_mib);
     args.pair(
@@ -129,7 +157,7 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     match serial {
         Serial::Inherited(log) => {
             let log = escaped(&log.display().to_string());
-            args.pair("-chardev", format!("file,id=console,path=/dev/fd/1,logfile={log}"))
+            args.pair("-chardev", format!("file,id=console,path=/proc/self/fd/1,logfile={log},logappend=on"))
                 .pair("-serial", "chardev:console")
                 .pair("-chardev", "socket,id=control,fd=0")
                 .pair("-serial", "chardev:control");
@@ -200,15 +228,16 @@ impl Args {
                 bail!("{}: two devices at {slot}: give one of them another address", config.name);
             }
             taken.push(slot);
-            let socket = device.socket();
-            ensure!(
-                socket.len() <= MAX_SOCKET_PATH,
-                "{socket} has {} bytes: a unix socket's path may have {MAX_SOCKET_PATH}",
-                socket.len()
-            );
+            if let Some(socket) = device.socket() {
+                ensure!(
+                    socket.len() <= MAX_SOCKET_PATH,
+                    "{socket} has {} bytes: a unix socket's path may have {MAX_SOCKET_PATH}",
+                    socket.len()
+                );
+            }
             let addr = slot.qemu();
             match device {
-                Device::Vvu { .. } => {
+                Device::Vvu { socket, .. } => {
                     let device = json!({
                         "driver": "vfio-user-pci",
                         "socket": {"type": "unix", "path": socket},
@@ -218,9 +247,23 @@ impl Args {
                     });
                     self.pair("-device", device.to_string());
                 }
-                Device::VhostUser { frontend, queues, .. } => {
-                    self.pair("-chardev", format!("socket,id=vhost{number},path={}", escaped(socket)));
+                Device::VhostUser { socket, frontend, queues, reconnect_ms, .. } => {
+                    let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));
+                    if *reconnect_ms > 0 {
+                        chardev.push_str(&format!(",reconnect-ms={reconnect_ms}"));
+                    }
+                    self.pair("-chardev", chardev);
                     self.0.extend(frontend.arguments(number, &addr, *queues));
+                }
+                Device::VirtioBlk { file, .. } => {
+                    let disk = json!({
+                        "driver": "raw",
+                        "node-name": format!("disk{number}"),
+                        "file": {"driver": "file", "filename": file},
+                    });
+                    self.pair("-blockdev", disk.to_string());
+                    let device = format!("virtio-blk-pci,drive=disk{number},addr={addr},num-queues=1");
+                    self.pair("-device", device);
                 }
             }
         }
@@ -265,7 +308,7 @@ mod tests {
              -object memory-backend-memfd,id=mem,size=512M,share=on -kernel /c/vmlinux -initrd /c/device.cpio \
              -append console=ttyS0 loglevel=6 panic=-1 no_timer_check vvu.hostname=device \
              vfio_iommu_type1.allow_unsafe_interrupts=1 \
-             -chardev file,id=console,path=/dev/fd/1,logfile=/r/console.log -serial chardev:console \
+             -chardev file,id=console,path=/proc/self/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
              -chardev socket,id=control,fd=0 -serial chardev:control \
              -device virtio-iommu-pci,addr=05.0,boot-bypass=off \
              -device {\"addr\":\"10.0\",\"driver\":\"vfio-user-pci\",\"rombar\":0,\
@@ -285,15 +328,18 @@ mod tests {
                 socket: "/r/a,b/v.sock".into(),
                 frontend: Frontend::default(),
                 queues: 2,
+                reconnect_ms: 100,
             }],
             cmdline: "debug".into(),
+            reboots: true,
             ..Config::default()
         };
         let line = line(&config, Serial::Terminal);
         assert!(
             line.contains("-object memory-backend-file,id=mem,size=256M,share=on,mem-path=/r/a,,b/memory ")
         );
-        assert!(line.contains("-chardev socket,id=vhost0,path=/r/a,,b/v.sock "));
+        assert!(line.contains("-chardev socket,id=vhost0,path=/r/a,,b/v.sock,reconnect-ms=100 "));
+        assert!(!line.contains("-no-reboot"), "{line}");
         assert!(line.ends_with("-device vhost-user-blk-pci,chardev=vhost0,addr=10.0,num-queues=2"), "{line}");
         assert!(line.contains("vvu.hostname=sibling vvu.shell debug -serial mon:stdio"), "{line}");
     }

@@ -3,8 +3,8 @@
 pub(crate) mod args;
 pub(crate) mod proxy;
 
-use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -25,8 +25,6 @@ const QEMU_FAILURES: [&str; 3] = ["emulation failure", "KVM internal error", "te
 const QEMU_TAIL: usize = 1500;
 /// How much longer than a command's own limit its answer may take.
 const ANSWER_GRACE: Duration = Duration::from_secs(10);
-/// SIGTERM.
-const TERMINATE: i32 = 15;
 
 /// Where a VM's output goes.
 #[derive(Debug, Clone)]
@@ -45,8 +43,30 @@ pub(crate) struct Vm {
     control: Control,
     logs: Logs,
     launched: Instant,
-    /// Spawned commands whose end is nothing to wonder at.
-    dismissed: BTreeSet<String>,
+    spawned: Spawned,
+}
+
+/// The spawned commands of a VM.
+#[derive(Default)]
+struct Spawned {
+    /// The exit code that each of them is to end with. One that is killed is not in it: it may end as it likes.
+    expected: BTreeMap<String, i32>,
+    /// How those that have ended did, until somebody has waited for it.
+    ended: BTreeMap<String, End>,
+}
+
+impl Spawned {
+    /// Notes which have ended; an error if one of them was not to end so.
+    fn look(&mut self, control: &mut Control) -> Result<()> {
+        for (name, end) in control.ended()? {
+            let expected = self.expected.remove(&name);
+            if expected.is_some_and(|code| end != End::Code(code)) {
+                bail!("the spawned command {name} ended with {}", ending(end));
+            }
+            self.ended.insert(name, end);
+        }
+        Ok(())
+    }
 }
 
 /// Something else to look at while waiting: the other VMs, the proxies, Ctrl-C.
@@ -61,8 +81,9 @@ impl Vm {
     pub(crate) fn launch(name: &str, mut command: Command, logs: Logs) -> Result<Self> {
         let (console, console_end) = std::io::pipe().context("cannot make a pipe")?;
         let (control, control_end) = UnixStream::pair().context("cannot make a socket pair")?;
-        let errors =
-            File::create(&logs.qemu).with_context(|| format!("cannot write {}", logs.qemu.display()))?;
+        // A VM that is started again goes on in the logs of the one before.
+        let errors = OpenOptions::new().create(true).append(true).open(&logs.qemu);
+        let errors = errors.with_context(|| format!("cannot write {}", logs.qemu.display()))?;
         command.stdin(OwnedFd::from(control_end)).stdout(console_end).stderr(Stdio::from(errors));
         let launched = Instant::now();
         let qemu = children::spawn(command).with_context(|| format!("cannot start the VM {name}"))?;
@@ -73,13 +94,18 @@ impl Vm {
             control: Control::new(control)?,
             logs,
             launched,
-            dismissed: BTreeSet::new(),
+            spawned: Spawned::default(),
         })
     }
 
     /// Its name in the scenario.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// QEMU's process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.qemu.id()
     }
 
     /// When QEMU was started.
@@ -108,10 +134,10 @@ impl Vm {
     ///
     /// The guest or QEMU failed, a spawned command ended, or `deadline` passed.
     pub(crate) fn wait_for(&mut self, pattern: &Regex, deadline: Instant, look: Look<'_>) -> Result<Found> {
-        let Self { qemu, console, control, logs, dismissed, .. } = self;
+        let Self { qemu, console, control, logs, spawned, .. } = self;
         let found = console.wait(pattern, deadline, || {
             alive(qemu, logs)?;
-            spawned_alive(control, dismissed)?;
+            spawned.look(control)?;
             look()
         });
         found.map_err(|error| self.explain(error))
@@ -136,7 +162,7 @@ impl Vm {
         }
     }
 
-    /// Starts a shell command that stays. From now on its end is an error, unless it ends with exit code 0.
+    /// Starts a shell command that stays. From now on its end is an error, unless it ends with the exit code `expected`.
     ///
     /// # Errors
     ///
@@ -145,23 +171,68 @@ impl Vm {
         &mut self,
         name: &str,
         command: &str,
+        expected: i32,
         deadline: Instant,
         look: Look<'_>,
     ) -> Result<()> {
-        self.dismissed.remove(name);
+        self.spawned.ended.remove(name);
         let action = Action::Spawn(Spawn { name: name.to_owned(), command: command.to_owned() });
-        self.request(action, deadline, look).map(drop)
+        self.request(action, deadline, look)?;
+        self.spawned.expected.insert(name.to_owned(), expected);
+        Ok(())
     }
 
-    /// Sends SIGTERM to a spawned command.
+    /// Sends a signal to a spawned command and waits until it has ended.
     ///
     /// # Errors
     ///
-    /// The guest or QEMU failed, or there is no such command.
-    pub(crate) fn kill(&mut self, name: &str, deadline: Instant, look: Look<'_>) -> Result<()> {
-        self.dismissed.insert(name.to_owned());
-        let action = Action::Kill(Kill { name: name.to_owned(), signal: TERMINATE });
-        self.request(action, deadline, look).map(drop)
+    /// The guest or QEMU failed, there is no such command, or it did not end before `deadline`.
+    pub(crate) fn kill(&mut self, name: &str, signal: i32, deadline: Instant, look: Look<'_>) -> Result<End> {
+        self.spawned.expected.remove(name);
+        let action = Action::Kill(Kill { name: name.to_owned(), signal });
+        self.request(action, deadline, look)?;
+        self.wait_for_end(name, deadline, look)
+    }
+
+    /// Waits until a spawned command has ended; an end other than expected is an error.
+    ///
+    /// # Errors
+    ///
+    /// The guest or QEMU failed, or the command did not end before `deadline`.
+    pub(crate) fn wait_for_end(&mut self, name: &str, deadline: Instant, look: Look<'_>) -> Result<End> {
+        let Self { qemu, console, control, logs, spawned, .. } = self;
+        let end = loop {
+            if let Err(error) = spawned.look(control) {
+                break Err(error);
+            }
+            if let Some(end) = spawned.ended.remove(name) {
+                break Ok(end);
+            }
+            let waited = control.wait(deadline, || {
+                console.check()?;
+                alive(qemu, logs)?;
+                look()
+            });
+            if let Err(error) = waited {
+                break Err(error.context(format!("{name} has not ended")));
+            }
+        };
+        end.map_err(|error| self.explain(error))
+    }
+
+    /// Reboots the guest from inside and waits until it serves requests again; all that was spawned in it is gone.
+    ///
+    /// # Errors
+    ///
+    /// The guest or QEMU failed, or the guest was not ready before `deadline`.
+    pub(crate) fn reboot(&mut self, deadline: Instant, look: Look<'_>) -> Result<()> {
+        self.spawned.expected.clear();
+        self.control.restarting();
+        self.request(Action::Reboot(Empty {}), deadline, look)?;
+        self.ready(deadline, look)?;
+        // Those whose end was still told are as gone as the others.
+        self.spawned = Spawned::default();
+        Ok(())
     }
 
     /// Shuts the guest down and waits until QEMU has ended, which must be without complaint.
@@ -187,9 +258,8 @@ impl Vm {
     ///
     /// The guest or QEMU failed, or a spawned command ended.
     pub(crate) fn look(&mut self) -> Result<()> {
-        let Self { qemu, console, control, logs, dismissed, .. } = self;
-        let fine =
-            console.check().and_then(|()| alive(qemu, logs)).and_then(|()| spawned_alive(control, dismissed));
+        let Self { qemu, console, control, logs, spawned, .. } = self;
+        let fine = console.check().and_then(|()| alive(qemu, logs)).and_then(|()| spawned.look(control));
         fine.map_err(|error| self.explain(error))
     }
 
@@ -242,15 +312,6 @@ fn alive(qemu: &mut Running, logs: &Logs) -> Result<()> {
     let said = tail(&logs.qemu);
     let failure = QEMU_FAILURES.iter().find_map(|failure| said.lines().find(|line| line.contains(failure)));
     ensure!(failure.is_none(), "QEMU cannot go on: {}", failure.unwrap_or_default());
-    Ok(())
-}
-
-fn spawned_alive(control: &mut Control, dismissed: &BTreeSet<String>) -> Result<()> {
-    for (name, end) in control.ended()? {
-        if !dismissed.contains(&name) && end != End::Code(0) {
-            bail!("the spawned command {name} ended with {}", ending(end));
-        }
-    }
     Ok(())
 }
 

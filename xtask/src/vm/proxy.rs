@@ -1,6 +1,6 @@
 //! The proxy of a vvu device: the process between a device VM and a sibling VM.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, PipeReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -17,6 +17,8 @@ use crate::children::{self, Running};
 const READY_LINE: &str = "vvu: proxy ready";
 /// How long it may take to end when asked to.
 const END_LIMIT: Duration = Duration::from_secs(10);
+/// How long its last words may take to its log.
+const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// Bytes of its log that an error shows.
 const TAIL: usize = 1500;
 
@@ -35,7 +37,9 @@ impl Proxy {
     ///
     /// It cannot be started, or the log not be written.
     pub(crate) fn start(name: &str, mut command: Command, log: PathBuf) -> Result<Self> {
-        let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        // One that is started again goes on in the log of the one before.
+        let file = OpenOptions::new().create(true).append(true).open(&log);
+        let file = file.with_context(|| format!("cannot write {}", log.display()))?;
         let (output, input) = std::io::pipe().context("cannot make a pipe")?;
         let errors = input.try_clone().context("cannot make a pipe")?;
         command.stdin(Stdio::null()).stdout(input).stderr(errors);
@@ -43,6 +47,11 @@ impl Proxy {
         let (sender, ready) = sync_channel(1);
         thread::spawn(move || keep(output, file, &sender));
         Ok(Self { name: name.to_owned(), process, ready, log })
+    }
+
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
     }
 
     /// Waits until it listens.
@@ -104,6 +113,8 @@ impl Proxy {
     }
 
     fn said(&self) -> String {
+        // The log is complete when its writer has dropped the sender, soon after the proxy's end.
+        while self.ready.recv_timeout(LOG_LIMIT).is_ok() {}
         let bytes = std::fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL)..]).trim().to_owned();
         format!("; the end of {}:\n| {}", self.log.display(), text.replace('\n', "\n| "))
@@ -121,5 +132,44 @@ fn keep(output: PipeReader, mut log: File, ready: &SyncSender<()>) {
             let _ = ready.try_send(());
         }
         line.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn proxy(script: &str, log: PathBuf) -> Proxy {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Proxy::start("p", command, log).expect("sh starts")
+    }
+
+    #[test]
+    fn an_end_before_its_time_is_told_with_its_last_words() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let log = dir.path().join("log");
+        let far = Instant::now() + Duration::from_secs(20);
+        let mut proxy = proxy("echo vvu: proxy ready; echo out of order >&2; kill -9 $$", log);
+        proxy.ready(far).expect("ready");
+        let error = loop {
+            if let Err(error) = proxy.look() {
+                break error.to_string();
+            }
+            assert!(Instant::now() < far, "it did not end");
+            thread::yield_now();
+        };
+        assert!(error.contains("the proxy p ended (signal: 9 (SIGKILL)) before its time"), "{error}");
+        assert!(error.ends_with("| out of order"), "{error}");
+    }
+
+    #[test]
+    fn one_that_ends_before_it_is_ready_is_told() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let far = Instant::now() + Duration::from_secs(20);
+        let mut proxy = proxy("echo no socket >&2; exit 1", dir.path().join("log"));
+        let error = proxy.ready(far).expect_err("ended").to_string();
+        assert!(error.contains("exit status: 1) before it was ready"), "{error}");
+        assert!(error.contains("| no socket"), "{error}");
     }
 }

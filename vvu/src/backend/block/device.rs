@@ -20,15 +20,14 @@ use vm_memory::{
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
-use super::config::{self, DISCARD_SECTORS_MAX, QUEUE_SIZE_MAX, RANGES_MAX, WRITE_ZEROES_SECTORS_MAX};
+use super::config::{self, QUEUE_SIZE_MAX};
 use super::disk::{Disk, SECTOR_SIZE};
 use super::request::{Malformed, Rejected, Request, Segments};
-use crate::backend::{ExitEvents, Vring};
+use crate::backend::inflight::{self, Inflight, RegionError, Tracker, TrackerError};
+use crate::backend::server::ExitEvents;
+use crate::backend::vring::Vring;
 
-/// Bytes of `struct virtio_blk_discard_write_zeroes`.
-const RANGE_SIZE: usize = 16;
-/// Its flag to free what is zeroed.
-const UNMAP: u32 = 1;
+mod ranges;
 
 type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
 
@@ -49,6 +48,17 @@ enum Failure {
     Unsupported,
 }
 
+/// Why a queue is of no further use.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error(transparent)]
+    Rings(#[from] virtio_queue::Error),
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    #[error(transparent)]
+    Tracker(#[from] TrackerError),
+}
+
 /// What [`Device::take`] found in a queue.
 enum Taken {
     Chain(Chain),
@@ -61,8 +71,10 @@ enum Taken {
 pub(super) struct Device {
     disk: Arc<Disk>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
-    /// For each queue a lock that its thread holds while it is at work.
-    queues: Vec<Mutex<()>>,
+    inflight: Arc<Inflight>,
+    /// For each queue what its thread needs, and holds while it is at work: where requests in flight
+    /// are written down, if the front-end wants that.
+    queues: Vec<Mutex<Option<Tracker>>>,
     /// The driver cannot flush, so each write has to be durable (virtio 1.2, 5.2.6.2).
     write_through: AtomicBool,
     /// The first failure of the disk was logged.
@@ -71,11 +83,17 @@ pub(super) struct Device {
 }
 
 impl Device {
-    pub(super) fn new(disk: Arc<Disk>, queues: u16, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> Self {
+    pub(super) fn new(
+        disk: Arc<Disk>,
+        queues: u16,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        inflight: Arc<Inflight>,
+    ) -> Self {
         Self {
             disk,
             memory,
-            queues: (0..queues).map(|_| Mutex::new(())).collect(),
+            inflight,
+            queues: (0..queues).map(|_| Mutex::default()).collect(),
             write_through: AtomicBool::new(true),
             disk_failed: AtomicBool::new(false),
             exit_events: ExitEvents::default(),
@@ -83,12 +101,50 @@ impl Device {
     }
 
     /// Locks queue `index` while its thread is at rest.
-    fn queue(&self, index: usize) -> Option<MutexGuard<'_, ()>> {
+    fn queue(&self, index: usize) -> Option<MutexGuard<'_, Option<Tracker>>> {
         self.queues.get(index).map(|queue| queue.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// When the front-end has just started the queue: begins to track its requests, and finishes those
+    /// that an earlier back-end has left unfinished.
+    fn start(&self, index: usize, vring: &Vring, tracker: &mut Option<Tracker>) -> Result<(), Broken> {
+        let chains = {
+            let mut state = vring.get_mut();
+            if !is_running(&state) || !vring.take_start() {
+                return Ok(());
+            }
+            let queue = state.get_queue_mut();
+            let memory = self.memory.memory();
+            let used = queue.used_idx(&*memory, Ordering::Acquire)?;
+            if used.0 != 0 {
+                // The back-end before may have ended between giving something back and saying so.
+                signal(vring);
+            }
+            *tracker = self.inflight.tracker(index, queue.size())?;
+            let Some(tracker) = tracker else { return Ok(()) };
+            let available = queue.avail_idx(&*memory, Ordering::Acquire)?;
+            let Some(heads) = tracker.recover(used.0, available.0)? else { return Ok(()) };
+            // Whatever index the front-end knows: what is neither used nor in flight was not taken.
+            let taken = u16::try_from(heads.len()).map_err(|_| virtio_queue::Error::InvalidAvailRingIndex)?;
+            queue.set_next_used(used.0);
+            queue.set_next_avail((used + Wrapping(taken)).0);
+            if !heads.is_empty() {
+                log::info!("queue {index}: {taken} unfinished requests are carried out again");
+            }
+            inflight::chains(&memory, queue, &heads)?
+        };
+        // They were in flight all the time, so they are finished even if the queue is stopped now.
+        for chain in chains {
+            let head = chain.head_index();
+            let used = self.answer(chain.memory(), Request::parse(chain.clone()));
+            give_back(vring, tracker.as_mut(), head, used)?;
+            self.announce(vring)?;
+        }
+        Ok(())
+    }
+
     /// Carries out requests until there are none or the front-end stops the queue.
-    fn process(&self, vring: &Vring) -> Result<(), virtio_queue::Error> {
+    fn process(&self, vring: &Vring, tracker: &mut Option<Tracker>) -> Result<(), Broken> {
         while is_running(&vring.get_ref()) {
             vring.disable_notification()?;
             let mut unannounced = false;
@@ -99,13 +155,16 @@ impl Device {
                     Taken::Stopped => break false,
                 };
                 let head = chain.head_index();
+                if let Some(tracker) = tracker {
+                    tracker.begin(head)?;
+                }
                 let memory = chain.memory();
                 let request = Request::parse(chain.clone());
                 if unannounced && request.as_ref().is_ok_and(is_slow) {
                     self.announce(vring)?;
                 }
                 let used = self.answer(memory, request);
-                vring.add_used(head, used)?;
+                give_back(vring, tracker.as_mut(), head, used)?;
                 unannounced = true;
             };
             if unannounced {
@@ -149,8 +208,8 @@ impl Device {
             };
             !suppressed && state.needs_notification()?
         };
-        if wanted && let Err(error) = vring.signal_used_queue() {
-            log::warn!("cannot signal the call event: {error}");
+        if wanted {
+            signal(vring);
         }
         Ok(())
     }
@@ -209,7 +268,7 @@ impl Device {
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 self.check_writable()?;
                 for range in self.ranges(memory, request)? {
-                    let Range { offset, len, unmap } = range;
+                    let ranges::Range { offset, len, unmap } = range;
                     if request.kind == VIRTIO_BLK_T_DISCARD {
                         self.disk.discard(offset, len)?;
                     } else {
@@ -248,47 +307,21 @@ impl Device {
         let sectors = self.disk.sectors();
         offset.filter(inside).ok_or(Failure::Range { sector, len, sectors })
     }
-
-    /// Reads and checks all ranges of a discard or write-zeroes request before any is touched.
-    fn ranges(&self, memory: &GuestMemoryMmap, request: &Request) -> Result<Vec<Range>, Failure> {
-        let len = request.input.len();
-        let size = usize::try_from(len).map_err(|_| Failure::Size(len))?;
-        let count = size / RANGE_SIZE;
-        let fits = u32::try_from(count).is_ok_and(|count| (1..=RANGES_MAX).contains(&count));
-        if !fits || !size.is_multiple_of(RANGE_SIZE) {
-            return Err(Failure::Size(len));
-        }
-        let mut bytes = vec![0; size];
-        request.input.read(memory, &mut bytes)?;
-        let (records, _) = bytes.as_chunks::<RANGE_SIZE>();
-        records.iter().map(|record| self.parse_range(request.kind, record)).collect()
-    }
-
-    fn parse_range(&self, kind: u32, record: &[u8; RANGE_SIZE]) -> Result<Range, Failure> {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *record;
-        let sector = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-        let sectors = u32::from_le_bytes([i, j, k, l]);
-        let flags = u32::from_le_bytes([m, n, o, p]);
-        let (known, most) = match kind {
-            VIRTIO_BLK_T_DISCARD => (0, DISCARD_SECTORS_MAX),
-            _ => (UNMAP, WRITE_ZEROES_SECTORS_MAX),
-        };
-        if flags & !known != 0 {
-            return Err(Failure::Unsupported);
-        }
-        let len = u64::from(sectors) * u64::from(SECTOR_SIZE);
-        if !(1..=most).contains(&sectors) {
-            return Err(Failure::Size(len));
-        }
-        Ok(Range { offset: self.offset(sector, len)?, len, unmap: flags & UNMAP != 0 })
-    }
 }
 
-/// Bytes of the disk to discard or zero.
-struct Range {
-    offset: u64,
-    len: u64,
-    unmap: bool,
+/// Puts a request that is done into the used ring.
+fn give_back(vring: &Vring, tracker: Option<&mut Tracker>, head: u16, used: u32) -> Result<(), Broken> {
+    let Some(tracker) = tracker else { return Ok(vring.add_used(head, used)?) };
+    tracker.finish(head)?;
+    vring.add_used(head, used)?;
+    Ok(tracker.forget()?)
+}
+
+/// Interrupts the driver.
+fn signal(vring: &Vring) {
+    if let Err(error) = vring.signal_used_queue() {
+        log::warn!("cannot signal the call event: {error}");
+    }
 }
 
 /// Whether the front-end has started and enabled the queue.
@@ -365,12 +398,17 @@ impl VhostUserBackend for Device {
 
     fn handle_event(&self, _event: u16, _set: EventSet, vrings: &[Vring], thread: usize) -> io::Result<()> {
         // Each thread has the one queue of its own number. An error here would end the thread.
-        if let (Some(vring), Some(_at_work)) = (vrings.first(), self.queue(thread))
-            && let Err(error) = self.process(vring)
-        {
-            log::warn!("queue {thread} is stopped, since its rings are broken: {error}");
-            vring.set_queue_ready(false);
+        if let (Some(vring), Some(mut tracker)) = (vrings.first(), self.queue(thread)) {
+            let started = self.start(thread, vring, &mut tracker);
+            if let Err(error) = started.and_then(|()| self.process(vring, &mut tracker)) {
+                log::warn!("queue {thread} is stopped, since its rings are broken: {error}");
+                vring.set_queue_ready(false);
+            }
         }
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "device_test.rs"]
+mod tests;

@@ -1,11 +1,13 @@
 //! The block back-end: one disk served as a virtio block device (virtio 1.2, 5.2).
 
-use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{ServeError, Stop, serve};
+use super::inflight::Limits;
+use super::server::serve;
+use super::{ServeError, Stop};
+use config::QUEUE_SIZE_MAX;
 use device::Device;
 use disk::Disk;
 
@@ -66,6 +68,9 @@ impl Block {
     /// # Errors
     /// [`ServeError`].
     pub fn serve(&self, listener: &UnixListener, stop: &Stop) -> Result<(), ServeError> {
-        serve(listener, stop, |memory| io::Result::Ok(Device::new(self.disk.clone(), self.queues, memory)))
+        let limits = Limits { queues: self.queues, queue_size: QUEUE_SIZE_MAX };
+        serve(listener, stop, limits, |memory, inflight| {
+            Device::new(self.disk.clone(), self.queues, memory, inflight)
+        })
     }
 }

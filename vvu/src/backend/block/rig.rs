@@ -12,7 +12,8 @@ use vmm_sys_util::epoll::EventSet;
 use super::device::Device;
 use super::disk::{Disk, SECTOR_SIZE};
 use super::{Arc, Options};
-use crate::backend::Vring;
+use crate::backend::inflight::{Inflight, Limits};
+use crate::backend::vring::Vring;
 
 /// Bytes of sibling memory, which starts at address 0.
 pub const MEMORY: usize = 1 << 20;
@@ -67,7 +68,8 @@ impl Rig {
         let disk = Arc::new(Disk::open(&options).expect("disk"));
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
         let shared = GuestMemoryAtomic::new(memory.clone());
-        let device = Device::new(disk, 1, shared.clone());
+        let inflight = Inflight::new(Limits { queues: 1, queue_size: QUEUE_SIZE });
+        let device = Device::new(disk, 1, shared.clone(), Arc::new(inflight));
         device.acked_features(1 << VIRTIO_BLK_F_FLUSH);
         let vring = Vring::new(shared, QUEUE_SIZE).expect("queue");
         let mut rig = Self { device, vring, memory, file, available: 0 };

@@ -1,29 +1,32 @@
 //! `cargo xtask vm`: one VM in this terminal, with a shell on its console.
 //!
 //! The manual steps of virtio-vhost-user, command for command, in two terminals: the device VM and its proxy in one,
-//! the sibling VM in the other.
+//! the sibling VM in the other. With `--exec`, the same for scripts.
+
+mod guest;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::children;
-use crate::e2e::{Needs, ProxyPlan, Setup, SetupOptions, runs};
-use crate::image::{OverlayEntry, with_overlay};
+use crate::e2e::{Needs, ProxyPlan, Setup, SetupOptions, ensure_free, runs};
+use crate::image::{DiskImage, OverlayEntry, Pattern, with_overlay};
 use crate::leftover::RUN_VARIABLE;
 use crate::progress::Progress;
 use crate::rundir::RunDir;
 use crate::scenario::{Addr, Frontend, Iommu, Slot};
-use crate::vm::args::{Config, Device, Guest, Serial, arguments};
+use crate::vm::args::{Config, Device};
 use crate::vm::proxy::Proxy;
 
 /// How long a proxy may take until it listens.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// How often to look whether the VM has ended or a signal came.
-const LOOK: Duration = Duration::from_millis(100);
+/// Where `--disk` is in the guest.
+const DISK_PATH: &str = "/disk.img";
 
 /// Options of `cargo xtask vm`.
 #[derive(Debug, clap::Subcommand)]
@@ -46,6 +49,9 @@ pub(crate) struct DeviceOptions {
     /// IOMMU in front of the devices
     #[arg(long, value_enum, default_value_t = Iommu::Virtio)]
     iommu: Iommu,
+    /// Disk image to put into the VM as /disk.img: a file, or a size such as 64M for one of zero bytes
+    #[arg(long, value_name = "FILE|SIZE")]
+    disk: Option<Disk>,
     #[command(flatten)]
     common: Common,
 }
@@ -72,6 +78,14 @@ struct Common {
     /// Directory whose tree is laid over the VM's root
     #[arg(long, value_name = "DIR")]
     overlay: Vec<PathBuf>,
+    /// Run this shell command in the VM instead of a shell on its console, pass its output on when it has ended,
+    /// shut the VM down, and end with the command's exit code
+    #[arg(long, value_name = "COMMAND")]
+    exec: Option<String>,
+    /// Seconds that --exec may take, boot included
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "exec",
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
     #[command(flatten)]
     setup: SetupOptions,
 }
@@ -83,7 +97,7 @@ struct VvuProxy {
     slot: Slot,
 }
 
-impl std::str::FromStr for VvuProxy {
+impl FromStr for VvuProxy {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
@@ -96,6 +110,54 @@ impl std::str::FromStr for VvuProxy {
             Addr::Auto => Slot::DEFAULT,
         };
         Ok(Self { socket: std::path::absolute(socket).context("want a path")?, slot })
+    }
+}
+
+/// `FILE` or a size.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Disk {
+    /// An image of zero bytes, of so many.
+    Size(u64),
+    /// A raw image of the host.
+    File(PathBuf),
+}
+
+impl FromStr for Disk {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (digits, shift) = match text.strip_suffix(['M', 'G']) {
+            Some(digits) if text.ends_with('G') => (digits, 30),
+            Some(digits) => (digits, 20),
+            None => return Ok(Self::File(text.into())),
+        };
+        if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Ok(Self::File(text.into()));
+        }
+        let count: u64 =
+            digits.parse().with_context(|| format!("{text:?} is no size: want one such as 64M"))?;
+        let most = u64::MAX >> shift;
+        ensure!((1..=most).contains(&count), "{text:?} is no size: want 1M or more");
+        Ok(Self::Size(count << shift))
+    }
+}
+
+impl Disk {
+    fn image(&self) -> Result<DiskImage> {
+        match self {
+            Self::Size(bytes) => Ok(DiskImage::zero(*bytes)),
+            Self::File(path) => {
+                let unusable = || format!("--disk {}", path.display());
+                let meta = path.metadata().with_context(unusable)?;
+                let size = meta.len();
+                ensure!(
+                    meta.is_file() && size > 0 && size.is_multiple_of(512),
+                    "{}: want a raw image whose size is a multiple of 512 bytes, or a size such as 64M",
+                    unusable()
+                );
+                Ok(DiskImage { size, pattern: Pattern::Copy(path.clone()) })
+            }
+        }
     }
 }
 
@@ -112,6 +174,9 @@ pub(crate) fn main(role: &Role) -> Result<ExitCode> {
 }
 
 fn device(options: &DeviceOptions) -> Result<ExitCode> {
+    if let Some(disk) = &options.disk {
+        disk.image()?;
+    }
     let (setup, run) = set_up("vm-device", &options.common)?;
     let VvuProxy { socket, slot } = &options.vvu_proxy;
     let plan = ProxyPlan {
@@ -134,9 +199,12 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         devices: vec![Device::Vvu { slot: *slot, socket: plan.vfio_user.display().to_string() }],
         ..options.common.config()
     };
-    let code = options.common.run(&setup, &run, &config)?;
+    let code = options.common.run(&setup, &run, &config, options.disk.as_ref(), Some(&mut proxy));
+    if children::interrupted() {
+        return code;
+    }
     proxy.stop()?;
-    Ok(code)
+    code
 }
 
 fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
@@ -155,6 +223,7 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
         socket: socket.display().to_string(),
         frontend: Frontend::default(),
         queues: 1,
+        reconnect_ms: 0,
     };
     let config = Config {
         name: "sibling".to_owned(),
@@ -162,10 +231,11 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
         devices: vec![device],
         ..options.common.config()
     };
-    options.common.run(&setup, &run, &config)
+    options.common.run(&setup, &run, &config, None, None)
 }
 
 fn set_up(name: &str, common: &Common) -> Result<(Setup, RunDir)> {
+    ensure_free(common.memory, 1)?;
     let setup = Setup::obtain(&common.setup, &Needs::default(), &Progress::new(false))?;
     Ok((setup, RunDir::create(&runs(), name)?))
 }
@@ -175,32 +245,29 @@ impl Common {
         Config { memory_mib: self.memory, cpus: 1, cmdline: self.params.join(" "), ..Config::default() }
     }
 
-    /// Runs the VM in this terminal.
-    fn run(&self, setup: &Setup, run: &RunDir, config: &Config) -> Result<ExitCode> {
+    /// Runs the VM to its end.
+    fn run(
+        &self,
+        setup: &Setup,
+        run: &RunDir,
+        config: &Config,
+        disk: Option<&Disk>,
+        proxy: Option<&mut Proxy>,
+    ) -> Result<ExitCode> {
         let mut initramfs = setup.base.path.clone();
-        if !self.overlay.is_empty() {
-            initramfs = run.file("overlay.cpio");
-            let trees: Vec<_> = self.overlay.iter().map(|tree| OverlayEntry::Tree(tree.clone())).collect();
-            with_overlay(&setup.base, &trees, &initramfs)?;
+        let mut overlay: Vec<_> = self.overlay.iter().map(|tree| OverlayEntry::Tree(tree.clone())).collect();
+        if let Some(disk) = disk {
+            overlay.push(OverlayEntry::Disk { path: DISK_PATH.to_owned(), image: disk.image()? });
         }
-        let guest = Guest {
-            accelerator: setup.accelerator.kind,
-            kernel: &setup.kernel(&[])?.vmlinux,
-            initramfs: &initramfs,
-        };
-        let args = arguments(config, guest, Serial::Terminal)?;
-        // In our own process group, as QEMU reads the terminal; so a signal to us has to be passed on.
-        let mut qemu = setup.qemu.command().args(args).spawn().context("cannot start QEMU")?;
-        let status = loop {
-            if let Some(status) = qemu.try_wait().context("cannot wait for QEMU")? {
-                break status;
-            }
-            if children::interrupted() {
-                qemu.kill().context("cannot end QEMU")?;
-            }
-            std::thread::sleep(LOOK);
-        };
-        Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+        if !overlay.is_empty() {
+            initramfs = run.file("overlay.cpio");
+            with_overlay(&setup.base, &overlay, &initramfs)?;
+        }
+        let bench = guest::Bench { setup, run, config, initramfs: &initramfs };
+        match &self.exec {
+            Some(command) => bench.exec(command, Duration::from_secs(self.timeout), proxy),
+            None => bench.terminal(),
+        }
     }
 }
 
@@ -227,5 +294,22 @@ mod tests {
         assert_eq!(parsed.slot, Slot::DEFAULT);
         assert_eq!(memory_link(&parsed.socket), Path::new("/run/s.mem"));
         "/run/s,addr=10".parse::<VvuProxy>().expect_err("no address");
+    }
+
+    #[test]
+    fn a_disk_is_a_size_or_a_file() {
+        let disk = |text: &str| text.parse::<Disk>().expect("valid");
+        assert_eq!((disk("64M"), disk("2G")), (Disk::Size(64 << 20), Disk::Size(2 << 30)));
+        assert_eq!((disk("disk.M"), disk("64")), (Disk::File("disk.M".into()), Disk::File("64".into())));
+        for text in ["M", "0M", "99999999999999G", "99999999999999999999999G"] {
+            text.parse::<Disk>().expect_err(text);
+        }
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("d");
+        std::fs::write(&file, [0; 1000]).expect("written");
+        let error = Disk::File(file.clone()).image().expect_err("odd size").to_string();
+        assert!(error.contains("multiple of 512") && error.contains("64M"), "{error}");
+        std::fs::write(&file, [0; 1024]).expect("written");
+        assert_eq!(Disk::File(file).image().expect("fine").size, 1024);
     }
 }

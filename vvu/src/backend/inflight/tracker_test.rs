@@ -1,0 +1,343 @@
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use super::*;
+use proptest::prelude::*;
+use vm_memory::{GuestMemoryError, GuestMemoryMmap, ReadVolatile, WriteVolatile};
+
+const SIZE: u16 = 8;
+
+fn memory() -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory")
+}
+
+fn fresh() -> (GuestMemoryMmap, Tracker<GuestMemoryMmap>) {
+    let memory = memory();
+    let mut tracker = Tracker::new(memory.clone(), GuestAddress(0), SIZE);
+    assert_eq!(tracker.recover(5, 5).expect("fresh"), None);
+    (memory, tracker)
+}
+
+fn recover(memory: &GuestMemoryMmap, used: u16, available: u16) -> Result<Option<Vec<u16>>, TrackerError> {
+    Tracker::new(memory.clone(), GuestAddress(0), SIZE).recover(used, available)
+}
+
+/// vhost-user, "Inflight I/O tracking": `QueueRegionSplit` and `DescStateSplit`.
+#[test]
+fn golden_layout() {
+    let (memory, mut tracker) = fresh();
+    tracker.begin(2).expect("begin");
+    tracker.begin(1).expect("begin");
+    tracker.finish(2).expect("finish");
+    tracker.forget().expect("forget");
+    tracker.begin(0).expect("begin");
+    tracker.finish(1).expect("finish");
+    let mut bytes = [0; 64];
+    memory.read_slice(&mut bytes, GuestAddress(0)).expect("read");
+    #[rustfmt::skip]
+    let want = [
+        0, 0, 0, 0, 0, 0, 0, 0,  1, 0,  8, 0,  1, 0,  6, 0,
+        1, 0, 0, 0, 0, 0,  0, 0,  2, 0, 0, 0, 0, 0, 0, 0,
+        1, 0, 0, 0, 0, 0,  2, 0,  1, 0, 0, 0, 0, 0, 0, 0,
+        0, 0, 0, 0, 0, 0,  0, 0,  0, 0, 0, 0, 0, 0, 0, 0,
+    ];
+    assert_eq!(bytes, want);
+}
+
+#[test]
+fn what_is_in_flight_comes_back_in_the_order_in_which_it_was_taken() {
+    let (memory, mut tracker) = fresh();
+    for head in [3, 7, 0, 5] {
+        tracker.begin(head).expect("begin");
+    }
+    tracker.finish(7).expect("finish");
+    // The ring has it, the region does not know yet.
+    assert_eq!(recover(&memory, 6, 9).expect("recovery"), Some(vec![3, 0, 5]));
+    assert_eq!(recover(&memory, 6, 9).expect("recovery"), Some(vec![3, 0, 5]), "and does so again");
+}
+
+/// Others give back several requests at once, and link them by `next`.
+#[test]
+fn a_whole_batch_is_written_off() {
+    let (memory, mut tracker) = fresh();
+    for head in 0..4 {
+        tracker.begin(head).expect("begin");
+    }
+    for head in [1, 0, 3] {
+        tracker.finish(head).expect("finish");
+    }
+    assert_eq!(recover(&memory, 8, 9).expect("recovery"), Some(vec![2]));
+}
+
+#[test]
+fn the_counter_goes_on_after_a_recovery() {
+    let (memory, mut tracker) = fresh();
+    tracker.begin(6).expect("begin");
+    let mut next = Tracker::new(memory.clone(), GuestAddress(0), SIZE);
+    assert_eq!(next.recover(5, 6).expect("recovery"), Some(vec![6]));
+    next.begin(1).expect("begin");
+    assert_eq!(recover(&memory, 5, 7).expect("recovery"), Some(vec![6, 1]));
+}
+
+#[test]
+fn used_indices_wrap() {
+    let memory = memory();
+    let mut tracker = Tracker::new(memory.clone(), GuestAddress(0), SIZE);
+    assert_eq!(tracker.recover(u16::MAX, u16::MAX).expect("fresh"), None);
+    tracker.begin(4).expect("begin");
+    tracker.begin(5).expect("begin");
+    tracker.finish(4).expect("finish");
+    assert_eq!(recover(&memory, 0, 1).expect("recovery"), Some(vec![5]));
+}
+
+#[test]
+fn heads_that_no_ring_has_are_refused() {
+    let (_memory, mut tracker) = fresh();
+    for head in [SIZE, u16::MAX] {
+        assert!(matches!(tracker.begin(head), Err(TrackerError::Head { .. })));
+        assert!(matches!(tracker.finish(head), Err(TrackerError::Head { .. })));
+    }
+}
+
+#[test]
+fn regions_of_others_are_refused() {
+    let with = |offset: u64, value: u16| {
+        let (memory, mut tracker) = fresh();
+        tracker.begin(0).expect("begin");
+        memory.write_obj(value, GuestAddress(offset)).expect("write");
+        recover(&memory, 5, 6)
+    };
+    assert!(matches!(with(FEATURES, 1), Err(TrackerError::Unknown { version: 1, features: 1 })));
+    assert!(matches!(with(VERSION, 2), Err(TrackerError::Unknown { version: 2, .. })));
+    assert!(matches!(with(DESC_NUM, 7), Err(TrackerError::Size { got: 7, want: 8 })));
+    // Nine batches ago.
+    assert!(matches!(with(USED_IDX, 5u16.wrapping_sub(9)), Err(TrackerError::Foreign { .. })));
+    // As after a reset of the driver's ring, in which nothing was made available.
+    let (memory, mut tracker) = fresh();
+    tracker.begin(0).expect("begin");
+    assert!(matches!(recover(&memory, 0, 0), Err(TrackerError::Foreign { inflight: 1, .. })));
+}
+
+#[test]
+fn a_region_with_nothing_in_flight_fits_any_ring() {
+    let (memory, mut tracker) = fresh();
+    tracker.begin(0).expect("begin");
+    tracker.finish(0).expect("finish");
+    tracker.forget().expect("forget");
+    assert_eq!(recover(&memory, 40_000, 40_003).expect("recovery"), Some(vec![]));
+}
+
+/// Memory of a process that is killed once it has made so many stores.
+#[derive(Clone, Debug)]
+struct Mortal {
+    memory: GuestMemoryMmap,
+    stores_left: Rc<Cell<usize>>,
+}
+
+impl Mortal {
+    fn dies(&self) -> bool {
+        let left = self.stores_left.get();
+        self.stores_left.set(left.saturating_sub(1));
+        left == 0
+    }
+}
+
+impl Bytes<GuestAddress> for Mortal {
+    type E = GuestMemoryError;
+
+    fn store<T: AtomicAccess>(&self, value: T, at: GuestAddress, order: Ordering) -> Result<(), Self::E> {
+        if self.dies() { Ok(()) } else { self.memory.store(value, at, order) }
+    }
+
+    fn load<T: AtomicAccess>(&self, at: GuestAddress, order: Ordering) -> Result<T, Self::E> {
+        self.memory.load(at, order)
+    }
+
+    fn write(&self, _: &[u8], _: GuestAddress) -> Result<usize, Self::E> {
+        unreachable!("trackers store and load")
+    }
+
+    fn read(&self, _: &mut [u8], _: GuestAddress) -> Result<usize, Self::E> {
+        unreachable!("trackers store and load")
+    }
+
+    fn write_slice(&self, _: &[u8], _: GuestAddress) -> Result<(), Self::E> {
+        unreachable!("trackers store and load")
+    }
+
+    fn read_slice(&self, _: &mut [u8], _: GuestAddress) -> Result<(), Self::E> {
+        unreachable!("trackers store and load")
+    }
+
+    fn read_volatile_from<F: ReadVolatile>(
+        &self,
+        _: GuestAddress,
+        _: &mut F,
+        _: usize,
+    ) -> Result<usize, Self::E> {
+        unreachable!("trackers store and load")
+    }
+
+    fn read_exact_volatile_from<F: ReadVolatile>(
+        &self,
+        _: GuestAddress,
+        _: &mut F,
+        _: usize,
+    ) -> Result<(), Self::E> {
+        unreachable!("trackers store and load")
+    }
+
+    fn write_volatile_to<F: WriteVolatile>(
+        &self,
+        _: GuestAddress,
+        _: &mut F,
+        _: usize,
+    ) -> Result<usize, Self::E> {
+        unreachable!("trackers store and load")
+    }
+
+    fn write_all_volatile_to<F: WriteVolatile>(
+        &self,
+        _: GuestAddress,
+        _: &mut F,
+        _: usize,
+    ) -> Result<(), Self::E> {
+        unreachable!("trackers store and load")
+    }
+}
+
+/// The driver's side of a ring, whose requests are numbered from 0 on.
+#[derive(Default)]
+struct Ring {
+    /// Which request the driver has at each head.
+    at: [Option<u32>; SIZE as usize],
+    /// Every head ever made available, and every request ever used.
+    available: Vec<u16>,
+    used: Vec<u32>,
+    seen: usize,
+    submitted: u32,
+}
+
+impl Ring {
+    fn submit(&mut self) {
+        while let Some(done) = self.used.get(self.seen) {
+            self.seen += 1;
+            let slot = self.at.iter_mut().find(|at| **at == Some(*done)).expect("used once");
+            *slot = None;
+        }
+        // Free heads are not used in order, as in any driver that has run for a while.
+        let from = usize::try_from(self.submitted * 3).expect("small") % self.at.len();
+        let free = (0..self.at.len()).map(|i| (i + from) % self.at.len()).find(|i| self.at[*i].is_none());
+        if let Some(head) = free {
+            self.at[head] = Some(self.submitted);
+            self.available.push(u16::try_from(head).expect("head"));
+            self.submitted += 1;
+        }
+    }
+
+    fn request(&self, head: u16) -> u32 {
+        self.at[usize::from(head)].expect("a request")
+    }
+
+    fn indices(&self) -> (u16, u16) {
+        let index = |len: usize| u16::try_from(len).expect("short run");
+        (index(self.used.len()), index(self.available.len()))
+    }
+}
+
+/// One life of a device: recovers, then does as `steps` say, until it dies.
+fn live(ring: &mut Ring, mortal: &Mortal, steps: &[u8]) -> Result<(), TestCaseError> {
+    let mut tracker = Tracker::new(mortal.clone(), GuestAddress(0), SIZE);
+    let (used, available) = ring.indices();
+    let recovered = tracker.recover(used, available);
+    if mortal.stores_left.get() == 0 {
+        // Died on the way; what it then read is its own affair.
+        return Ok(());
+    }
+    let recovered = recovered.expect("recovery").unwrap_or_default();
+    let order: Vec<u32> = recovered.iter().map(|head| ring.request(*head)).collect();
+    prop_assert!(order.is_sorted_by(|a, b| a < b), "in order of submission: {order:?}");
+    let mut next = ring.used.len() + recovered.len();
+    let mut inflight: VecDeque<u16> = recovered.into();
+    for step in steps {
+        if mortal.stores_left.get() == 0 {
+            break;
+        }
+        match step % 4 {
+            0 => ring.submit(),
+            1 | 2 if next < ring.available.len() => {
+                let head = ring.available[next];
+                next += 1;
+                tracker.begin(head).expect("begin");
+                inflight.push_back(head);
+            }
+            3 if !inflight.is_empty() => {
+                let head = inflight.remove(usize::from(step / 4) % inflight.len()).expect("in flight");
+                tracker.finish(head).expect("finish");
+                if !mortal.dies() {
+                    ring.used.push(ring.request(head));
+                }
+                tracker.forget().expect("forget");
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    /// Wherever devices die, in recovery too, each request is used exactly once.
+    #[test]
+    fn every_request_completes_exactly_once(
+        lives in proptest::collection::vec((0..60usize, proptest::collection::vec(any::<u8>(), 1..120)), 1..12)
+    ) {
+        let memory = memory();
+        let mut ring = Ring::default();
+        for (stores, steps) in &lives {
+            live(&mut ring, &Mortal { memory: memory.clone(), stores_left: Rc::new(Cell::new(*stores)) }, steps)?;
+        }
+        // The last one lives and takes and finishes everything.
+        let steps = [1, 3].repeat(64);
+        live(&mut ring, &Mortal { memory, stores_left: Rc::new(Cell::new(usize::MAX)) }, &steps)?;
+        let mut used = ring.used.clone();
+        used.sort_unstable();
+        prop_assert_eq!(used, (0..ring.submitted).collect::<Vec<_>>());
+    }
+
+    /// Whatever a front-end writes into it.
+    #[test]
+    fn a_hostile_region_gives_distinct_heads_of_the_ring_or_an_error(
+        mut bytes in proptest::collection::vec(any::<u8>(), 16 * (1 + usize::from(SIZE))),
+        plausible: bool,
+        used: u16,
+        ahead in 0..20u16,
+    ) {
+        let memory = memory();
+        if plausible {
+            bytes[..12].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 8, 0]);
+            bytes[14..16].copy_from_slice(&used.wrapping_sub(ahead).to_le_bytes());
+        }
+        memory.write_slice(&bytes, GuestAddress(0)).expect("write");
+        let mut tracker = Tracker::new(memory.clone(), GuestAddress(0), SIZE);
+        if let Ok(Some(heads)) = tracker.recover(used, used.wrapping_add(ahead)) {
+            let mut distinct = heads.clone();
+            distinct.sort_unstable();
+            distinct.dedup();
+            prop_assert_eq!(distinct.len(), heads.len());
+            prop_assert!(heads.len() <= usize::from(ahead) && heads.iter().all(|head| *head < SIZE));
+        }
+        // Nor does it matter what is there later.
+        memory.write_slice(&bytes, GuestAddress(0)).expect("write");
+        for head in 0..SIZE {
+            tracker.begin(head).expect("begin");
+            tracker.finish(head).expect("finish");
+            tracker.forget().expect("forget");
+        }
+        let mut beyond = [1; 64];
+        memory.read_slice(&mut beyond, GuestAddress(bytes.len() as u64)).expect("read");
+        prop_assert_eq!(beyond, [0; 64]);
+    }
+}
