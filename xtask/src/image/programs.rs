@@ -41,6 +41,9 @@ enum Source {
     },
 }
 
+/// Part of this program, which runs without the source too: in the outer VM of `e2e --nested`.
+const LIST: &str = include_str!("../../../guest-images/programs.json");
+
 /// The programs there are, by name.
 #[derive(Debug, Clone)]
 pub(crate) struct GuestPrograms(BTreeMap<String, Source>);
@@ -50,11 +53,9 @@ impl GuestPrograms {
     ///
     /// # Errors
     ///
-    /// The list cannot be read.
+    /// The list is malformed.
     pub(crate) fn read() -> Result<Self> {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/programs.json");
-        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let programs = serde_json::from_str(&text).context("guest-images/programs.json is malformed")?;
+        let programs = serde_json::from_str(LIST).context("guest-images/programs.json is malformed")?;
         Ok(Self(programs))
     }
 
