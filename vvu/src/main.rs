@@ -28,6 +28,8 @@ enum Command {
     Device(commands::device::Args),
     /// Give the vvu device of a device VM to vfio-pci, as back-ends need it.
     Bind(commands::bind::Args),
+    /// Print a trace of `vvu proxy --trace`.
+    Trace(commands::trace::Args),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         Command::Proxy(args) => commands::proxy::run(&args),
         Command::Device(args) => commands::device::run(&args),
         Command::Bind(args) => commands::bind::run(&args),
+        Command::Trace(args) => commands::trace::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

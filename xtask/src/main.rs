@@ -2,6 +2,7 @@
 
 mod accel;
 mod apt;
+mod bench;
 mod byhand;
 mod cache;
 mod children;
@@ -51,6 +52,8 @@ enum Task {
     Test(test::Options),
     /// Tell what this machine has and lacks of what the runs need
     Doctor(doctor::Options),
+    /// Measure what VVU costs
+    Bench(bench::Options),
     /// Get or build the guest kernel
     Kernel(kernel::KernelOptions),
     /// Remove the cache and the run directories
@@ -79,6 +82,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.task {
         Task::E2e(options) => return e2e::main(options),
+        Task::Bench(options) => return bench::main(options),
         Task::Vm(role) => return byhand::main(role),
         Task::Doctor(options) => return doctor::main(options),
         Task::Test(options) => test::main(options)?,

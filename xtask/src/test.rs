@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::e2e::{self, Needs, Setup, SetupOptions};
+use crate::e2e::{self, Needs, NestedSetup, Setup, SetupOptions};
 use crate::progress::Progress;
 use crate::scenario;
 
@@ -36,8 +36,10 @@ pub(crate) fn main(options: &Options) -> Result<()> {
     {
         // Here and not in the first test that needs it, where it would count against that test's time.
         let progress = Progress::new(false);
+        let options = SetupOptions::default();
         let scenarios = scenario::list(&e2e::workspace().join("scenarios"))?;
-        Setup::obtain(&SetupOptions::default(), &Needs::of(scenarios.values()), &progress)?;
+        Setup::obtain(&options, &Needs::of(scenarios.values()), &progress)?;
+        NestedSetup::obtain(&options, &progress)?;
     }
     let mut nextest = Command::new(&cargo);
     nextest.current_dir(e2e::workspace()).args(["nextest", "run", "--workspace"]).args(&options.nextest);

@@ -21,7 +21,20 @@ fn run(mut input: Input<'_>) {
     let mut frontend = rig.connect();
     let mut last = None;
     while !input.is_empty() {
-        match input.below(8) {
+        match input.below(10) {
+            // One that QEMU sends, with up to one byte changed.
+            8 | 9 => {
+                let (request, mut payload, count) = sound(input.u8());
+                let (at, change) = (usize::from(input.u8()), input.u8());
+                if let Some(byte) = payload.get_mut(at) {
+                    *byte ^= change;
+                }
+                let size = u32::try_from(payload.len()).expect("small");
+                let header = Header { request, flags: 1 | u32::from(input.u8() & 8), size };
+                // A pattern of zeroes is a number of memory files; others are eventfds.
+                let pattern = if request == 5 { count } else { count | 0b01_01_01_00 };
+                send(&mut rig, &mut frontend, Message::new(header, &payload).bytes, pattern);
+            }
             // A message with a true header.
             0..=3 => {
                 let (request, flags, pattern) = (u32::from(input.u8()), input.u8() & 0xc | 1, input.u8());
@@ -40,7 +53,8 @@ fn run(mut input: Input<'_>) {
             5 => frontend = rig.connect(),
             // The back-end answers the last message, or asks something.
             6 => {
-                let (request, is_reply, payload) = (u32::from(input.u8()), input.u8() & 1 == 0, input.block());
+                let (request, is_reply, payload) =
+                    (u32::from(input.u8()), input.u8() & 1 == 0, input.block());
                 let header = match last {
                     Some(header) if is_reply => header,
                     _ => Header { request, flags: 1, size: 0 },
@@ -76,7 +90,37 @@ fn run(mut input: Input<'_>) {
     rig.bring_up(feature::OFFERED);
     drop(frontend);
     let _last = rig.connect();
-    assert!(matches!(rig.device.link(), LinkState::Connected | LinkState::Leaving), "{:?}", rig.device.link());
+    assert!(
+        matches!(rig.device.link(), LinkState::Connected | LinkState::Leaving),
+        "{:?}",
+        rig.device.link()
+    );
+}
+
+/// Request, payload and number of file descriptors of a message of QEMU's.
+fn sound(index: u8) -> (u32, Vec<u8>, u8) {
+    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+    let sound = [
+        (1, vec![], 0),
+        (3, vec![], 0),
+        (15, vec![], 0),
+        (16, words(&[u64::MAX]), 0),
+        (2, words(&[1 << 32]), 0),
+        // A table of one region, and of two.
+        (5, words(&[1, 0, 0x10000, 0, 0]), 1),
+        (5, words(&[2, 0, 0x8000, 0, 0, 0x10000, 0x8000, 0x10000, 0x8000]), 2),
+        (8, words(&[8 << 32]), 0),
+        (9, words(&[0, 0, 0x1000, 0x2000, 0]), 0),
+        (10, words(&[0]), 0),
+        (11, words(&[0]), 0),
+        (12, words(&[0]), 1),
+        (13, words(&[0]), 1),
+        (14, words(&[0]), 1),
+        (18, words(&[1 << 32]), 0),
+        (24, [&[0, 0, 0, 0, 60, 0, 0, 0, 0, 0, 0, 0][..], &[0; 60]].concat(), 0),
+        (31, words(&[0x1000, 0, 0x0008_0001]), 0),
+    ];
+    sound[usize::from(index) % sound.len()].clone()
 }
 
 fn send(rig: &mut Rig, frontend: &mut MessageSocket, bytes: Vec<u8>, pattern: u8) {

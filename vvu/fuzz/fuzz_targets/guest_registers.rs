@@ -19,10 +19,13 @@ fuzz_target!(|data: &[u8]| run(Input(data)));
 
 /// Front-ends that are connected at one time.
 const FRONTENDS: usize = 4;
+/// Front-ends in all: those that leave stay in the socket's backlog.
+const CONNECTIONS: usize = 16;
 
 fn run(mut input: Input<'_>) {
     let mut rig = Rig::new();
     let mut frontends: Vec<UnixStream> = Vec::new();
+    let mut connections = 0;
     while !input.is_empty() {
         match input.below(12) {
             0 | 1 => write(&mut rig, BAR0, &mut input),
@@ -54,7 +57,9 @@ fn run(mut input: Input<'_>) {
             }
             10 => match frontends.len() {
                 FRONTENDS => drop(frontends.pop()),
+                _ if connections == CONNECTIONS => {}
                 _ => {
+                    connections += 1;
                     let stream = UnixStream::connect(rig.dir.path().join("s")).expect("connect");
                     stream.set_nonblocking(true).expect("non-blocking");
                     frontends.push(stream);
@@ -75,9 +80,9 @@ fn run(mut input: Input<'_>) {
     drop(frontends);
     rig.device.reset();
     // Those that left before they were accepted are served first.
-    for _ in 0..=FRONTENDS {
+    for _ in 0..=connections {
         rig.bring_up(feature::OFFERED);
-        rig.process();
+        rig.device.process(&rig.host);
     }
     rig.bring_up(feature::OFFERED);
     let _frontend = rig.connect();

@@ -85,6 +85,12 @@ fn a_region_is_made_and_handed_back() {
     bench.ask(FrontendReq::SET_INFLIGHT_FD, NEED_REPLY, region.payload(), fds);
     assert_eq!(await_message(&mut bench.frontend).expect("answer").payload(), [0; 8]);
 
+    // Nothing is offered for rings that the device does not have.
+    wanted[16] = 3;
+    bench.ask(FrontendReq::GET_INFLIGHT_FD, 0, &wanted, vec![]);
+    let nothing = await_message(&mut bench.frontend).expect("answer");
+    assert_eq!((nothing.payload(), nothing.fds.len()), (&[0; 24][..], 0));
+
     // What cannot be used is refused; who did not ask for an answer is disconnected.
     let event = || eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
     bench.ask(FrontendReq::SET_INFLIGHT_FD, NEED_REPLY, region.payload(), vec![event()]);

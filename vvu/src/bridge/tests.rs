@@ -385,3 +385,67 @@ fn a_device_that_goes_without_a_word_is_found_out() {
     let outcome = harness.end();
     assert!(matches!(outcome, Err(BridgeError::Driver(DriverError::Gone))), "{outcome:?}");
 }
+
+#[test]
+fn a_back_end_that_asks_on_the_socket_for_answers_is_disconnected() {
+    let mut harness = Harness::new(Absent::Wait);
+    let mut backend = harness.backend();
+    harness.fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+    backend.send(message(2, NEED_REPLY, &[]), Vec::new()).expect("send");
+    assert!(matches!(receive(&mut backend), Err(SocketError::Closed)));
+    assert!(harness.fake.sent().is_empty());
+    let _next = harness.backend();
+}
+
+#[test]
+fn a_back_end_that_sends_no_messages_is_disconnected() {
+    for bytes in
+        [[1, 0, 0, 0, 5, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], [1, 0, 0, 0, 6, 0, 0, 0, 8, 0, 0, 0], [0xff; 12]]
+    {
+        let mut harness = Harness::new(Absent::Wait);
+        let mut backend = harness.backend();
+        harness.fake.request(3, VERSION, &[]);
+        receive(&mut backend).expect("SET_OWNER");
+        backend.send(bytes.to_vec(), Vec::new()).expect("send");
+        assert!(matches!(receive(&mut backend), Err(SocketError::Closed)), "{bytes:?}");
+        assert!(harness.fake.sent().is_empty());
+        let _next = harness.backend();
+    }
+}
+
+#[test]
+fn a_back_end_that_connects_is_served_one_connection_after_the_other() {
+    let directory = tempfile::tempdir().expect("directory");
+    let socket = directory.path().join("bridge");
+    let listening = ListeningSocket::bind(&socket).expect("bind");
+    let fake = FakeDevice::new(1);
+    let driver = Driver::new(fake.clone()).expect("bring-up");
+    let (stop, stopped) = UnixStream::pair().expect("pair");
+    let options = Options { meeting: Meeting::Listen(listening), absent: Absent::Wait };
+    let bridge = std::thread::spawn(move || Bridge::new(driver, options).run(stopped.as_fd(), || ()));
+    for _ in 0..2 {
+        let mut backend = MessageSocket::new(UnixStream::connect(&socket).expect("connect"));
+        let question = receive(&mut backend).expect("question");
+        assert_eq!(question.header.request, 1);
+        backend.send(message(1, REPLY, &[0; 8]), Vec::new()).expect("answer");
+        within_deadline("link up", || (fake.state().link == BACKEND_UP).then_some(()));
+        fake.request(3, VERSION, &[]);
+        receive(&mut backend).expect("SET_OWNER");
+        drop(backend);
+        within_deadline("link down", || (fake.state().link == 0).then_some(()));
+    }
+    drop(stop);
+    bridge.join().expect("no panic").expect("a clean stop");
+}
+
+#[test]
+fn a_back_end_that_does_not_come_in_time_is_an_error() {
+    let directory = tempfile::tempdir().expect("directory");
+    let driver = Driver::new(FakeDevice::new(1)).expect("bring-up");
+    let (_stop, stopped) = UnixStream::pair().expect("pair");
+    let meeting = Meeting::Connect(directory.path().join("none"));
+    let options = Options { meeting, absent: Absent::WaitFor(Duration::from_millis(1)) };
+    let error = Bridge::new(driver, options).run(stopped.as_fd(), || ()).expect_err("nobody came");
+    assert!(matches!(error, BridgeError::Connect { .. }), "{error}");
+}

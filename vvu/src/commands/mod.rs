@@ -3,3 +3,4 @@
 pub(crate) mod bind;
 pub(crate) mod device;
 pub(crate) mod proxy;
+pub(crate) mod trace;

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use uuid::Uuid;
 use vvu::listening_socket::ListeningSocket;
-use vvu::proxy::{Device, DeviceConfig, SiblingMemory};
+use vvu::proxy::{Device, DeviceConfig, SiblingMemory, Trace};
 use vvu::vfio_user::Server;
 
 use crate::{sandbox, stop};
@@ -26,6 +26,9 @@ pub(crate) struct Args {
     vhost_user: PathBuf,
     #[command(flatten)]
     memory: Memory,
+    /// Write every vhost-user message there as a line of JSON; `vvu trace` prints it.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// vhost queues that the device can carry.
     #[arg(long, value_name = "N", default_value_t = 16)]
     queues: u16,
@@ -94,6 +97,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         uuid: args.uuid.into_bytes(),
     })
     .context("cannot make the vvu device")?;
+    if let Some(path) = &args.trace {
+        let file = fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        device.set_trace(Trace::new(file));
+    }
     let mut server = Server::new(vfio_user.listener().try_clone()?, stop)?;
     match args.sandbox {
         Sandbox::On => {

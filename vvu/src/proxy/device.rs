@@ -11,6 +11,7 @@ use super::events::{Events, Source};
 use super::link::{LinkEvent, LinkState};
 use super::session::Session;
 use super::sibling_memory::SiblingMemory;
+use super::trace::Trace;
 use super::visitors::Visitors;
 use super::vrings::Vrings;
 use crate::spec::addr::QueueIndex;
@@ -50,6 +51,7 @@ pub struct Device {
     pub(super) session: Option<Session>,
     /// Who comes when there is no back-end.
     pub(super) visitors: Visitors,
+    pub(super) trace: Option<Trace>,
 }
 
 impl Device {
@@ -60,7 +62,7 @@ impl Device {
     ///
     /// # Errors
     /// When the number of queues or the size of the memory file cannot be, or the kernel refuses to
-    /// poll the listener.
+    /// poll the listener or has no asynchronous I/O.
     pub fn new(config: DeviceConfig) -> io::Result<Self> {
         let DeviceConfig { memory, listener, queues, uuid } = config;
         if !(1..=Self::QUEUES_MAX).contains(&queues) {
@@ -83,12 +85,18 @@ impl Device {
             isr: 0,
             link_status: 0,
             vector_select: 0,
-            vrings: Vrings::new(queues),
+            vrings: Vrings::new(queues)?,
             link: LinkState::Down,
             session: None,
             visitors: Visitors::default(),
+            trace: None,
             memory,
         })
+    }
+
+    /// Writes down every message from now on.
+    pub fn set_trace(&mut self, trace: Trace) {
+        self.trace = Some(trace);
     }
 
     /// Size in bytes of `region`: a power of two for a BAR, 0 if there is none.

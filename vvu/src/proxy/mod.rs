@@ -5,6 +5,7 @@ use vm_memory::GuestMemory;
 pub use device::{Device, DeviceConfig};
 pub use link::{LinkEvent, LinkState};
 pub use sibling_memory::{OpenError, SiblingMemory};
+pub use trace::Trace;
 
 mod claim;
 mod common_config;
@@ -17,10 +18,14 @@ mod peer;
 mod relay;
 mod session;
 mod sibling_memory;
+mod signaller;
+mod trace;
 mod treatment;
 mod visitors;
 mod vrings;
 
+#[cfg(test)]
+mod hostile_tests;
 #[cfg(any(test, fuzzing))]
 pub mod rig;
 #[cfg(test)]

@@ -177,7 +177,9 @@ impl Device {
             session.to_driver = session.answer.take();
         }
         if session.to_driver.is_none() {
-            let Some((message, treatment)) = session.next_message(&self.memory, self.queues)? else {
+            let Some((message, treatment)) =
+                session.next_message(&self.memory, self.queues, &mut self.trace)?
+            else {
                 return Ok(false);
             };
             session.to_driver = Some(message);
@@ -234,7 +236,7 @@ impl Device {
         }
         let Some(message) = take(&mut self.common.tx.queue, host.memory())? else { return Ok(false) };
         notify(host, &mut self.common.tx, &mut self.isr)?;
-        session.answer = session.deliver(message, &self.memory, self.queues)?;
+        session.answer = session.deliver(message, &self.memory, self.queues, &mut self.trace)?;
         Ok(true)
     }
 

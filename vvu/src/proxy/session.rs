@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use super::peer::Peer;
 use super::sibling_memory::SiblingMemory;
+use super::trace::{Did, From, Trace};
 use super::treatment::{Refusal, Treatment, is_query, treat_backend_request, treat_reply, treat_request};
 use crate::message_socket::{Message, MessageSocket, SocketError};
 use crate::spec::vhost_user::Header;
@@ -88,12 +89,15 @@ impl Session {
         &mut self,
         memory: &SiblingMemory,
         queues: u16,
+        trace: &mut Option<Trace>,
     ) -> Result<Option<(Message, Treatment)>, SessionError> {
         while let Some(mut message) = self.frontend.receive()? {
+            let arrived = Trace::arrived(trace, &message);
             let Header { request, .. } = message.header;
             let answered = is_query(request) || self.reply_ack && message.header.needs_reply();
             match treat_request(&mut message, memory, queues) {
                 Ok(treatment) => {
+                    Trace::record(trace, From::Frontend, arrived, Did::Passed(message.payload()));
                     if answered && self.unanswered.len() == UNANSWERED_MAX {
                         return Err(SessionError::Flood);
                     }
@@ -107,18 +111,26 @@ impl Session {
                 }
                 Err(refusal) if answered && !is_query(request) && !self.frontend.is_congested() => {
                     log::error!("refused request {request} of the front-end: {refusal}");
+                    Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
                     let refused = Message::new(message.header.reply(8), &1u64.to_le_bytes());
                     self.frontend.send(refused.bytes, Vec::new())?;
                 }
-                Err(refusal) => return Err(refusal.into()),
+                Err(refusal) => {
+                    Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
+                    return Err(refusal.into());
+                }
             }
         }
         let Some(channel) = &mut self.channel else { return Ok(None) };
         let Some(message) = channel.receive()? else { return Ok(None) };
+        let arrived = Trace::arrived(trace, &message);
         if message.header.is_reply() && message.fds.is_empty() {
+            Trace::record(trace, From::Frontend, arrived, Did::Passed(message.payload()));
             Ok(Some((message, Treatment::Relay)))
         } else {
-            Err(Refusal::Direction { request: message.header.request }.into())
+            let refusal = Refusal::Direction { request: message.header.request };
+            Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
+            Err(refusal.into())
         }
     }
 
@@ -129,19 +141,27 @@ impl Session {
         mut message: Message,
         memory: &SiblingMemory,
         queues: u16,
+        trace: &mut Option<Trace>,
     ) -> Result<Option<Message>, SessionError> {
+        let arrived = Trace::arrived(trace, &message);
         if message.header.is_reply() {
             if self.unanswered.front() != Some(&message.header.request) {
                 log::warn!("dropped an answer to request {} that nobody asked for", message.header.request);
+                Trace::record(trace, From::Backend, arrived, Did::Dropped(&"nobody asked for it"));
                 return Ok(None);
             }
             self.unanswered.pop_front();
-            treat_reply(&mut message, memory, queues)?;
+            if let Err(refusal) = treat_reply(&mut message, memory, queues) {
+                Trace::record(trace, From::Backend, arrived, Did::Refused(&refusal));
+                return Err(refusal.into());
+            }
+            Trace::record(trace, From::Backend, arrived, Did::Passed(message.payload()));
             self.frontend.send(message.bytes, message.fds)?;
             return Ok(None);
         }
         let refusal = match (treat_backend_request(&message), &mut self.channel) {
             (Ok(()), Some(channel)) => {
+                Trace::record(trace, From::Backend, arrived, Did::Passed(message.payload()));
                 channel.send(message.bytes, Vec::new())?;
                 return Ok(None);
             }
@@ -149,6 +169,7 @@ impl Session {
             (Err(refusal), _) => refusal,
         };
         log::warn!("refused request {} of the back-end: {refusal}", message.header.request);
+        Trace::record(trace, From::Backend, arrived, Did::Refused(&refusal));
         let answer = || Message::new(message.header.reply(8), &1u64.to_le_bytes());
         Ok(message.header.needs_reply().then(answer))
     }

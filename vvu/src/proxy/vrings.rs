@@ -1,11 +1,12 @@
 //! The notification paths of the vhost queues: kicks of the front-end become MSI-X vectors, doorbell
 //! writes of the guest signal the front-end's eventfds.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
+use super::signaller::Signaller;
 use crate::spec::addr::QueueIndex;
 use crate::spec::virtio::NO_VECTOR;
 
@@ -23,7 +24,7 @@ pub(crate) enum EventfdError {
 }
 
 impl Eventfd {
-    /// Accepts nothing but an eventfd, since writing eight bytes to anything else may block or worse.
+    /// Accepts nothing but an eventfd.
     pub(crate) fn new(fd: OwnedFd) -> Result<Self, EventfdError> {
         use std::os::fd::AsRawFd;
         let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())?;
@@ -31,17 +32,7 @@ impl Eventfd {
         if got != "anon_inode:[eventfd]" {
             return Err(EventfdError::Kind { got: got.into_owned() });
         }
-        fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
         Ok(Self(fd))
-    }
-
-    /// Adds one to the counter; a full counter already tells the reader all there is to tell.
-    fn signal(&self) {
-        if let Err(error) = rustix::io::write(&self.0, &1u64.to_ne_bytes())
-            && error != Errno::AGAIN
-        {
-            log::warn!("signalling the front-end: {error}");
-        }
     }
 }
 
@@ -78,11 +69,17 @@ pub(crate) enum Notification {
 }
 
 #[derive(Debug)]
-pub(crate) struct Vrings(Vec<Vring>);
+pub(crate) struct Vrings {
+    vrings: Vec<Vring>,
+    signaller: &'static Signaller,
+}
 
 impl Vrings {
-    pub(crate) fn new(queues: u16) -> Self {
-        Self((0..queues).map(|_| Vring::new()).collect())
+    /// # Errors
+    /// Those of [`Signaller::shared`].
+    pub(crate) fn new(queues: u16) -> io::Result<Self> {
+        let vrings = (0..queues).map(|_| Vring::new()).collect();
+        Ok(Self { vrings, signaller: Signaller::shared()? })
     }
 
     /// Puts `fd` in the place of the eventfd there was, which is returned.
@@ -92,7 +89,7 @@ impl Vrings {
         which: Notification,
         fd: Option<Eventfd>,
     ) -> Option<Eventfd> {
-        let vring = self.0.get_mut(usize::from(index.0))?;
+        let vring = self.vrings.get_mut(usize::from(index.0))?;
         let slot = match which {
             Notification::Kick => &mut vring.kick,
             Notification::Call => &mut vring.call,
@@ -107,29 +104,29 @@ impl Vrings {
             let vector = vring.vector;
             std::mem::replace(vring, Vring { vector, ..Vring::new() }).kick
         };
-        self.0.iter_mut().filter_map(forget).collect()
+        self.vrings.iter_mut().filter_map(forget).collect()
     }
 
     /// Forgets the guest's vectors.
     pub(crate) fn reset(&mut self) {
-        self.0.iter_mut().for_each(|vring| vring.vector = NO_VECTOR);
+        self.vrings.iter_mut().for_each(|vring| vring.vector = NO_VECTOR);
     }
 
     /// The vector to raise for a kick of queue `index`; if there is none, the kick is kept.
     pub(crate) fn kicked(&mut self, index: QueueIndex) -> Option<u16> {
-        let vring = self.0.get_mut(usize::from(index.0))?;
+        let vring = self.vrings.get_mut(usize::from(index.0))?;
         vring.kick_pending = vring.vector == NO_VECTOR;
         (!vring.kick_pending).then_some(vring.vector)
     }
 
     /// The vector of queue `index`.
     pub(crate) fn vector(&self, index: QueueIndex) -> u16 {
-        self.0.get(usize::from(index.0)).map_or(NO_VECTOR, |vring| vring.vector)
+        self.vrings.get(usize::from(index.0)).map_or(NO_VECTOR, |vring| vring.vector)
     }
 
     /// Sets the vector of queue `index`; returns it if a kick was kept for it.
     pub(crate) fn set_vector(&mut self, index: QueueIndex, vector: u16) -> Option<u16> {
-        let vring = self.0.get_mut(usize::from(index.0))?;
+        let vring = self.vrings.get_mut(usize::from(index.0))?;
         vring.vector = vector;
         let due = vring.kick_pending && vector != NO_VECTOR;
         vring.kick_pending &= !due;
@@ -139,12 +136,14 @@ impl Vrings {
     /// A write to doorbell `index`: with N queues, 0 to N-1 are calls, N to 2N-1 errors. A doorbell
     /// that nothing is tied to has no effect.
     pub(crate) fn ring(&self, doorbell: usize) {
-        let eventfd = match self.0.get(doorbell) {
+        let eventfd = match self.vrings.get(doorbell) {
             Some(vring) => vring.call.as_ref(),
-            None => self.0.get(doorbell - self.0.len()).and_then(|vring| vring.err.as_ref()),
+            None => self.vrings.get(doorbell - self.vrings.len()).and_then(|vring| vring.err.as_ref()),
         };
-        if let Some(eventfd) = eventfd {
-            eventfd.signal();
+        if let Some(eventfd) = eventfd
+            && let Err(error) = self.signaller.signal(eventfd.as_fd())
+        {
+            log::warn!("signalling the front-end: {error}");
         }
     }
 }
@@ -170,7 +169,7 @@ mod tests {
 
     #[test]
     fn doorbells_ring_calls_then_errors_and_nothing_else() {
-        let mut vrings = Vrings::new(2);
+        let mut vrings = Vrings::new(2).expect("queues");
         let (call, call_fd) = pair();
         let (err, err_fd) = pair();
         vrings.set(QueueIndex(1), Notification::Call, Some(call_fd));
@@ -186,20 +185,13 @@ mod tests {
 
     #[test]
     fn a_kick_before_its_vector_is_kept() {
-        let mut vrings = Vrings::new(2);
+        let mut vrings = Vrings::new(2).expect("queues");
         assert_eq!(vrings.kicked(QueueIndex(1)), None);
         assert_eq!(vrings.set_vector(QueueIndex(0), 2), None);
         assert_eq!(vrings.set_vector(QueueIndex(1), 3), Some(3));
         assert_eq!(vrings.set_vector(QueueIndex(1), 4), None);
         assert_eq!(vrings.kicked(QueueIndex(1)), Some(4));
         assert_eq!(vrings.kicked(QueueIndex(2)), None);
-    }
-
-    #[test]
-    fn a_full_counter_does_not_block() {
-        let fd = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
-        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).expect("fill");
-        Eventfd::new(fd).expect("eventfd").signal();
     }
 
     #[test]

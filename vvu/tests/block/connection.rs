@@ -7,7 +7,7 @@ use vhost::VhostBackend;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use vvu::backend::block::{Block, Options};
 
-use crate::common::{Backend, Setup, pattern};
+use crate::common::{Backend, Setup, pattern, wait_until};
 use crate::{DATA, memory};
 
 #[test]
@@ -77,6 +77,22 @@ fn events_and_memory_are_replaced_on_a_running_connection() {
         assert_eq!(driver.read(0, 0, DATA, 4096), content);
         assert_eq!(old_kick.read().expect("old kick"), 1, "nobody listens to the old kick event");
         assert!(old_call.read().is_err(), "nobody signals the old call event");
+    }
+    backend.end();
+}
+
+/// The back-end before may have died when it had given something back and not yet said so.
+#[test]
+fn a_driver_that_waits_for_a_call_gets_one_from_the_next_back_end() {
+    let mut backend = Backend::start(&pattern(16, 512), |_| {});
+    let memory = memory();
+    for inflight in [false, true] {
+        let mut driver = backend.connect(&memory, Setup { inflight, ..Setup::default() });
+        driver.read(0, 0, DATA, 512);
+        let _ = driver.rings[0].call.read();
+        backend.restart();
+        let driver = driver.reconnect(&backend.socket).expect("connection");
+        wait_until("the driver is called", || driver.rings[0].call.read().ok());
     }
     backend.end();
 }

@@ -164,7 +164,7 @@ impl Chain {
     }
 
     pub fn connect(&self, setup: Setup) -> Driver {
-        Driver::reconnect(&self.proxy.vhost_user(), &self.memory, setup)
+        Driver::connect_persistently(&self.proxy.vhost_user(), &self.memory, setup)
     }
 
     /// Ends every part; none may have come to grief before.

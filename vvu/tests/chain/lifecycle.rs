@@ -96,14 +96,14 @@ fn the_device_vm_program_restarts() {
     let Chain { memory, proxy, mut guest, mut backend } = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&memory, 4);
     for _ in 0..3 {
-        let mut driver = Driver::reconnect(&proxy.vhost_user(), &memory, Setup::default());
+        let mut driver = Driver::connect_persistently(&proxy.vhost_user(), &memory, Setup::default());
         assert_eq!(driver.read(0, 0, data, 4096), content);
         guest.end();
         driver.wait_disconnected();
         backend.restart();
         guest = Guest::start(&proxy, &backend.socket, Absent::Wait);
     }
-    let mut driver = Driver::reconnect(&proxy.vhost_user(), &memory, Setup::default());
+    let mut driver = Driver::connect_persistently(&proxy.vhost_user(), &memory, Setup::default());
     assert_eq!(driver.read(0, 0, data, 4096), content);
     guest.end();
     backend.end();
@@ -117,14 +117,17 @@ fn the_device_vm_is_killed() {
     let Chain { memory, proxy, mut guest, backend } = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&memory, 4);
     for _ in 0..3 {
-        let mut driver =
-            Driver::reconnect(&proxy.vhost_user(), &memory, Setup { queues: 2, ..Setup::default() });
+        let mut driver = Driver::connect_persistently(
+            &proxy.vhost_user(),
+            &memory,
+            Setup { queues: 2, ..Setup::default() },
+        );
         assert_eq!(driver.read(1, 0, data, 4096), content);
         guest.kill();
         driver.wait_disconnected();
         guest = Guest::start(&proxy, &backend.socket, Absent::Wait);
     }
-    let mut driver = Driver::reconnect(&proxy.vhost_user(), &memory, Setup::default());
+    let mut driver = Driver::connect_persistently(&proxy.vhost_user(), &memory, Setup::default());
     assert_eq!(driver.read(0, 0, data, 4096), content);
     guest.end();
     backend.end();

@@ -6,6 +6,7 @@
 mod common;
 
 mod chain;
+mod inflight;
 mod lifecycle;
 mod logs;
 mod negotiation;

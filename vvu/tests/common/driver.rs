@@ -1,13 +1,16 @@
 //! The block driver: negotiates as QEMU does, then sends requests and awaits their completion.
 
+use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+    VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{Error, VhostBackend};
@@ -33,11 +36,13 @@ pub struct Setup {
     pub without: u64,
     /// Ask for an acknowledgement of each message.
     pub acknowledged: bool,
+    /// Have requests in flight tracked.
+    pub inflight: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { queues: 1, queue_size: 128, without: 0, acknowledged: true }
+        Self { queues: 1, queue_size: 128, without: 0, acknowledged: true, inflight: false }
     }
 }
 
@@ -60,8 +65,21 @@ pub struct Driver {
     /// Protocol features of the device as the front-end gets to see them.
     pub protocol_features: VhostUserProtocolFeatures,
     pub config: Vec<u8>,
+    /// The in-flight region, kept from one back-end to the next.
+    pub inflight: Option<(VhostUserInflight, File)>,
     setup: Setup,
     stream: UnixStream,
+}
+
+/// What `attempt` gives when it succeeds for the first time.
+fn persistently(mut attempt: impl FnMut() -> Result<Driver, Error>) -> Driver {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match attempt() {
+            Ok(driver) => return driver,
+            Err(error) => assert!(Instant::now() < deadline, "no back-end in time: {error}"),
+        }
+    }
 }
 
 impl Driver {
@@ -73,26 +91,55 @@ impl Driver {
     /// Connects to `socket`, negotiates, and starts all queues.
     pub fn connect(socket: &Path, memory: &Arc<SiblingMemory>, setup: Setup) -> Result<Self, Error> {
         let mut driver = Self::negotiate(socket, memory, setup)?;
-        driver.frontend.set_mem_table(&memory.table())?;
-        for queue in 0..setup.queues {
-            driver.start_queue(queue)?;
+        if setup.inflight {
+            let queues = u16::try_from(setup.queues).expect("few queues");
+            let wanted = VhostUserInflight::new(0, 0, queues, setup.queue_size);
+            driver.inflight = Some(driver.frontend.get_inflight_fd(&wanted)?);
         }
+        driver.start()?;
         Ok(driver)
     }
 
     /// Connects as a front-end does whose connection was lost: again and again until a back-end answers.
-    pub fn reconnect(socket: &Path, memory: &Arc<SiblingMemory>, setup: Setup) -> Self {
-        let deadline = Instant::now() + DEADLINE;
-        loop {
-            match Self::connect(socket, memory, setup) {
-                Ok(driver) => return driver,
-                Err(error) => assert!(Instant::now() < deadline, "no back-end in time: {error}"),
-            }
+    pub fn connect_persistently(socket: &Path, memory: &Arc<SiblingMemory>, setup: Setup) -> Self {
+        persistently(|| Self::connect(socket, memory, setup))
+    }
+
+    /// Leaves and connects again, persistently, with the same rings and the same in-flight region.
+    pub fn reconnect(self, socket: &Path) -> Result<Self, Error> {
+        let Self { rings, inflight, memory, setup, frontend, stream, .. } = self;
+        drop((frontend, stream));
+        let mut driver = persistently(|| Self::negotiate_with(socket, &memory, setup, Vec::new()));
+        (driver.rings, driver.inflight) = (rings, inflight);
+        driver.start()?;
+        Ok(driver)
+    }
+
+    /// Starts all queues where the used ring is, as QEMU does when the back-end did not tell.
+    fn start(&mut self) -> Result<(), Error> {
+        if let Some((description, file)) = &self.inflight {
+            self.frontend.set_inflight_fd(description, file.as_raw_fd())?;
         }
+        self.frontend.set_mem_table(&self.memory.table())?;
+        for queue in 0..self.setup.queues {
+            self.start_queue_at(queue, self.rings[queue].used_index(&self.memory))?;
+        }
+        Ok(())
     }
 
     /// Connects to `socket` and gets as far as the features and the configuration.
     pub fn negotiate(socket: &Path, memory: &Arc<SiblingMemory>, setup: Setup) -> Result<Self, Error> {
+        let mut driver = Self::negotiate_with(socket, memory, setup, Vec::new())?;
+        driver.renew_rings();
+        Ok(driver)
+    }
+
+    fn negotiate_with(
+        socket: &Path,
+        memory: &Arc<SiblingMemory>,
+        setup: Setup,
+        rings: Vec<Ring>,
+    ) -> Result<Self, Error> {
         let stream = UnixStream::connect(socket).expect("a back-end that listens");
         stream.set_read_timeout(Some(DEADLINE)).expect("timeout");
         stream.set_write_timeout(Some(DEADLINE)).expect("timeout");
@@ -107,6 +154,8 @@ impl Driver {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        let tracking = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        let wanted = if setup.inflight { wanted | tracking } else { wanted };
         frontend.set_protocol_features(protocol_features & wanted)?;
         if setup.acknowledged {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -119,12 +168,19 @@ impl Driver {
         let features = offered & !setup.without | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         frontend.set_features(features)?;
         let memory = memory.clone();
-        let rings = Vec::new();
-        let stream = watched;
-        let mut driver =
-            Self { frontend, memory, rings, offered, features, protocol_features, config, setup, stream };
-        driver.renew_rings();
-        Ok(driver)
+        let (stream, inflight) = (watched, None);
+        Ok(Self {
+            frontend,
+            memory,
+            rings,
+            offered,
+            features,
+            protocol_features,
+            config,
+            inflight,
+            setup,
+            stream,
+        })
     }
 
     /// Lays all rings out anew, as a driver does that has just been loaded.

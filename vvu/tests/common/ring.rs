@@ -128,6 +128,25 @@ impl Ring {
         memory.map().store(index.to_le(), addr, Ordering::SeqCst).expect("used event");
     }
 
+    /// Whether the device asks for a kick after chains were made available from index `before` on.
+    pub fn wants_kick(&self, memory: &SiblingMemory, before: u16) -> bool {
+        let load = |at: u64| {
+            let addr = GuestAddress(self.base + Self::USED + at);
+            u16::from_le(memory.map().load(addr, Ordering::SeqCst).expect("used ring"))
+        };
+        let added = self.next_avail.wrapping_sub(before);
+        if !self.event_idx {
+            return added > 0 && load(0) & 1 == 0;
+        }
+        let avail_event = load(4 + u64::from(self.size) * 8);
+        self.next_avail.wrapping_sub(avail_event).wrapping_sub(1) < added
+    }
+
+    /// Whether every chain that came back was taken.
+    pub fn is_idle(&self, memory: &SiblingMemory) -> bool {
+        self.used_index(memory) == self.last_used
+    }
+
     pub fn kick(&self) {
         self.kick.write(1).expect("kick");
     }
@@ -144,6 +163,15 @@ impl Ring {
     pub fn used_index(&self, memory: &SiblingMemory) -> u16 {
         let addr = GuestAddress(self.base + Self::USED + 2);
         u16::from_le(memory.map().load(addr, Ordering::SeqCst).expect("used index"))
+    }
+
+    /// Gives back the chain that starts at `head`, as a device does, without a call.
+    pub fn use_up(&self, memory: &SiblingMemory, head: u16, len: u32) {
+        let index = self.used_index(memory);
+        let element = self.base + Self::USED + 4 + u64::from(index % self.size) * 8;
+        memory.write(element, &[u32::from(head).to_le_bytes(), len.to_le_bytes()].concat());
+        let addr = GuestAddress(self.base + Self::USED + 2);
+        memory.map().store(index.wrapping_add(1).to_le(), addr, Ordering::SeqCst).expect("used index");
     }
 
     /// The next used element, if there is one: head and length.

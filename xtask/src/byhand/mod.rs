@@ -185,6 +185,7 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         vhost_user: socket.clone(),
         memory_link: memory_link(socket),
         memory_mib: Some(options.sibling_memory),
+        trace: None,
         queues: 16,
     };
     let words = plan.words(&setup.binaries.vvu);

@@ -1,5 +1,6 @@
 //! `cargo xtask e2e`: runs scenarios in VMs and reports.
 
+mod keep;
 mod memory;
 mod nested;
 mod plan;
@@ -26,6 +27,7 @@ use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
 pub(crate) use memory::{ensure_free, free_mib, needed_mib};
+pub(crate) use nested::NestedSetup;
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{Needs, Setup, SetupOptions};
@@ -59,6 +61,12 @@ pub(crate) struct Options {
     /// Measure a bare boot of the same guest and compare
     #[arg(long)]
     measure: bool,
+    /// Keep the VMs before they are shut down, and when a check fails, and run commands in them from standard input
+    #[arg(long, conflicts_with = "nested")]
+    keep: bool,
+    /// As --keep, but only when a check fails
+    #[arg(long, conflicts_with = "nested")]
+    interactive: bool,
     /// Run the scenario with KVM in a VM whose CPU QEMU emulates: for machines without KVM
     #[arg(long, conflicts_with_all = ["prepared", "overlay", "measure", "accel", "qemu", "file"])]
     nested: bool,
@@ -213,7 +221,7 @@ fn one(
     report.kernel =
         Some(report::Kernel { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() });
     let sockets = SocketDir::for_run(run)?;
-    let plan = Plan::new(scenario, &sockets)?;
+    let plan = Plan::new(scenario, run, &sockets)?;
     let images = Images::build(scenario, run, setup, options, progress)?;
     let values = scenario.values(
         |vvu| plan.proxies[vvu].slot.to_string(),
@@ -229,7 +237,20 @@ fn one(
     memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
     let _transient = Transient(plan.transient());
     let mut running = bench.start(scenario, values)?;
-    let done = steps::carry_out(scenario, &mut running, progress);
+    let mut prompt = |running: &mut steps::Running<'_>| match options.keep {
+        true => keep::prompt(running, run, &mut std::io::stdin()),
+        false => Ok(()),
+    };
+    let done = steps::carry_out(scenario, &mut running, progress, &mut prompt);
+    let failure = done.checks.iter().find(|check| check.result == CheckResult::Fail);
+    let failure = failure.map(|check| format!("{}: {}", check.name, check.evidence));
+    if let Some(failure) = failure.or(done.error.as_ref().map(|error| format!("{error:#}")))
+        && (options.keep || options.interactive)
+        && !children::interrupted()
+    {
+        eprintln!("{failure}");
+        keep::prompt(&mut running, run, &mut std::io::stdin())?;
+    }
     report.checks = done.checks;
     report.measurements = std::mem::take(&mut running.measurements);
     report.totals.launch_to_vda_seconds = done.launch_to_vda;

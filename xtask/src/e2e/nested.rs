@@ -45,6 +45,33 @@ const RUN_LIMIT: Duration = Duration::from_secs(900);
 /// How long it may take to fetch a file.
 const FETCH_LIMIT: Duration = Duration::from_secs(60);
 
+/// What a nested run needs beside the usual set-up.
+pub(crate) struct NestedSetup {
+    /// The QEMU for the outer VM's inside.
+    qemu_root: PathBuf,
+    /// The outer VM's kernel.
+    kernel: Kernel,
+    /// This program, static.
+    xtask: PathBuf,
+}
+
+impl NestedSetup {
+    /// Obtains everything.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that cannot be had, and the remedy.
+    pub(crate) fn obtain(options: &SetupOptions, progress: &Progress) -> Result<Self> {
+        let cache = Cache::open(progress)?;
+        let qemu_root = Qemu::portable(progress, &cache)?;
+        let mut fragments = options.kernel.fragments.clone();
+        fragments.push(FRAGMENT.to_owned());
+        let kernel = KernelOptions { fragments, ..options.kernel.clone() };
+        let kernel = Kernel::obtain(progress, &cache, &kernel)?;
+        Ok(Self { qemu_root, kernel, xtask: build_xtask(progress)? })
+    }
+}
+
 /// Runs scenarios, one after the other, each in an outer VM of its own. `file` tells where a scenario comes from.
 ///
 /// # Errors
@@ -115,12 +142,7 @@ fn one(
 ) -> Result<()> {
     let setup_options = SetupOptions { accel: accel::Request::Tcg, ..options.setup.clone() };
     let setup = Setup::obtain(&setup_options, &Needs::of([scenario]), progress)?;
-    let cache = Cache::open(progress)?;
-    let qemu_root = Qemu::portable(progress, &cache)?;
-    let mut kernel = KernelOptions { fragments: vec![FRAGMENT.to_owned()], ..options.setup.kernel.clone() };
-    kernel.fragments.extend(options.setup.kernel.fragments.iter().cloned());
-    let kernel = Kernel::obtain(progress, &cache, &kernel)?;
-    let xtask = build_xtask(progress)?;
+    let NestedSetup { qemu_root, kernel, xtask } = NestedSetup::obtain(&options.setup, progress)?;
 
     let stage = progress.stage("outer image");
     let mut overlay = prepared::lay_out(&setup, &scenario.kernel, &qemu_root, run, PLACE)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::rundir::SocketDir;
+use crate::rundir::{RunDir, SocketDir};
 use crate::scenario::{Action, Addr, Iommu, Scenario, Slot};
 use crate::vm::args::{Config, Device};
 
@@ -31,6 +31,8 @@ pub(crate) struct ProxyPlan {
     pub(crate) memory_link: PathBuf,
     /// The sibling's RAM in MiB if this proxy makes the memory file, rather than use that of an earlier one.
     pub(crate) memory_mib: Option<u64>,
+    /// Where every message is written down.
+    pub(crate) trace: Option<PathBuf>,
     /// vhost queues of the device.
     pub(crate) queues: u32,
 }
@@ -41,7 +43,7 @@ impl Plan {
     /// # Errors
     ///
     /// A device VM has more devices than its bus has slots.
-    pub(crate) fn new(scenario: &Scenario, sockets: &SocketDir) -> Result<Self> {
+    pub(crate) fn new(scenario: &Scenario, run: &RunDir, sockets: &SocketDir) -> Result<Self> {
         let slots = settle(scenario)?;
         let mut proxies = BTreeMap::new();
         for (name, vvu) in &scenario.vvu {
@@ -54,6 +56,7 @@ impl Plan {
                 vhost_user: sockets.socket(&format!("{name}.vhost")),
                 memory_link: sockets.socket(&format!("{first}.mem")),
                 memory_mib: (first == name).then_some(memory_mib),
+                trace: Some(run.file(&format!("trace-{name}.jsonl"))),
                 queues: vvu.frontend.vhost_queues(vvu.queues),
             };
             proxies.insert(name.clone(), proxy);
@@ -121,6 +124,9 @@ impl ProxyPlan {
             None => option("--memory", text(&self.memory_link)),
         }
         option("--queues", self.queues.to_string());
+        if let Some(trace) = &self.trace {
+            option("--trace", text(trace));
+        }
         words
     }
 }
@@ -155,7 +161,6 @@ fn text(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rundir::RunDir;
     use crate::scenario::Frontend;
 
     fn plan(text: &str) -> Plan {
@@ -164,7 +169,7 @@ mod tests {
         std::fs::write(&file, text).expect("written");
         let scenario = Scenario::load(&file).expect("valid");
         let run = RunDir::create(dir.path(), "s").expect("a run directory");
-        Plan::new(&scenario, &SocketDir::for_run(&run).expect("a directory")).expect("settled")
+        Plan::new(&scenario, &run, &SocketDir::for_run(&run).expect("a directory")).expect("settled")
     }
 
     #[test]
@@ -191,7 +196,10 @@ mod tests {
         assert_eq!(plan.transient().len(), 6);
         let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");
         assert!(words.starts_with("/v/vvu proxy --vfio-user /"), "{words}");
-        assert!(words.ends_with(&format!("--memory-size 1024M --memory-link {link} --queues 1")), "{words}");
+        assert!(
+            words.contains(&format!("--memory-size 1024M --memory-link {link} --queues 1 --trace ")),
+            "{words}"
+        );
     }
 
     #[test]
@@ -205,7 +213,10 @@ mod tests {
         assert_eq!((a.memory_mib, b.memory_mib), (Some(256), None));
         assert_eq!(a.memory_link, b.memory_link);
         let words = b.words(Path::new("vvu")).join(" ");
-        assert!(words.ends_with(&format!("--memory {} --queues 4", a.memory_link.display())), "{words}");
+        assert!(
+            words.contains(&format!("--memory {} --queues 4 --trace /", a.memory_link.display())),
+            "{words}"
+        );
         let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().qemu()).collect();
         assert_eq!(slots, ["10.0", "11.0"]);
         assert_eq!(plan.transient().len(), 5);

@@ -76,7 +76,8 @@ impl Prepared {
     }
 }
 
-/// Puts all of `setup`, with its kernel that has these fragments and the QEMU in `qemu_root`, into the directory `place` of a guest.
+/// Puts all of `setup`, with its kernel that has these fragments and the QEMU in `qemu_root`, into the directory
+/// `place` of a guest.
 ///
 /// # Errors
 ///

@@ -56,12 +56,28 @@ pub(crate) struct Done {
     pub(crate) error: Option<Error>,
 }
 
-/// Carries out all steps until one fails.
-pub(crate) fn carry_out(scenario: &Scenario, running: &mut Running<'_>, progress: &Progress) -> Done {
+/// Carries out all steps until one fails. `before_end` is called before the VMs that are left are shut down.
+pub(crate) fn carry_out(
+    scenario: &Scenario,
+    running: &mut Running<'_>,
+    progress: &Progress,
+    before_end: &mut dyn FnMut(&mut Running<'_>) -> Result<()>,
+) -> Done {
     let steps = scenario.unrolled(u32::MAX);
+    let is_work = |placed: &Placed<'_>| placed.step.action() != Some(Action::PowerOff);
+    let end = steps.iter().rposition(is_work).map_or(0, |last| last + 1);
     let mut done = Done { checks: planned(&steps), ..Done::default() };
     let mut stage: Option<(&str, Stage)> = None;
     for (index, placed) in steps.iter().enumerate() {
+        if index == end {
+            if let Some((last, stage)) = stage.take() {
+                stage.done(evidence_of(&done.checks, last));
+            }
+            done.error = before_end(running).err();
+            if done.error.is_some() {
+                return done;
+            }
+        }
         let name = placed.check.unwrap_or("boot");
         stage = match stage {
             Some((last, stage)) if last == name => Some((last, stage)),
@@ -97,6 +113,9 @@ pub(crate) fn carry_out(scenario: &Scenario, running: &mut Running<'_>, progress
     }
     if let Some((last, stage)) = stage {
         stage.done(evidence_of(&done.checks, last));
+    }
+    if end == steps.len() {
+        done.error = before_end(running).err();
     }
     done
 }

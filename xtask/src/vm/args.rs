@@ -75,19 +75,29 @@ pub(crate) enum Device {
         /// Milliseconds between attempts to make a lost connection again; 0: none are made.
         reconnect_ms: u32,
     },
+    /// A virtio block device that QEMU itself serves.
+    VirtioBlk {
+        /// Where it is.
+        slot: Slot,
+        /// The disk image.
+        file: String,
+    },
 }
 
 impl Device {
     /// Where it is.
     pub(crate) fn slot(&self) -> Slot {
         match self {
-            Device::Vvu { slot, .. } | Device::VhostUser { slot, .. } => *slot,
+            Device::Vvu { slot, .. } | Device::VhostUser { slot, .. } | Device::VirtioBlk { slot, .. } => {
+                *slot
+            }
         }
     }
 
-    fn socket(&self) -> &str {
+    fn socket(&self) -> Option<&str> {
         match self {
-            Device::Vvu { socket, .. } | Device::VhostUser { socket, .. } => socket,
+            Device::Vvu { socket, .. } | Device::VhostUser { socket, .. } => Some(socket),
+            Device::VirtioBlk { .. } => None,
         }
     }
 }
@@ -147,7 +157,7 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     match serial {
         Serial::Inherited(log) => {
             let log = escaped(&log.display().to_string());
-            args.pair("-chardev", format!("file,id=console,path=/dev/fd/1,logfile={log},logappend=on"))
+            args.pair("-chardev", format!("file,id=console,path=/proc/self/fd/1,logfile={log},logappend=on"))
                 .pair("-serial", "chardev:console")
                 .pair("-chardev", "socket,id=control,fd=0")
                 .pair("-serial", "chardev:control");
@@ -218,15 +228,16 @@ impl Args {
                 bail!("{}: two devices at {slot}: give one of them another address", config.name);
             }
             taken.push(slot);
-            let socket = device.socket();
-            ensure!(
-                socket.len() <= MAX_SOCKET_PATH,
-                "{socket} has {} bytes: a unix socket's path may have {MAX_SOCKET_PATH}",
-                socket.len()
-            );
+            if let Some(socket) = device.socket() {
+                ensure!(
+                    socket.len() <= MAX_SOCKET_PATH,
+                    "{socket} has {} bytes: a unix socket's path may have {MAX_SOCKET_PATH}",
+                    socket.len()
+                );
+            }
             let addr = slot.qemu();
             match device {
-                Device::Vvu { .. } => {
+                Device::Vvu { socket, .. } => {
                     let device = json!({
                         "driver": "vfio-user-pci",
                         "socket": {"type": "unix", "path": socket},
@@ -236,13 +247,23 @@ impl Args {
                     });
                     self.pair("-device", device.to_string());
                 }
-                Device::VhostUser { frontend, queues, reconnect_ms, .. } => {
+                Device::VhostUser { socket, frontend, queues, reconnect_ms, .. } => {
                     let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));
                     if *reconnect_ms > 0 {
                         chardev.push_str(&format!(",reconnect-ms={reconnect_ms}"));
                     }
                     self.pair("-chardev", chardev);
                     self.0.extend(frontend.arguments(number, &addr, *queues));
+                }
+                Device::VirtioBlk { file, .. } => {
+                    let disk = json!({
+                        "driver": "raw",
+                        "node-name": format!("disk{number}"),
+                        "file": {"driver": "file", "filename": file},
+                    });
+                    self.pair("-blockdev", disk.to_string());
+                    let device = format!("virtio-blk-pci,drive=disk{number},addr={addr},num-queues=1");
+                    self.pair("-device", device);
                 }
             }
         }
@@ -287,7 +308,7 @@ mod tests {
              -object memory-backend-memfd,id=mem,size=512M,share=on -kernel /c/vmlinux -initrd /c/device.cpio \
              -append console=ttyS0 loglevel=6 panic=-1 no_timer_check vvu.hostname=device \
              vfio_iommu_type1.allow_unsafe_interrupts=1 \
-             -chardev file,id=console,path=/dev/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
+             -chardev file,id=console,path=/proc/self/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
              -chardev socket,id=control,fd=0 -serial chardev:control \
              -device virtio-iommu-pci,addr=05.0,boot-bypass=off \
              -device {\"addr\":\"10.0\",\"driver\":\"vfio-user-pci\",\"rombar\":0,\

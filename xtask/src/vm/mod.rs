@@ -103,6 +103,11 @@ impl Vm {
         &self.name
     }
 
+    /// QEMU's process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.qemu.id()
+    }
+
     /// When QEMU was started.
     pub(crate) fn launched(&self) -> Instant {
         self.launched

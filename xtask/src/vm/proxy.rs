@@ -49,6 +49,11 @@ impl Proxy {
         Ok(Self { name: name.to_owned(), process, ready, log })
     }
 
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Waits until it listens.
     ///
     /// # Errors

@@ -20,17 +20,14 @@ use vm_memory::{
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
-use super::config::{self, DISCARD_SECTORS_MAX, QUEUE_SIZE_MAX, RANGES_MAX, WRITE_ZEROES_SECTORS_MAX};
+use super::config::{self, QUEUE_SIZE_MAX};
 use super::disk::{Disk, SECTOR_SIZE};
 use super::request::{Malformed, Rejected, Request, Segments};
 use crate::backend::inflight::{self, Inflight, RegionError, Tracker, TrackerError};
 use crate::backend::server::ExitEvents;
 use crate::backend::vring::Vring;
 
-/// Bytes of `struct virtio_blk_discard_write_zeroes`.
-const RANGE_SIZE: usize = 16;
-/// Its flag to free what is zeroed.
-const UNMAP: u32 = 1;
+mod ranges;
 
 type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
 
@@ -117,10 +114,14 @@ impl Device {
                 return Ok(());
             }
             let queue = state.get_queue_mut();
-            *tracker = self.inflight.tracker(index, queue.size())?;
-            let Some(tracker) = tracker else { return Ok(()) };
             let memory = self.memory.memory();
             let used = queue.used_idx(&*memory, Ordering::Acquire)?;
+            if used.0 != 0 {
+                // The back-end before may have ended between giving something back and saying so.
+                signal(vring);
+            }
+            *tracker = self.inflight.tracker(index, queue.size())?;
+            let Some(tracker) = tracker else { return Ok(()) };
             let available = queue.avail_idx(&*memory, Ordering::Acquire)?;
             let Some(heads) = tracker.recover(used.0, available.0)? else { return Ok(()) };
             // Whatever index the front-end knows: what is neither used nor in flight was not taken.
@@ -139,8 +140,6 @@ impl Device {
             give_back(vring, tracker.as_mut(), head, used)?;
             self.announce(vring)?;
         }
-        // The earlier back-end may have ended between giving something back and saying so.
-        signal(vring);
         Ok(())
     }
 
@@ -269,7 +268,7 @@ impl Device {
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 self.check_writable()?;
                 for range in self.ranges(memory, request)? {
-                    let Range { offset, len, unmap } = range;
+                    let ranges::Range { offset, len, unmap } = range;
                     if request.kind == VIRTIO_BLK_T_DISCARD {
                         self.disk.discard(offset, len)?;
                     } else {
@@ -308,47 +307,6 @@ impl Device {
         let sectors = self.disk.sectors();
         offset.filter(inside).ok_or(Failure::Range { sector, len, sectors })
     }
-
-    /// Reads and checks all ranges of a discard or write-zeroes request before any is touched.
-    fn ranges(&self, memory: &GuestMemoryMmap, request: &Request) -> Result<Vec<Range>, Failure> {
-        let len = request.input.len();
-        let size = usize::try_from(len).map_err(|_| Failure::Size(len))?;
-        let count = size / RANGE_SIZE;
-        let fits = u32::try_from(count).is_ok_and(|count| (1..=RANGES_MAX).contains(&count));
-        if !fits || !size.is_multiple_of(RANGE_SIZE) {
-            return Err(Failure::Size(len));
-        }
-        let mut bytes = vec![0; size];
-        request.input.read(memory, &mut bytes)?;
-        let (records, _) = bytes.as_chunks::<RANGE_SIZE>();
-        records.iter().map(|record| self.parse_range(request.kind, record)).collect()
-    }
-
-    fn parse_range(&self, kind: u32, record: &[u8; RANGE_SIZE]) -> Result<Range, Failure> {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *record;
-        let sector = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-        let sectors = u32::from_le_bytes([i, j, k, l]);
-        let flags = u32::from_le_bytes([m, n, o, p]);
-        let (known, most) = match kind {
-            VIRTIO_BLK_T_DISCARD => (0, DISCARD_SECTORS_MAX),
-            _ => (UNMAP, WRITE_ZEROES_SECTORS_MAX),
-        };
-        if flags & !known != 0 {
-            return Err(Failure::Unsupported);
-        }
-        let len = u64::from(sectors) * u64::from(SECTOR_SIZE);
-        if !(1..=most).contains(&sectors) {
-            return Err(Failure::Size(len));
-        }
-        Ok(Range { offset: self.offset(sector, len)?, len, unmap: flags & UNMAP != 0 })
-    }
-}
-
-/// Bytes of the disk to discard or zero.
-struct Range {
-    offset: u64,
-    len: u64,
-    unmap: bool,
 }
 
 /// Puts a request that is done into the used ring.
@@ -450,3 +408,7 @@ impl VhostUserBackend for Device {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "device_test.rs"]
+mod tests;

@@ -80,10 +80,13 @@ impl Inflight {
             }
             Ok(FrontendReq::GET_INFLIGHT_FD) if accepted(VhostUserProtocolFeatures::INFLIGHT_SHMFD) => {
                 let asked = Description::parse(header.request, message.payload())?;
-                let (offered, file) = region::create(asked, self.limits)?;
+                // There is no other way to say no than to offer nothing.
+                let (offered, file) = region::create(asked, self.limits)
+                    .inspect_err(|error| log::warn!("no in-flight tracking: {error}"))
+                    .map_or((Description::NOTHING, None), |(offered, file)| (offered, Some(file)));
                 let size = u32::try_from(Description::SIZE).unwrap_or(u32::MAX);
                 let mut answer = Message::new(header.reply(size), &offered.to_bytes());
-                answer.fds.push(file);
+                answer.fds.extend(file);
                 Ok(Verdict::Done(Some(answer)))
             }
             Ok(FrontendReq::SET_INFLIGHT_FD) if accepted(VhostUserProtocolFeatures::INFLIGHT_SHMFD) => {

@@ -105,6 +105,9 @@ pub(super) struct Description {
 
 impl Description {
     pub(super) const SIZE: usize = InflightArea::DESCRIPTION_SIZE;
+    /// Says that there is no region.
+    pub(super) const NOTHING: Self =
+        Self { area: InflightArea { size: 0, offset: BarOffset(0) }, queues: 0, queue_size: 0 };
 
     pub(super) fn parse(request: u32, payload: &[u8]) -> Result<Self, MessageError> {
         let area = InflightArea::parse(request, payload)?;

@@ -1,0 +1,88 @@
+//! What the chain costs at native speed: the same requests over front-end ⇄ proxy ⇄ vfio-user client ⇄
+//! guest driver and bridge ⇄ back-end, and over a plain vhost-user socket to the same back-end.
+//!
+//! `cargo xtask bench chain` runs it and turns what it prints, one JSON value, into ratios.
+#![allow(unreachable_pub, dead_code, reason = "its modules are one program, which takes parts of the tests")]
+
+#[path = "../../tests/chain/chain.rs"]
+mod chain;
+#[path = "../../tests/common/mod.rs"]
+mod common;
+#[path = "../../tests/chain/logs.rs"]
+mod logs;
+
+mod echo;
+mod latencies;
+mod links;
+mod tests;
+mod wake_ups;
+
+use std::time::Duration;
+
+use clap::Parser;
+use serde_json::{Map, Value, json};
+
+use links::Via;
+use tests::{Limit, Test};
+
+/// Measures the chain and the plain socket in turns.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Rounds; each measures everything once over fresh connections
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    rounds: u32,
+    /// Begin with the chain instead of the plain socket
+    #[arg(long)]
+    vvu_first: bool,
+    /// How long each test takes
+    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    seconds: f64,
+    /// Carry out one test alone, over the link that --via names
+    #[arg(long, value_name = "TEST", requires = "via")]
+    test: Option<Test>,
+    #[arg(long, value_name = "LINK", requires = "operations")]
+    via: Option<Via>,
+    /// How many operations a test that is alone carries out
+    #[arg(long, value_name = "N")]
+    operations: Option<u64>,
+    /// What `cargo bench` adds
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() {
+    let options = Options::parse();
+    // In a thread with a name, by which its wake-ups are counted.
+    let front_end = std::thread::Builder::new().name("front-end".to_owned()).spawn(move || measure(&options));
+    front_end.expect("a thread").join().expect("a measurement");
+}
+
+fn measure(options: &Options) {
+    if let (Some(test), Some(via), Some(operations)) = (options.test, options.via, options.operations) {
+        alone(test, via, operations);
+        return;
+    }
+    let limit = Limit::Time(Duration::try_from_secs_f64(options.seconds).expect("a number of seconds"));
+    let mut results: Map<String, Value> = Map::new();
+    for round in 0..options.rounds {
+        // Neither goes first always.
+        let order = if (round % 2 == 0) != options.vvu_first {
+            [Via::Plain, Via::Vvu]
+        } else {
+            [Via::Vvu, Via::Plain]
+        };
+        for test in Test::ALL {
+            for via in order {
+                let got = test.run(via, limit).into_json();
+                let of_test = results.entry(test.name()).or_insert_with(|| json!({}));
+                let rounds = of_test.as_object_mut().expect("an object").entry(via.name());
+                rounds.or_insert_with(|| json!([])).as_array_mut().expect("an array").push(got);
+            }
+        }
+    }
+    println!("{}", Value::Object(results));
+}
+
+fn alone(test: Test, via: Via, operations: u64) {
+    println!("{}", test.run(via, Limit::Operations(operations)).into_json());
+}

@@ -1,0 +1,227 @@
+//! A record of every vhost-user message that passes the proxy, as JSON lines.
+
+use std::fmt::Display;
+use std::fs::File;
+use std::io::Write;
+use std::time::Instant;
+
+use serde_json::{Map, Value, json};
+use vhost::vhost_user::VhostUserProtocolFeatures;
+
+use crate::message_socket::Message;
+use crate::spec::vhost_user::{
+    BackendReq, FrontendReq, Header, InflightArea, MemoryRegion, VRING_INDEX_MASK, VRING_NO_FD,
+    parse_memory_table, parse_single_region, parse_u64,
+};
+
+/// Writes one JSON object a line for each message: `time_us` since the start, `from` (`front-end` or `back-end`),
+/// `kind` (`request` or `reply`), `channel` when it belongs to the back-end's own requests, `request` and `code`,
+/// `need_reply`, `fds`, `fields`, and `did`: `relayed`, `rewritten`, `masked` (feature bits or a number of queues were
+/// taken away; `passed` has the fields after it), `refused` or `dropped` (with a `reason`).
+#[derive(Debug)]
+pub struct Trace {
+    out: File,
+    start: Instant,
+}
+
+/// Who sent a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum From {
+    Frontend,
+    Backend,
+}
+
+/// A message as it arrived.
+#[derive(Debug)]
+pub(super) struct Arrived {
+    header: Header,
+    payload: Vec<u8>,
+    fds: usize,
+}
+
+/// What the proxy did with a message.
+pub(super) enum Did<'a> {
+    /// Passed it on, with this payload.
+    Passed(&'a [u8]),
+    /// Told the sender that it will not be passed on, or disconnected it.
+    Refused(&'a dyn Display),
+    /// Threw it away.
+    Dropped(&'a dyn Display),
+}
+
+impl Trace {
+    /// A trace into `out`, whose times count from now.
+    #[must_use]
+    pub fn new(out: File) -> Self {
+        Self { out, start: Instant::now() }
+    }
+
+    /// What is to be remembered of a message before it is treated; nothing unless there is a trace.
+    pub(super) fn arrived(trace: &Option<Self>, message: &Message) -> Option<Arrived> {
+        trace.as_ref().map(|_| Arrived {
+            header: message.header,
+            payload: message.payload().to_vec(),
+            fds: message.fds.len(),
+        })
+    }
+
+    /// Writes down what became of a message. A trace that cannot be written ends.
+    pub(super) fn record(trace: &mut Option<Self>, from: From, arrived: Option<Arrived>, did: Did<'_>) {
+        let (Some(this), Some(arrived)) = (&mut *trace, arrived) else { return };
+        let mut line = line(this.start.elapsed().as_micros(), from, &arrived, &did).to_string();
+        line.push('\n');
+        if let Err(error) = this.out.write_all(line.as_bytes()) {
+            log::warn!("the trace ends here, it cannot be written: {error}");
+            *trace = None;
+        }
+    }
+}
+
+fn line(time_us: u128, from: From, arrived: &Arrived, did: &Did<'_>) -> Value {
+    let Header { request, .. } = arrived.header;
+    let reply = arrived.header.is_reply();
+    // Requests of the back-end, and their answers, have a channel of their own.
+    let channel = (from == From::Backend) != reply;
+    let name = if channel {
+        BackendReq::try_from(request).map(|request| format!("{request:?}")).ok()
+    } else {
+        FrontendReq::try_from(request).map(|request| format!("{request:?}")).ok()
+    };
+    let fields = |payload: &[u8]| if channel { raw(payload) } else { fields(request, reply, payload) };
+    let mut line = json!({
+        "time_us": u64::try_from(time_us).unwrap_or(u64::MAX),
+        "from": if from == From::Frontend { "front-end" } else { "back-end" },
+        "kind": if reply { "reply" } else { "request" },
+        "request": name.unwrap_or_else(|| format!("unknown {request}")),
+        "code": request,
+        "need_reply": arrived.header.needs_reply(),
+        "fds": arrived.fds,
+        "fields": fields(&arrived.payload),
+    });
+    if channel {
+        line["channel"] = json!("back-end");
+    }
+    let (did, reason) = match did {
+        Did::Passed(payload) if **payload == arrived.payload => ("relayed", None),
+        Did::Passed(payload) => {
+            line["passed"] = fields(payload);
+            (if arrived.payload.len() == 8 { "masked" } else { "rewritten" }, None)
+        }
+        Did::Refused(reason) => ("refused", Some(reason)),
+        Did::Dropped(reason) => ("dropped", Some(reason)),
+    };
+    line["did"] = json!(did);
+    if let Some(reason) = reason {
+        line["reason"] = json!(reason.to_string());
+    }
+    line
+}
+
+/// The payload of a message between front-end and back-end, decoded; as hexadecimal where it is not known.
+fn fields(request: u32, reply: bool, payload: &[u8]) -> Value {
+    use FrontendReq as R;
+    let known = match FrontendReq::try_from(request) {
+        Ok(R::GET_FEATURES | R::SET_FEATURES) => number(payload).map(|bits| json!({"features": hex(bits)})),
+        Ok(R::GET_PROTOCOL_FEATURES | R::SET_PROTOCOL_FEATURES) => number(payload).map(|bits| {
+            let known = VhostUserProtocolFeatures::from_bits_truncate(bits);
+            let names: Vec<&str> = known.iter_names().map(|(name, _)| name).collect();
+            json!({"features": hex(bits), "names": names})
+        }),
+        Ok(R::SET_VRING_NUM | R::SET_VRING_BASE | R::SET_VRING_ENABLE | R::GET_VRING_BASE) => {
+            number(payload).map(|value| json!({"queue": value & u64::from(u32::MAX), "value": value >> 32}))
+        }
+        Ok(R::SET_VRING_KICK | R::SET_VRING_CALL | R::SET_VRING_ERR) if !reply => number(payload)
+            .map(|value| json!({"queue": value & VRING_INDEX_MASK, "eventfd": value & VRING_NO_FD == 0})),
+        Ok(R::SET_VRING_ADDR) if payload.len() == 40 => {
+            let word =
+                |at: usize| payload[at..at + 4].iter().rev().fold(0, |sum, byte| sum << 8 | u32::from(*byte));
+            let address = |at: usize| hex(u64::from(word(at + 4)) << 32 | u64::from(word(at)));
+            Some(json!({
+                "queue": word(0), "flags": word(4), "descriptors": address(8), "used": address(16),
+                "available": address(24), "log": address(32),
+            }))
+        }
+        Ok(R::SET_MEM_TABLE) if !reply => parse_memory_table(payload)
+            .ok()
+            .map(|regions| json!({"regions": regions.iter().map(region).collect::<Vec<_>>()})),
+        Ok(R::ADD_MEM_REG | R::REM_MEM_REG) if !reply => {
+            parse_single_region(request, payload).ok().map(|one| region(&one))
+        }
+        Ok(R::GET_INFLIGHT_FD | R::SET_INFLIGHT_FD) => InflightArea::parse(request, payload)
+            .ok()
+            .map(|area| json!({"size": area.size, "offset": area.offset.to_string()})),
+        _ if payload.len() == 8 => number(payload).map(|value| json!({"value": value})),
+        _ => None,
+    };
+    known.unwrap_or_else(|| raw(payload))
+}
+
+fn region(region: &MemoryRegion) -> Value {
+    json!({
+        "guest_address": region.gpa.to_string(), "size": region.size,
+        "front_end_address": region.va.to_string(), "offset": region.offset.to_string(),
+    })
+}
+
+fn number(payload: &[u8]) -> Option<u64> {
+    parse_u64(0, payload).ok()
+}
+
+fn hex(value: u64) -> String {
+    format!("{value:#x}")
+}
+
+fn raw(payload: &[u8]) -> Value {
+    let mut fields = Map::new();
+    if !payload.is_empty() {
+        let text: String = payload.iter().map(|byte| format!("{byte:02x}")).collect();
+        fields.insert("payload".to_owned(), Value::String(text));
+    }
+    Value::Object(fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arrived(request: FrontendReq, flags: u32, payload: &[u8]) -> Arrived {
+        let size = u32::try_from(payload.len()).expect("small");
+        Arrived { header: Header { request: request as u32, flags, size }, payload: payload.to_vec(), fds: 0 }
+    }
+
+    #[test]
+    fn what_was_masked_shows_before_and_after() {
+        let offered = arrived(FrontendReq::GET_PROTOCOL_FEATURES, 5, &0x8u64.to_le_bytes());
+        let line = line(7, From::Backend, &offered, &Did::Passed(&0u64.to_le_bytes()));
+        assert_eq!(line["request"], "GET_PROTOCOL_FEATURES");
+        assert_eq!((&line["kind"], &line["did"]), (&json!("reply"), &json!("masked")));
+        assert_eq!(line["fields"], json!({"features": "0x8", "names": ["REPLY_ACK"]}));
+        assert_eq!(line["passed"], json!({"features": "0x0", "names": []}));
+        assert_eq!(line.get("channel"), None);
+    }
+
+    #[test]
+    fn payloads_are_decoded_or_shown_as_they_are() {
+        let decoded = |request, payload: &[u8]| fields(request as u32, false, payload);
+        let kick = decoded(FrontendReq::SET_VRING_KICK, &0x102u64.to_le_bytes());
+        assert_eq!(kick, json!({"queue": 2, "eventfd": false}));
+        let base = decoded(FrontendReq::SET_VRING_BASE, &[1, 0, 0, 0, 9, 0, 0, 0]);
+        assert_eq!(base, json!({"queue": 1, "value": 9}));
+        let mut addresses = [0; 40];
+        addresses[0] = 3;
+        addresses[16] = 5;
+        addresses[23] = 1;
+        assert_eq!(decoded(FrontendReq::SET_VRING_ADDR, &addresses)["used"], "0x100000000000005");
+        assert_eq!(decoded(FrontendReq::GET_CONFIG, &[0xab; 3]), json!({"payload": "ababab"}));
+        assert_eq!(decoded(FrontendReq::SET_MEM_TABLE, &[1]), json!({"payload": "01"}));
+        assert_eq!(decoded(FrontendReq::SET_OWNER, &[]), json!({}));
+    }
+
+    #[test]
+    fn a_refusal_says_why() {
+        let log = arrived(FrontendReq::SET_LOG_BASE, 9, &[]);
+        let line = line(0, From::Frontend, &log, &Did::Refused(&"not carried"));
+        assert_eq!((&line["did"], &line["reason"]), (&json!("refused"), &json!("not carried")));
+        assert_eq!(line["need_reply"], true);
+    }
+}

@@ -1,0 +1,125 @@
+//! `cargo xtask bench`: what VVU costs, against the same back-end on a plain vhost-user socket and others.
+//!
+//! The documentation, with what each figure means, is `docs/performance.md`.
+
+mod back_end;
+mod chain;
+mod plot;
+mod results;
+mod table;
+mod usage;
+mod vms;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+
+use crate::e2e::{Needs, Setup, SetupOptions, runs};
+use crate::interrupt;
+use crate::progress::Progress;
+use crate::report;
+use crate::rundir::RunDir;
+
+use results::{Bench, FORMAT, Machine};
+
+/// Options of `cargo xtask bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// What to measure; everything by default
+    #[arg(value_enum)]
+    what: Option<What>,
+    /// Rounds, each with fresh connections and VMs
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// How long each test of a round takes
+    #[arg(long, value_name = "S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    seconds: u64,
+    /// Compare with an earlier run's JSON
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
+    /// Print the JSON, and nothing else, on stdout
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    setup: SetupOptions,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum What {
+    /// The chain in one process, without VMs
+    Chain,
+    /// A sibling VM's disk, and how long it takes to appear
+    Vms,
+}
+
+/// Measures, prints, and leaves `bench.json` and `bench.svg` in the run directory.
+///
+/// # Errors
+///
+/// The set-up cannot be made, a VM fails, or the baseline cannot be read.
+pub(crate) fn main(options: &Options) -> Result<ExitCode> {
+    // Before minutes are spent for nothing.
+    let baseline = options.baseline.as_deref().map(Bench::load).transpose()?;
+    let progress = Progress::new(false);
+    let run = RunDir::create(&runs(), "bench")?;
+    let mut bench = Bench {
+        format: FORMAT,
+        rounds: options.rounds,
+        seconds: options.seconds,
+        machine: Machine::now(),
+        ..Bench::default()
+    };
+    if options.what != Some(What::Vms) {
+        chain::measure(options.rounds, options.seconds, &run, &progress, &mut bench)?;
+    }
+    if options.what != Some(What::Chain) {
+        let setup = Setup::obtain(&options.setup, &Needs::default(), &progress)?;
+        let accelerator = &setup.accelerator;
+        bench.accelerator = Some(report::Accelerator {
+            used: accelerator.kind.to_string(),
+            reason: accelerator.reason.clone(),
+        });
+        bench.qemu =
+            Some(report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() });
+        let kernel = setup.kernel(&[])?;
+        bench.kernel = Some(report::Kernel {
+            version: kernel.version.clone(),
+            config_digest: kernel.config_digest.clone(),
+        });
+        bench.setup_stages = progress.stages();
+        vms::measure(options.rounds, options.seconds, &setup, &run, &progress, &mut bench)?;
+    }
+    interrupt::check()?;
+    bench.machine.load_after = results::load();
+    if let Some(baseline) = &baseline {
+        bench.compare(baseline);
+    }
+    let json = serde_json::to_string_pretty(&bench).context("cannot write the results")?;
+    run.write("bench.json", &json)?;
+    run.write("bench.svg", plot::svg(&bench))?;
+    let text = format!("{}{}\n", table::text(&bench), run.path().display());
+    if options.json {
+        eprint!("{text}");
+        println!("{json}");
+    } else {
+        print!("{text}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Bench {
+    fn load(path: &std::path::Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let bench: Self = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no output of bench", path.display()))?;
+        anyhow::ensure!(
+            bench.format == FORMAT,
+            "{} has format {}, want {FORMAT}: measure it again with this version",
+            path.display(),
+            bench.format
+        );
+        Ok(bench)
+    }
+}

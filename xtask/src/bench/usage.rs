@@ -1,0 +1,72 @@
+//! What processes have used of the host.
+
+use std::fs;
+
+/// Microseconds of a clock tick in /proc, of which x86-64 has 100 in a second.
+const TICK_US: f64 = 10_000.0;
+
+/// Sums over processes and their threads.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Usage {
+    /// Processor time in microseconds.
+    pub(super) cpu_us: f64,
+    /// How often a thread slept and was woken.
+    pub(super) wake_ups: f64,
+}
+
+impl Usage {
+    /// Of these processes so far. One that has ended counts as nothing.
+    pub(super) fn of(processes: &[u32]) -> Self {
+        let mut usage = Self::default();
+        for process in processes {
+            let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+            usage.cpu_us += ticks(&stat) * TICK_US;
+            for task in fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten() {
+                let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+                usage.wake_ups += switches(&status);
+            }
+        }
+        usage
+    }
+
+    /// What was added since `before`; not below 0, although threads that ended take their wake-ups along.
+    pub(super) fn since(self, before: Self) -> Self {
+        Self {
+            cpu_us: (self.cpu_us - before.cpu_us).max(0.0),
+            wake_ups: (self.wake_ups - before.wake_ups).max(0.0),
+        }
+    }
+}
+
+/// utime and stime, the 14th and 15th field; the second one is a name in parentheses, with anything in it.
+fn ticks(stat: &str) -> f64 {
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    after_name.split_whitespace().skip(11).take(2).filter_map(|word| word.parse::<f64>().ok()).sum()
+}
+
+fn switches(status: &str) -> f64 {
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    count.and_then(|count| count.trim().parse().ok()).unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fields_of_proc_are_found() {
+        let stat = "42 (a) b) S 1 42 42 0 -1 4194560 100 0 0 0 250 50 0 0 20 0 1 0 100";
+        assert_eq!(ticks(stat), 300.0);
+        assert_eq!(ticks(""), 0.0);
+        let status = "Name:\tx\nvoluntary_ctxt_switches:\t17\nnonvoluntary_ctxt_switches:\t4\n";
+        assert_eq!(switches(status), 17.0);
+    }
+
+    #[test]
+    fn this_process_uses_something() {
+        let this = Usage::of(&[std::process::id()]);
+        let later = Usage::of(&[std::process::id()]);
+        assert!(later.cpu_us >= this.cpu_us);
+        assert_eq!(this.since(later).cpu_us, 0.0);
+    }
+}

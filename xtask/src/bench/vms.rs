@@ -1,0 +1,357 @@
+//! The disk of a sibling VM, served in different ways.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use regex::Regex;
+use serde_json::Value;
+use tempfile::TempDir;
+use vvu_init::protocol::{End, READY_LINE};
+
+use crate::e2e::{ProxyPlan, Setup};
+use crate::image::{DiskImage, OverlayEntry, with_overlay};
+use crate::progress::Progress;
+use crate::rundir::{RunDir, SocketDir};
+use crate::scenario::{Frontend, Iommu, Slot};
+use crate::vm::args::{Config, Device, Guest, Serial, arguments};
+use crate::vm::proxy::Proxy;
+use crate::vm::{Logs, Vm, ending, printed};
+use crate::{children, interrupt, leftover};
+
+use super::back_end::BackEnd;
+use super::results::{Bench, Better, Key};
+use super::usage::Usage;
+
+const DISK_BYTES: u64 = 64 << 20;
+const MEMORY_MIB: u64 = 512;
+/// Time for anything but a test, at native speed.
+const LIMIT: Duration = Duration::from_secs(30);
+/// How much longer than asked for a test may take, at native speed.
+const GRACE: Duration = Duration::from_secs(5);
+/// QEMU's daemon, looked for in `PATH`.
+const STORAGE_DAEMON: &str = "qemu-storage-daemon";
+/// Appears when the sibling has its disk.
+const VDA: &str = r"virtio_blk virtio\d+: \[vda\] \d+ 512-byte logical blocks";
+
+/// The tests, the rate that each is about, and how `vvu-load` takes them.
+const TESTS: [(&str, &str, &str); 5] = [
+    ("randread-4k-depth1", "iops", "--pattern randread --block 4096 --depth 1"),
+    ("randread-4k-depth32", "iops", "--pattern randread --block 4096 --depth 32"),
+    ("randwrite-4k-depth1", "iops", "--pattern randwrite --block 4096 --depth 1"),
+    ("randwrite-4k-depth32", "iops", "--pattern randwrite --block 4096 --depth 32"),
+    ("read-128k-depth8", "mb_per_s", "--pattern read --block 131072 --depth 8"),
+];
+/// Before the first test: under TCG the code of every guest on the path has yet to be translated.
+const WARM_UP: &str = "vvu-load measure --file /dev/vda --seconds 1 --seed 2 --pattern randread";
+/// What is taken of `vvu-load`'s output beside the rate.
+const LATENCIES: [&str; 2] = ["latency_p50_us", "latency_p99_us"];
+
+/// Who serves the sibling's disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Variant {
+    /// `vvu device block` in the device VM.
+    Vvu,
+    /// `vvu device block` on the host.
+    Plain,
+    /// QEMU's storage daemon on the host.
+    StorageDaemon(PathBuf),
+    /// The sibling's own QEMU.
+    Qemu,
+}
+
+impl Variant {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Vvu => "vvu",
+            Self::Plain => "plain",
+            Self::StorageDaemon(_) => "qsd",
+            Self::Qemu => "qemu",
+        }
+    }
+}
+
+/// Measures all variants in turns.
+pub(super) fn measure(
+    rounds: u32,
+    seconds: u64,
+    setup: &Setup,
+    run: &RunDir,
+    progress: &Progress,
+    bench: &mut Bench,
+) -> Result<()> {
+    let mut variants = vec![Variant::Vvu, Variant::Plain, Variant::Qemu];
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    match std::env::split_paths(&path).map(|dir| dir.join(STORAGE_DAEMON)).find(|path| path.is_file()) {
+        Some(program) => variants.push(Variant::StorageDaemon(program)),
+        None => bench.skip("qsd", format!("there is no {STORAGE_DAEMON} in PATH")),
+    }
+    let lab = Lab::new(seconds, setup, run, progress)?;
+    for round in 1..=rounds {
+        bench.add(round, start_up(), Better::Lower, "bare-boot", lab.bare_boot()?);
+        // Each goes first once in as many rounds as there are variants.
+        variants.rotate_left(1);
+        for variant in &variants {
+            let name = variant.name();
+            let stage = progress.stage(format!("{name} {round}"));
+            match lab.variant(variant, |text| stage.update(text)) {
+                Ok(figures) => {
+                    for (key, better, value) in figures {
+                        bench.add(round, key, better, name, value);
+                    }
+                    stage.done("");
+                }
+                Err(error) if *variant == Variant::Vvu || children::interrupted() => return Err(error),
+                // What others cannot do does not stop us from being measured.
+                Err(error) => bench.skip(&format!("{name} in round {round}"), format!("{error:#}")),
+            }
+        }
+    }
+    leftover::check(&run.id(), &[]).map(drop)
+}
+
+fn start_up() -> Key {
+    Key { group: "start-up".into(), test: "launch-to-vda".into(), metric: "seconds".into() }
+}
+
+/// A value of one round.
+type Figure = (Key, Better, f64);
+
+/// What all rounds share.
+struct Lab<'a> {
+    seconds: u64,
+    setup: &'a Setup,
+    run: &'a RunDir,
+    sockets: SocketDir,
+    /// The base initramfs with the disk in it.
+    with_disk: PathBuf,
+    /// Where the host's back-ends have their disk.
+    disks: TempDir,
+}
+
+impl<'a> Lab<'a> {
+    fn new(seconds: u64, setup: &'a Setup, run: &'a RunDir, progress: &Progress) -> Result<Self> {
+        let stage = progress.stage("image");
+        let with_disk = run.file("device.cpio");
+        let overlay = OverlayEntry::Disk { path: "/disk.img".to_owned(), image: disk() };
+        with_overlay(&setup.base, &[overlay], &with_disk)?;
+        // In memory like the device VM's, so that no host disk takes part.
+        let shm = Path::new("/dev/shm");
+        let disks = if shm.is_dir() { TempDir::with_prefix_in("vvu-bench-", shm) } else { TempDir::new() };
+        let disks = disks.context("cannot make a directory for the disks")?;
+        stage.done(format!("disks of the host in {}", disks.path().display()));
+        Ok(Self { seconds, setup, run, sockets: SocketDir::for_run(run)?, with_disk, disks })
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + LIMIT * self.setup.slowness
+    }
+
+    fn launch(&self, config: &Config, initramfs: &Path) -> Result<Vm> {
+        let name = &config.name;
+        let logs = Logs {
+            console: self.run.file(&format!("{name}-console.log")),
+            qemu: self.run.file(&format!("{name}-qemu.log")),
+        };
+        let guest = Guest {
+            accelerator: self.setup.accelerator.kind,
+            kernel: &self.setup.kernel(&[])?.vmlinux,
+            initramfs,
+        };
+        let args = arguments(config, guest, Serial::Inherited(&logs.console))?;
+        let mut command = self.setup.qemu.command();
+        command.args(args).env(leftover::RUN_VARIABLE, self.run.id());
+        Vm::launch(name, command, logs)
+    }
+
+    /// Seconds from the launch of a VM without devices to the first line of its init.
+    fn bare_boot(&self) -> Result<f64> {
+        let mut vm = self.launch(&config("bare"), &self.setup.base.path)?;
+        let pattern = Regex::new(&regex::escape(READY_LINE))?;
+        vm.wait_for(&pattern, self.deadline(), &mut interrupt::check)?;
+        let seconds = vm.launched().elapsed().as_secs_f64();
+        vm.end();
+        Ok(seconds)
+    }
+
+    fn variant(&self, variant: &Variant, update: impl Fn(String)) -> Result<Vec<Figure>> {
+        update("starting".to_owned());
+        let mut served = self.serve(variant)?;
+        let sibling = Config {
+            memory_file: served.memory.clone(),
+            devices: vec![served.device.clone()],
+            ..config("sibling")
+        };
+        let mut sibling = self.launch(&sibling, &self.setup.base.path)?;
+        let started = served.device_vm.as_ref().map_or(sibling.launched(), Vm::launched);
+        let vda = Regex::new(VDA)?;
+        sibling.wait_for(&vda, self.deadline(), &mut || served.look())?;
+        let mut figures = vec![(start_up(), Better::Lower, started.elapsed().as_secs_f64())];
+
+        let mut processes = served.processes();
+        processes.push(sibling.id());
+        sibling.ready(self.deadline(), &mut || served.look())?;
+        run(&mut sibling, WARM_UP, LIMIT * self.setup.slowness, &mut || served.look())?;
+        for (test, rate, options) in TESTS {
+            update(test.to_owned());
+            let key = |metric: &str| Key { group: "vms".into(), test: test.into(), metric: metric.into() };
+            let command =
+                format!("vvu-load measure --file /dev/vda --seconds {} --seed 1 {options}", self.seconds);
+            let before = Usage::of(&processes);
+            let limit = Duration::from_secs(self.seconds) + GRACE * self.setup.slowness;
+            let output = run(&mut sibling, &command, limit, &mut || served.look())?;
+            let used = Usage::of(&processes).since(before);
+            let line = output.lines().next_back().unwrap_or_default();
+            let got: Value =
+                serde_json::from_str(line).with_context(|| format!("`{command}` printed {line:?}"))?;
+            let figure = |name: &str| got[name].as_f64().with_context(|| format!("no {name} in {line}"));
+            figures.push((key(rate), Better::Higher, figure(rate)?));
+            for metric in LATENCIES {
+                figures.push((key(metric), Better::Lower, figure(metric)?));
+            }
+            let requests = figure("requests")?;
+            figures.push((key("host_cpu_per_request_us"), Better::Lower, used.cpu_us / requests));
+            figures.push((key("host_wake_ups_per_request"), Better::Lower, used.wake_ups / requests));
+        }
+        sibling.end();
+        served.end()?;
+        Ok(figures)
+    }
+
+    /// Starts whatever serves the disk.
+    fn serve(&self, variant: &Variant) -> Result<Served> {
+        let socket = self.sockets.socket(&format!("{}.vhost", variant.name()));
+        let over = |socket: &Path| Device::VhostUser {
+            slot: Slot::DEFAULT,
+            socket: socket.display().to_string(),
+            frontend: Frontend::default(),
+            queues: 1,
+            reconnect_ms: 0,
+        };
+        let log = self.run.file(&format!("back-end-{}.log", variant.name()));
+        let mut back_end = match variant {
+            Variant::Vvu => return self.serve_in_vm(&socket, over(&socket)),
+            Variant::Qemu => {
+                let file = self.disk_file()?.display().to_string();
+                return Ok(Served::new(Device::VirtioBlk { slot: Slot::DEFAULT, file }));
+            }
+            Variant::Plain => {
+                let program = &self.setup.binaries.vvu;
+                BackEnd::vvu(program, &self.disk_file()?, &socket, &self.run.id(), log)?
+            }
+            Variant::StorageDaemon(program) => {
+                BackEnd::storage_daemon(program, &self.disk_file()?, &socket, &self.run.id(), log)?
+            }
+        };
+        back_end.ready(self.deadline())?;
+        Ok(Served { back_end: Some(back_end), ..Served::new(over(&socket)) })
+    }
+
+    /// A fresh image: the tests of the last variant wrote to it.
+    fn disk_file(&self) -> Result<PathBuf> {
+        let path = self.disks.path().join("disk.img");
+        let mut file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        disk().write(&mut file)?;
+        Ok(path)
+    }
+
+    fn serve_in_vm(&self, socket: &Path, device: Device) -> Result<Served> {
+        let plan = ProxyPlan {
+            slot: Slot::DEFAULT,
+            vfio_user: self.sockets.socket("vvu.vfio"),
+            vhost_user: socket.to_owned(),
+            memory_link: self.sockets.socket("vvu.mem"),
+            memory_mib: Some(MEMORY_MIB),
+            trace: None,
+            queues: 1,
+        };
+        let words = plan.words(&self.setup.binaries.vvu);
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).env(leftover::RUN_VARIABLE, self.run.id());
+        let mut proxy = Proxy::start("vvu", command, self.run.file("proxy-vvu.log"))?;
+        proxy.ready(self.deadline())?;
+        let config = Config {
+            iommu: Some(Iommu::Virtio),
+            devices: vec![Device::Vvu { slot: Slot::DEFAULT, socket: plan.vfio_user.display().to_string() }],
+            ..config("device")
+        };
+        let mut vm = self.launch(&config, &self.with_disk)?;
+        let bdf = Slot::DEFAULT;
+        vm.ready(self.deadline(), &mut || proxy.look())?;
+        let bind = format!(
+            "cd /sys/bus/pci && echo vfio-pci > devices/{bdf}/driver_override && \
+             echo {bdf} > drivers/virtio-pci/unbind && echo {bdf} > drivers/vfio-pci/bind"
+        );
+        run(&mut vm, &bind, LIMIT * self.setup.slowness, &mut || proxy.look())?;
+        let serve = format!("vvu device block --vfio {bdf} --file /disk.img");
+        vm.spawn("backend", &serve, 0, self.deadline(), &mut || proxy.look())?;
+        let ready = Regex::new(r"^\[backend\] .*ready")?;
+        vm.wait_for(&ready, self.deadline(), &mut || proxy.look())?;
+        let memory = Some(plan.memory_link.display().to_string());
+        Ok(Served { memory, proxy: Some(proxy), device_vm: Some(vm), ..Served::new(device) })
+    }
+}
+
+fn config(name: &str) -> Config {
+    Config { name: name.to_owned(), memory_mib: MEMORY_MIB, cpus: 1, ..Config::default() }
+}
+
+fn disk() -> DiskImage {
+    DiskImage::seeded(DISK_BYTES, 1)
+}
+
+/// Runs a command in a guest, which must end well, and returns what it printed.
+fn run(vm: &mut Vm, command: &str, limit: Duration, look: &mut dyn FnMut() -> Result<()>) -> Result<String> {
+    let exit = vm.run(command, limit, look)?;
+    if exit.end != End::Code(0) {
+        bail!("{}: `{command}` ended with {}{}", vm.name(), ending(exit.end), printed(&exit.output));
+    }
+    Ok(exit.output.stdout)
+}
+
+/// What serves the sibling's disk.
+struct Served {
+    /// The sibling's device.
+    device: Device,
+    /// The sibling's RAM, if it is not its own.
+    memory: Option<String>,
+    // In this order they end.
+    device_vm: Option<Vm>,
+    proxy: Option<Proxy>,
+    back_end: Option<BackEnd>,
+}
+
+impl Served {
+    fn new(device: Device) -> Self {
+        Self { device, memory: None, device_vm: None, proxy: None, back_end: None }
+    }
+
+    fn look(&mut self) -> Result<()> {
+        interrupt::check()?;
+        self.proxy.as_mut().map_or(Ok(()), Proxy::look)?;
+        self.device_vm.as_mut().map_or(Ok(()), Vm::look)
+    }
+
+    /// Every process on the host that takes part, but the sibling's QEMU.
+    fn processes(&self) -> Vec<u32> {
+        let vm = self.device_vm.as_ref().map(Vm::id);
+        let proxy = self.proxy.as_ref().map(Proxy::id);
+        vm.into_iter().chain(proxy).chain(self.back_end.as_ref().map(BackEnd::id)).collect()
+    }
+
+    fn end(mut self) -> Result<()> {
+        if let Some(vm) = &mut self.device_vm {
+            vm.end();
+        }
+        self.proxy.as_mut().map_or(Ok(()), Proxy::stop)
+    }
+}
+
+impl Drop for Lab<'_> {
+    fn drop(&mut self) {
+        // Large, and made anew by each run.
+        let _ = fs::remove_file(&self.with_disk);
+    }
+}
