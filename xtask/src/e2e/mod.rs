@@ -81,7 +81,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     let dir = workspace().join("scenarios");
     if options.list {
         for scenario in scenario::list(&dir)?.values() {
-            println!("{:16} {}", scenario.name, scenario.description);
+            println!("{:26} {}", scenario.name, scenario.description);
         }
         return Ok(ExitCode::SUCCESS);
     }
