@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -27,6 +28,14 @@ pub enum ServeError {
     /// Threads or descriptors for a new front-end could not be had.
     #[error("cannot start serving the next front-end: {0}; check the limits on threads and open files")]
     Start(String),
+    /// There is no place for a socket of our own.
+    #[error("cannot make a socket in {directory:?}: {source}; set TMPDIR to a directory that can be written")]
+    Directory {
+        /// The place.
+        directory: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// The socket could not be waited for.
     #[error("cannot wait for the next front-end: {0}")]
     Wait(#[source] io::Error),
@@ -113,7 +122,8 @@ where
         let device = Arc::new(new_device(memory.clone(), inflight.clone()));
         let mut daemon =
             VhostUserDaemon::new("vhost-user".to_owned(), device, memory).map_err(|error| start(&error))?;
-        let (private, backend) = connection::private_pair().map_err(|error| start(&error))?;
+        let (private, backend) = connection::private_pair()
+            .map_err(|source| ServeError::Directory { directory: std::env::temp_dir(), source })?;
         daemon.start(&mut Listener::from(private)).map_err(|error| start(&error))?;
         log::info!("front-end connected");
         let end = connection::relay(frontend, backend, &inflight, stop.shared.event.as_fd());

@@ -131,7 +131,7 @@ fn a_back_end_is_killed_again_and_again_and_every_request_completes_once() {
     const REQUESTS: u64 = 40;
     const LEN: u32 = 64 << 10;
     const TOTAL: usize = 40 * (64 << 10);
-    let (dir, disk) = disk(&vec![0; TOTAL]).expect("disk");
+    let (dir, disk) = disk(&[0; TOTAL]).expect("disk");
     let socket = dir.path().join("s");
     let proxy = Proxy::start(8 << 20, 1);
     let memory = Arc::new(proxy.memory(&FLAT));
