@@ -28,12 +28,9 @@ pub(crate) fn main() -> Result<()> {
         "| scenario | back-ends in the device VM | messages the front-end sent | protocol features taken away | last run |\n|---|---|---|---|---|\n",
     );
     for scenario in scenario::list(&workspace().join("scenarios"))?.values() {
-        let run = last_run(&scenario.name)?;
-        let (messages, masked) = traced(run.as_deref())?;
-        let result = match &run {
-            Some(run) => result(run)?,
-            None => "never run here".to_owned(),
-        };
+        let Some(run) = last_run(&scenario.name)? else { continue };
+        let (messages, masked) = traced(&run)?;
+        let result = result(&run)?;
         let row = [scenario.name.clone(), backends(scenario, &programs), messages, masked, result];
         table.push_str(&format!("| {} |\n", row.join(" | ")));
     }
@@ -88,9 +85,9 @@ fn result(run: &Path) -> Result<String> {
 }
 
 /// The requests in the traces of a run, and the protocol features that were masked.
-fn traced(run: Option<&Path>) -> Result<(String, String)> {
+fn traced(run: &Path) -> Result<(String, String)> {
     let (mut requests, mut masked) = (BTreeSet::new(), BTreeSet::new());
-    let entries = run.and_then(|run| fs::read_dir(run).ok()).into_iter().flatten();
+    let entries = fs::read_dir(run).context("cannot list a run")?;
     for path in entries.filter_map(|entry| entry.ok().map(|entry| entry.path())) {
         if path.extension().is_none_or(|extension| extension != "jsonl") {
             continue;
