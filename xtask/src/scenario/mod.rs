@@ -164,7 +164,12 @@ impl Scenario {
         Self::parse(&text, dir).with_context(|| format!("{} is not a valid scenario", path.display()))
     }
 
-    fn parse(text: &str, dir: &Path) -> Result<Self> {
+    /// Reads and checks the text of a scenario file in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Scenario::load`].
+    pub(crate) fn parse(text: &str, dir: &Path) -> Result<Self> {
         let mut json = serde_json::Deserializer::from_str(text);
         let mut scenario: Scenario = serde_path_to_error::deserialize(&mut json)
             .map_err(|error| anyhow::anyhow!("at {}: {}", error.path(), error.inner()))?;

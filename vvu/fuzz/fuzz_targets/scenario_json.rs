@@ -1,0 +1,11 @@
+//! A scenario file of a stranger.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    if let Ok(text) = std::str::from_utf8(data) {
+        let _ = xtask::is_scenario(text);
+    }
+});
