@@ -7,6 +7,7 @@ mod common;
 
 mod chain;
 mod inflight;
+mod library;
 mod lifecycle;
 mod logs;
 mod negotiation;
