@@ -14,3 +14,5 @@ pub mod message_socket;
 pub mod proxy;
 pub mod spec;
 pub mod vfio_user;
+
+pub use bridge::in_process::serve_vfio;

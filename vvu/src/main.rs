@@ -28,6 +28,8 @@ enum Command {
     Device(commands::device::Args),
     /// Give the vvu device of a device VM to vfio-pci, as back-ends need it.
     Bind(commands::bind::Args),
+    /// Tell what a vvu device is and what state it is in.
+    Inspect(commands::inspect::Args),
     /// Print a trace of `vvu proxy --trace`.
     Trace(commands::trace::Args),
 }
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         Command::Proxy(args) => commands::proxy::run(&args),
         Command::Device(args) => commands::device::run(&args),
         Command::Bind(args) => commands::bind::run(&args),
+        Command::Inspect(args) => commands::inspect::run(&args),
         Command::Trace(args) => commands::trace::run(&args),
     };
     match result {

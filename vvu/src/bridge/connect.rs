@@ -15,7 +15,9 @@ use crate::listening_socket::ListeningSocket;
 use crate::message_socket::{MessageSocket, SocketError};
 use crate::spec::vhost_user::Header;
 
-/// How often a back-end that is not there is looked for.
+/// How soon a back-end that is not there is looked for again: one that is about to listen is found at once.
+const FIRST_RETRY: Duration = Duration::from_millis(5);
+/// How often it is looked for in the long run.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 /// How long a back-end that must be there may take to answer.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
@@ -33,7 +35,7 @@ pub(super) fn connect(options: &Options, stop: BorrowedFd<'_>) -> Result<Option<
         Absent::WaitFor(time) => Some(Instant::now() + time),
         Absent::Wait => None,
     };
-    let mut announced = false;
+    let (mut announced, mut pause) = (false, FIRST_RETRY);
     loop {
         let source = match attempt(&options.meeting, stop, deadline)? {
             Attempt::Alive(socket) => return Ok(Some(socket)),
@@ -45,12 +47,13 @@ pub(super) fn connect(options: &Options, stop: BorrowedFd<'_>) -> Result<Option<
         if options.absent == Absent::Fail || late {
             return Err(BridgeError::Connect { socket, source });
         }
-        if !std::mem::replace(&mut announced, true) {
+        if pause == RETRY_INTERVAL && !std::mem::replace(&mut announced, true) {
             log::info!("waiting for a back-end on {socket:?}: {source}");
         }
-        if wait_for(&[stop], Some(RETRY_INTERVAL))? {
+        if wait_for(&[stop], Some(pause))? {
             return Ok(None);
         }
+        pause = (pause * 2).min(RETRY_INTERVAL);
     }
 }
 
@@ -109,7 +112,7 @@ fn accept(socket: &ListeningSocket) -> io::Result<UnixStream> {
 }
 
 /// Connects, without waiting: a backlog that is full counts as a failure.
-fn open(path: &Path) -> io::Result<UnixStream> {
+pub(super) fn open(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)?;

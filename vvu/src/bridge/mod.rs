@@ -18,6 +18,8 @@ use crate::listening_socket::ListeningSocket;
 use connect::connect;
 use session::{End, Session};
 
+pub mod in_process;
+
 mod attachments;
 mod connect;
 mod session;

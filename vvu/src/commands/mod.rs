@@ -2,5 +2,6 @@
 
 pub(crate) mod bind;
 pub(crate) mod device;
+pub(crate) mod inspect;
 pub(crate) mod proxy;
 pub(crate) mod trace;

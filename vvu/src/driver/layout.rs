@@ -93,13 +93,7 @@ impl Layout {
     /// Checks that `device` is a vvu device and reads where everything is.
     pub(super) fn probe<D: PciDevice>(device: &D) -> Result<Self, LayoutError> {
         let space = read_config(device)?;
-        let (vendor, id) = (get16(&space, config::VENDOR_ID), get16(&space, config::DEVICE_ID));
-        if (vendor, id) == (u16::MAX, u16::MAX) {
-            return Err(LayoutError::Gone);
-        }
-        if (vendor, id) != (VENDOR_ID, DEVICE_ID) {
-            return Err(LayoutError::Identity { vendor, device: id });
-        }
+        check_identity(&space)?;
         let found = Found::walk(&space)?;
         let inside = |what, cfg_type, want| found.structure(device, what, cfg_type, want);
         let common = inside("common configuration", cfg_type::COMMON, 56)?;
@@ -126,15 +120,76 @@ impl Layout {
     }
 }
 
+/// Checks that `space` is that of a vvu device.
+pub(super) fn check_identity(space: &[u8; CONFIG_SPACE_SIZE]) -> Result<(), LayoutError> {
+    match (get16(space, config::VENDOR_ID), get16(space, config::DEVICE_ID)) {
+        (VENDOR_ID, DEVICE_ID) => Ok(()),
+        (u16::MAX, u16::MAX) => Err(LayoutError::Gone),
+        (vendor, device) => Err(LayoutError::Identity { vendor, device }),
+    }
+}
+
 /// One virtio capability.
 #[derive(Clone, Copy, Debug)]
-struct VirtioCap {
-    cfg_type: u8,
-    bar: u8,
-    offset: u64,
-    length: u64,
+pub(super) struct VirtioCap {
+    pub(super) cfg_type: u8,
+    pub(super) bar: u8,
+    pub(super) offset: u64,
+    pub(super) length: u64,
     /// le32 after the plain capability, 0 if it is not that long.
-    extension: u32,
+    pub(super) extension: u32,
+}
+
+/// The MSI-X capability.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MsixCap {
+    pub(super) control: u16,
+}
+
+impl MsixCap {
+    /// Entries of its table.
+    pub(super) fn vectors(self) -> u16 {
+        (self.control & 0x7ff) + 1
+    }
+}
+
+/// A PCI capability.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Capability<'a> {
+    /// A virtio structure, and the configuration space from its capability on.
+    Virtio(VirtioCap, &'a [u8]),
+    /// MSI-X.
+    Msix(MsixCap),
+    /// Another, with its id.
+    Other(u8),
+}
+
+/// All capabilities of `space`, in their order.
+pub(super) fn capabilities(space: &[u8; CONFIG_SPACE_SIZE]) -> Result<Vec<Capability<'_>>, LayoutError> {
+    let mut found = Vec::new();
+    if get16(space, config::STATUS) & config::STATUS_CAPABILITIES == 0 {
+        return Ok(found);
+    }
+    let mut at = usize::from(space[config::CAPABILITIES] & !0b11);
+    // A capability has at least four bytes, so a longer chain has a loop.
+    for _ in 0..CONFIG_SPACE_SIZE / 4 {
+        if at == 0 {
+            return Ok(found);
+        }
+        let cap = space.get(at..).filter(|_| at >= config::HEADER_END).unwrap_or_default();
+        let [id, next, ..] = *cap else { return Err(LayoutError::Chain { at }) };
+        found.push(match id {
+            cap_id::VENDOR => Capability::Virtio(parse_virtio(cap).ok_or(LayoutError::Chain { at })?, cap),
+            cap_id::MSIX => {
+                let control = cap.get(msix::CONTROL..msix::CONTROL + 2);
+                control.ok_or(LayoutError::Chain { at })?;
+                Capability::Msix(MsixCap { control: get16(cap, msix::CONTROL) })
+            }
+            id => Capability::Other(id),
+        });
+        at = usize::from(next & !0b11);
+    }
+    Err(LayoutError::Chain { at })
 }
 
 /// The capabilities that matter to this driver, in their order.
@@ -147,29 +202,14 @@ struct Found {
 impl Found {
     fn walk(space: &[u8; CONFIG_SPACE_SIZE]) -> Result<Self, LayoutError> {
         let mut found = Self::default();
-        if get16(space, config::STATUS) & config::STATUS_CAPABILITIES == 0 {
-            return Ok(found);
-        }
-        let mut at = usize::from(space[config::CAPABILITIES] & !0b11);
-        // A capability has at least four bytes, so a longer chain has a loop.
-        for _ in 0..CONFIG_SPACE_SIZE / 4 {
-            if at == 0 {
-                return Ok(found);
-            }
-            let cap = space.get(at..).filter(|_| at >= config::HEADER_END).unwrap_or_default();
-            let [id, next, ..] = *cap else { return Err(LayoutError::Chain { at }) };
-            match id {
-                cap_id::VENDOR => found.virtio.push(parse_virtio(cap).ok_or(LayoutError::Chain { at })?),
-                cap_id::MSIX if found.vectors.is_none() => {
-                    let control = cap.get(msix::CONTROL..msix::CONTROL + 2);
-                    control.ok_or(LayoutError::Chain { at })?;
-                    found.vectors = Some((get16(cap, msix::CONTROL) & 0x7ff) + 1);
-                }
+        for cap in capabilities(space)? {
+            match cap {
+                Capability::Virtio(cap, _) => found.virtio.push(cap),
+                Capability::Msix(cap) if found.vectors.is_none() => found.vectors = Some(cap.vectors()),
                 _ => {}
             }
-            at = usize::from(next & !0b11);
         }
-        Err(LayoutError::Chain { at })
+        Ok(found)
     }
 
     /// The first capability of a type: a driver uses the first it understands (virtio 1.2, 4.1.4.1).
@@ -221,11 +261,11 @@ fn u64_of(length: usize) -> u64 {
     u64::try_from(length).unwrap_or(u64::MAX)
 }
 
-fn get16(bytes: &[u8], at: usize) -> u16 {
+pub(super) fn get16(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
-fn get32(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn get32(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 

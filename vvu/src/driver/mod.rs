@@ -5,6 +5,7 @@
 //! without a VM it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
 
 pub mod eventfd;
+pub mod inspect;
 pub mod pci_device;
 pub mod sysfs;
 pub mod vfio;

@@ -1,13 +1,13 @@
 //! PCI devices in sysfs: finds a vvu device, binds it to vfio-pci, and says what is missing.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::spec::addr::Bdf;
-use crate::spec::pci::{DEVICE_ID, VENDOR_ID};
+use crate::spec::pci::{CONFIG_SPACE_SIZE, DEVICE_ID, VENDOR_ID};
 
 /// How often a file that has yet to appear is looked for.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -192,6 +192,26 @@ impl PciSysfs {
         match appears(deadline, || path.exists().then_some(())) {
             Some(()) => Ok(VfioReady { directory: self.device(bdf), group }),
             None => Err(SysfsError::NoGroupFile { path }),
+        }
+    }
+
+    /// The configuration space of the vvu device `bdf`, whoever drives it.
+    ///
+    /// # Errors
+    /// [`SysfsError::Absent`], [`SysfsError::Identity`] and [`SysfsError::Io`].
+    pub fn config_space(&self, bdf: Bdf) -> Result<[u8; CONFIG_SPACE_SIZE], SysfsError> {
+        self.check_identity(bdf)?;
+        let path = self.device(bdf).join("config");
+        let mut space = [0; CONFIG_SPACE_SIZE];
+        let read = fs::File::open(&path).and_then(|mut file| file.read_exact(&mut space));
+        match read {
+            Ok(()) => Ok(space),
+            // The kernel shows the header alone to others.
+            Err(source) if source.kind() == io::ErrorKind::UnexpectedEof => {
+                let source = io::Error::new(io::ErrorKind::PermissionDenied, "only its start can be read");
+                Err(SysfsError::Io { what: "read", path, source })
+            }
+            Err(source) => Err(SysfsError::Io { what: "read", path, source }),
         }
     }
 

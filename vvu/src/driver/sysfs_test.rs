@@ -129,3 +129,16 @@ fn reserved_ranges_are_read() {
     fs::write(&file, "nonsense\n").expect("regions");
     assert!(matches!(fake.sysfs.reserved(4), Err(SysfsError::Io { .. })));
 }
+
+#[test]
+fn a_configuration_space_is_read_whole() {
+    let fake = FakeSysfs::new();
+    let bdf = fake.vvu();
+    let path = fake.sysfs.device(bdf).join("config");
+    let space: Vec<u8> = (0..=255).collect();
+    fs::write(&path, &space).expect("config");
+    assert_eq!(fake.sysfs.config_space(bdf).expect("read")[..], space);
+    fs::write(&path, &space[..64]).expect("config");
+    let error = fake.sysfs.config_space(bdf).expect_err("cut off").to_string();
+    assert!(error.contains("only its start can be read; run as root"), "{error}");
+}

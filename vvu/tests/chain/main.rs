@@ -7,6 +7,8 @@ mod common;
 
 mod chain;
 mod inflight;
+mod inspect;
+mod library;
 mod lifecycle;
 mod logs;
 mod negotiation;

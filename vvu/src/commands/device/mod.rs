@@ -11,7 +11,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use vvu::backend::Stop;
 use vvu::backend::block::{self, Block};
-use vvu::bridge::{Absent, Bridge, Meeting, Options};
+use vvu::bridge::in_process::{self, InProcessError};
+use vvu::bridge::{Bridge, Options};
 use vvu::driver::Driver;
 use vvu::driver::sysfs::PciSysfs;
 use vvu::driver::vfio::VfioDevice;
@@ -95,29 +96,23 @@ fn run_block(args: &BlockArgs, stop: &OwnedFd) -> anyhow::Result<()> {
     }
 }
 
-/// Runs a back-end on a socket of its own and lets the vvu device `bdf` use it.
+/// Lets the vvu device `bdf` use a back-end of this process.
 fn behind_bridge(
     bdf: Bdf,
     stop: &OwnedFd,
     ready: &str,
-    serve: impl Fn(&UnixListener, &Stop) -> anyhow::Result<()> + Sync,
+    serve: impl Fn(&UnixListener, &Stop) -> anyhow::Result<()> + Sync + Send,
 ) -> anyhow::Result<()> {
-    let directory = tempfile::Builder::new().prefix("vvu-").tempdir().with_context(|| {
-        let parent = std::env::temp_dir();
-        format!("cannot make a directory in {}: set TMPDIR to one that can be written", parent.display())
-    })?;
-    let socket = directory.path().join("back-end");
-    let listener = ListeningSocket::bind(&socket)?;
     let end = Stop::new().context("cannot make an event")?;
-    thread::scope(|scope| {
-        let backend = scope.spawn(|| serve(listener.listener(), &end));
-        let bridged =
-            bridge_to(bdf, Options { meeting: Meeting::Connect(socket), absent: Absent::Fail }, stop, ready);
-        end.stop();
-        // What ended the back-end is the better answer: the bridge only saw it hang up.
-        joined(backend.join())?;
-        bridged
-    })
+    let backend = |socket: &Path| serve(ListeningSocket::bind(socket)?.listener(), &end);
+    let mut said = Ok(());
+    let served =
+        in_process::serve(open_driver(bdf)?, stop.as_fd(), || said = say(ready), backend, || end.stop());
+    match served {
+        Ok(()) => said,
+        Err(InProcessError::Backend(error)) => Err(error),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Runs a back-end on the socket at `path`.
@@ -142,11 +137,15 @@ fn on_socket(
     })
 }
 
+/// A driver of the vvu device `bdf`.
+fn open_driver(bdf: Bdf) -> anyhow::Result<Driver<VfioDevice>> {
+    let device = VfioDevice::open(PciSysfs::default(), bdf)?;
+    Driver::new(device).with_context(|| format!("cannot drive {bdf}"))
+}
+
 /// A bridge behind the vvu device `bdf`.
 fn open_bridge(bdf: Bdf, options: Options) -> anyhow::Result<Bridge<VfioDevice>> {
-    let device = VfioDevice::open(PciSysfs::default(), bdf)?;
-    let driver = Driver::new(device).with_context(|| format!("cannot drive {bdf}"))?;
-    Ok(Bridge::new(driver, options))
+    Ok(Bridge::new(open_driver(bdf)?, options))
 }
 
 fn bridge_to(bdf: Bdf, options: Options, stop: &OwnedFd, ready: &str) -> anyhow::Result<()> {
