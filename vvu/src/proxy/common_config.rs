@@ -2,6 +2,7 @@
 
 use virtio_queue::{Queue, QueueT};
 
+use super::copy_at;
 use crate::spec::virtio::{
     NO_VECTOR, QUEUE_COUNT, QUEUE_SIZE_MAX, RX_QUEUE, TX_QUEUE, common, feature, status,
 };
@@ -89,10 +90,7 @@ impl CommonConfig {
 
     /// Reads `data.len()` bytes at `offset`.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
-        let image = self.image();
-        let bytes = usize::try_from(offset).ok().and_then(|at| image.get(at..)).unwrap_or_default();
-        data.fill(0);
-        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        copy_at(&self.image(), offset, data);
     }
 
     /// The registers as bytes.

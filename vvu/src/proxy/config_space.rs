@@ -1,5 +1,6 @@
 //! The PCI configuration space as the guest reads and writes it.
 
+use super::copy_at;
 use crate::spec::pci::{self, CONFIG_SPACE_SIZE, af, config, msix, virtio_cap};
 
 /// What a write to the configuration space asks of the device besides being remembered.
@@ -56,10 +57,7 @@ impl ConfigSpace {
     }
 
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let Some(bytes) = usize::try_from(offset).ok().and_then(|at| self.bytes.get(at..)) {
-            data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
-        }
+        copy_at(&self.bytes, offset, data);
     }
 
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Effect {

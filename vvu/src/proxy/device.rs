@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 
-use super::Host;
 use super::common_config::CommonConfig;
 use super::config_space::{ConfigSpace, Effect};
 use super::events::{Events, Source};
@@ -14,6 +13,7 @@ use super::sibling_memory::SiblingMemory;
 use super::trace::Trace;
 use super::visitors::Visitors;
 use super::vrings::Vrings;
+use super::{Host, copy_at};
 use crate::spec::addr::QueueIndex;
 use crate::spec::pci::{self, Region};
 use crate::spec::virtio::{NO_VECTOR, common, device_config, vector_select};
@@ -284,11 +284,4 @@ fn bar_size(bar: u8, memory: u64) -> u64 {
         pci::SHARED_MEMORY_BAR => memory.next_power_of_two(),
         _ => 0,
     }
-}
-
-/// Copies what `bytes` has at `offset`; zeroes after its end.
-fn copy_at(bytes: &[u8], offset: u64, data: &mut [u8]) {
-    data.fill(0);
-    let rest = usize::try_from(offset).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
-    data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
 }

@@ -45,3 +45,10 @@ pub trait Host {
     /// Sends MSI-X interrupt `vector`; one that is not enabled is lost, as on real hardware.
     fn signal(&self, vector: u16);
 }
+
+/// Copies what `bytes` has at `offset`; zeroes after its end.
+fn copy_at(bytes: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
+    data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+}
