@@ -1,13 +1,11 @@
 //! What a vvu device says about itself, in words.
 
-use std::fmt::Write;
-
 use uuid::Uuid;
 
 use super::layout::{self, Capability, Layout, LayoutError, MsixCap, VirtioCap, get16, get32};
-use super::pci_device::{DeviceError, PciDevice};
+use super::pci_device::{DeviceError, PciDevice, Regions};
 use super::registers::Registers;
-use crate::spec::pci::{CONFIG_SPACE_SIZE, Region, Structure, cap_id, cfg_type, config, msix, virtio_cap};
+use crate::spec::pci::{CONFIG_SPACE_SIZE, cap_id, cfg_type, config, msix, virtio_cap};
 use crate::spec::virtio::{DEVICE_ID, QUEUE_COUNT, common, device_config, feature, status};
 
 /// Tells what is in the configuration space of a vvu device, a line for each fact.
@@ -92,35 +90,60 @@ pub enum InspectError {
 pub fn registers<D: PciDevice>(device: &D) -> Result<String, InspectError> {
     let layout = Layout::probe(device)?;
     let common = Registers { device, at: layout.common };
-    let config = Registers { device, at: layout.device };
-    let mut text = String::new();
-    let mut line = |name: &str, value: &str| {
-        // Writing to a string does not fail.
-        let _ = writeln!(text, "{name}: {value}");
-    };
-
-    line("device status", &device_status(common.read8(common::DEVICE_STATUS)?));
+    let status = common.read8(common::DEVICE_STATUS)?;
+    let mut text = format!("device status: {}\n", device_status(status));
     common.write32(common::DEVICE_FEATURE_SELECT, 0)?;
     let low = common.read32(common::DEVICE_FEATURE)?;
     common.write32(common::DEVICE_FEATURE_SELECT, 1)?;
     let high = common.read32(common::DEVICE_FEATURE)?;
-    line("features offered", &features(u64::from(high) << 32 | u64::from(low)));
+    text += &format!("features offered: {}\n", features(u64::from(high) << 32 | u64::from(low)));
     for queue in 0..QUEUE_COUNT {
         common.write16(common::QUEUE_SELECT, queue)?;
         let enabled = if common.read16(common::QUEUE_ENABLE)? == 0 { "off" } else { "on" };
         let size = common.read16(common::QUEUE_SIZE)?;
-        line(&format!("virtqueue {queue}"), &format!("{size} descriptors, {enabled}"));
+        text += &format!("virtqueue {queue}: {size} descriptors, {enabled}\n");
     }
-    line("link", &link(config.read32(device_config::STATUS)?));
-    line("vhost queues", &format!("at most {}", config.read32(device_config::MAX_VHOST_QUEUES)?));
-    let Structure { bar, offset, .. } = layout.device;
+    Ok(text + &configuration(device, &layout)?)
+}
+
+/// Tells as much of the registers as can be read without writing any and without a read that changes one, so that
+/// somebody else may drive the device meanwhile.
+///
+/// # Errors
+/// [`InspectError`].
+pub fn registers_in_use<D: Regions>(device: &D) -> Result<String, InspectError> {
+    let layout = Layout::probe(device)?;
+    let common = Registers { device, at: layout.common };
+    let status = device_status(common.read8(common::DEVICE_STATUS)?);
+    let generation = common.read8(common::CONFIG_GENERATION)?;
+    let queues = common.read16(common::NUM_QUEUES)?;
+    let text = format!(
+        "device status: {status}\n\
+         configuration generation: {generation}\n\
+         virtqueues: {queues}\n\
+         features, state of each virtqueue: not told, they show after a write to a register that the driver uses\n\
+         interrupt status: not told, reading it would take an interrupt away\n"
+    );
+    Ok(text + &configuration(device, &layout)?)
+}
+
+/// Tells what is in the device configuration, and the size of the shared memory.
+fn configuration<D: Regions>(device: &D, layout: &Layout) -> Result<String, InspectError> {
+    let config = Registers { device, at: layout.device };
+    let link = link(config.read32(device_config::STATUS)?);
+    let queues = config.read32(device_config::MAX_VHOST_QUEUES)?;
     let mut uuid = [0; 16];
-    for (at, word) in (offset + device_config::UUID..).step_by(4).zip(uuid.chunks_exact_mut(4)) {
-        device.read(Region::Bar(bar), at, word)?;
+    for (at, word) in (device_config::UUID..).step_by(4).zip(uuid.chunks_exact_mut(4)) {
+        word.copy_from_slice(&config.read32(at)?.to_le_bytes());
     }
-    line("uuid", &Uuid::from_bytes(uuid).to_string());
-    line("shared memory BAR", &format!("{:#x} bytes", layout.shared_memory));
-    Ok(text)
+    Ok(format!(
+        "link: {link}\n\
+         vhost queues: at most {queues}\n\
+         uuid: {}\n\
+         shared memory BAR: {:#x} bytes\n",
+        Uuid::from_bytes(uuid),
+        layout.shared_memory
+    ))
 }
 
 fn device_status(bits: u8) -> String {

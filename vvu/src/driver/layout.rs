@@ -1,6 +1,6 @@
 //! Where the structures of a vvu device are, read from its PCI capabilities.
 
-use super::pci_device::{DeviceError, PciDevice};
+use super::pci_device::{DeviceError, Regions};
 use crate::spec::pci::{
     CONFIG_SPACE_SIZE, DEVICE_ID, Region, SHARED_MEMORY_BAR, Structure, VENDOR_ID, cap_id, cfg_type, config,
     msix, virtio_cap,
@@ -91,7 +91,7 @@ pub(super) struct Layout {
 
 impl Layout {
     /// Checks that `device` is a vvu device and reads where everything is.
-    pub(super) fn probe<D: PciDevice>(device: &D) -> Result<Self, LayoutError> {
+    pub(super) fn probe<D: Regions>(device: &D) -> Result<Self, LayoutError> {
         let space = read_config(device)?;
         check_identity(&space)?;
         let found = Found::walk(&space)?;
@@ -219,7 +219,7 @@ impl Found {
     }
 
     /// The structure of a capability, at least `want` bytes and inside its BAR.
-    fn structure<D: PciDevice>(
+    fn structure<D: Regions>(
         &self,
         device: &D,
         what: &'static str,
@@ -249,7 +249,7 @@ fn parse_virtio(cap: &[u8]) -> Option<VirtioCap> {
     })
 }
 
-fn read_config<D: PciDevice>(device: &D) -> Result<[u8; CONFIG_SPACE_SIZE], DeviceError> {
+fn read_config<D: Regions>(device: &D) -> Result<[u8; CONFIG_SPACE_SIZE], DeviceError> {
     let mut space = [0; CONFIG_SPACE_SIZE];
     for (offset, word) in (0..).step_by(4).zip(space.chunks_exact_mut(4)) {
         device.read(Region::Config, offset, word)?;

@@ -7,6 +7,7 @@
 pub mod eventfd;
 pub mod inspect;
 pub mod pci_device;
+pub mod resources;
 pub mod sysfs;
 pub mod vfio;
 pub mod vfio_user;

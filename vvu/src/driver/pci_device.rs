@@ -43,9 +43,8 @@ pub enum DeviceError {
     },
 }
 
-/// A PCI device with regions, interrupts and DMA. Methods take `&self` since a driver uses them from
-/// several threads.
-pub trait PciDevice: Send + Sync {
+/// The regions of a PCI device, to be read.
+pub trait Regions {
     /// Size in bytes of `region`, 0 if there is none.
     fn region_size(&self, region: Region) -> u64;
 
@@ -54,7 +53,11 @@ pub trait PciDevice: Send + Sync {
     /// # Errors
     /// [`DeviceError`].
     fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), DeviceError>;
+}
 
+/// A PCI device with regions, interrupts and DMA. Methods take `&self` since a driver uses them from
+/// several threads.
+pub trait PciDevice: Regions + Send + Sync {
     /// Writes `data` at `offset` of `region`; 1, 2, 4 and 8 bytes are one access.
     ///
     /// # Errors
