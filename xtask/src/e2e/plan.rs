@@ -89,7 +89,7 @@ impl Plan {
                 name: name.clone(),
                 memory_mib: spec.memory_mib,
                 cpus: spec.cpus,
-                cpu_model: None,
+                cpu_model: spec.cpu.clone(),
                 memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
                 iommu,
                 devices: vvu.chain(siblings).collect(),

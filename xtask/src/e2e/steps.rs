@@ -19,7 +19,7 @@ const VDA_CHECK: &str = "vda-appears";
 /// The measurement that counts what was taken away by force.
 const FAULTS: &str = "faults_injected";
 
-/// Starts what has this name.
+/// Starts, or finds, what has this name.
 pub(crate) type Launch<'a, T> = Box<dyn Fn(&str) -> Result<T> + 'a>;
 
 /// Numbers for the report, by name.
@@ -35,6 +35,8 @@ pub(crate) struct Running<'a> {
     pub(crate) launch: Launch<'a, Vm>,
     /// Starts the proxy of a vvu device and waits until it listens.
     pub(crate) launch_proxy: Launch<'a, Proxy>,
+    /// Reads the messages of a vvu device so far.
+    pub(crate) trace: Launch<'a, String>,
     /// When the first VM was started.
     pub(crate) launched: Option<Instant>,
     /// The placeholders' values.
@@ -174,7 +176,7 @@ impl Running<'_> {
         interrupt::check()?;
         let action = step.action().context("a checked step has one action")?;
         let evidence = match &step.vm {
-            None => self.act_on_host(action),
+            None => self.act_on_host(step, action),
             Some(vm) if action == Action::Start => self.start(vm).map(|()| String::new()),
             Some(vm) => self.act_in_vm(vm, step, action),
         }?;
@@ -192,7 +194,7 @@ impl Running<'_> {
         Ok(())
     }
 
-    fn act_on_host(&mut self, action: Action<'_>) -> Result<String> {
+    fn act_on_host(&mut self, step: &Step, action: Action<'_>) -> Result<String> {
         match action {
             Action::KillProxy(name) => {
                 let proxy = self.proxies.remove(name);
@@ -202,6 +204,12 @@ impl Running<'_> {
             Action::StartProxy(name) => {
                 self.proxies.insert(name.to_owned(), (self.launch_proxy)(name)?);
                 Ok(format!("the proxy {name} runs again"))
+            }
+            Action::Trace(name) => {
+                let trace = (self.trace)(name)?;
+                let (found, line) = shown(name, &trace, step, &self.values)?;
+                self.save(step, found)?;
+                Ok(line)
             }
             action => bail!("{action} needs a VM"),
         }
@@ -225,7 +233,7 @@ impl Running<'_> {
         let seconds = step.timeout_s.unwrap_or(default_timeout(action)).saturating_mul(self.slowness.into());
         let limit = Duration::from_secs(seconds.min(86_400));
         let deadline = Instant::now() + limit;
-        let Self { vms, proxies, values, measurements, .. } = self;
+        let Self { vms, proxies, values, .. } = self;
         let mut look = || {
             interrupt::check()?;
             proxies.values_mut().try_for_each(Proxy::look)?;
@@ -265,20 +273,43 @@ impl Running<'_> {
                 vm.power_off(deadline, &mut look)?;
                 (None, format!("{} powered off, QEMU ended with exit code 0", vm.name()))
             }
-            Action::Start | Action::KillVm | Action::KillProxy(_) | Action::StartProxy(_) => {
+            Action::Start
+            | Action::KillVm
+            | Action::KillProxy(_)
+            | Action::StartProxy(_)
+            | Action::Trace(_) => {
                 bail!("{action} has nothing to wait for")
             }
         };
-        if let (Some(name), Some(value)) = (&step.save, found) {
-            if step.measure {
-                let number: f64 =
-                    value.trim().parse().with_context(|| format!("{name} is no number: {value:?}"))?;
-                *measurements.entry(name.clone()).or_default() += number;
-            }
-            values.set(name, value);
-        }
+        self.save(step, found)?;
         Ok(evidence)
     }
+
+    /// Keeps what a step found, if it is to be kept.
+    fn save(&mut self, step: &Step, found: Option<String>) -> Result<()> {
+        let (Some(name), Some(value)) = (&step.save, found) else { return Ok(()) };
+        if step.measure {
+            let number: f64 =
+                value.trim().parse().with_context(|| format!("{name} is no number: {value:?}"))?;
+            *self.measurements.entry(name.clone()).or_default() += number;
+        }
+        self.values.set(name, value);
+        Ok(())
+    }
+}
+
+/// What a step looks for in a trace: the value to save, and the first line of what was found.
+fn shown(name: &str, trace: &str, step: &Step, values: &Values) -> Result<(Option<String>, String)> {
+    let pattern = values.pattern(step.expect.stdout.as_deref().unwrap_or_default())?;
+    let Some(found) = pattern.captures(trace) else {
+        bail!(
+            "no messages of {name} match /{pattern}/ among {}; `vvu trace` prints them",
+            trace.lines().count()
+        );
+    };
+    let value = found.get(1).or_else(|| found.get(0)).map(|found| found.as_str().to_owned());
+    let line = found.get(0).and_then(|found| found.as_str().lines().next()).unwrap_or_default().to_owned();
+    Ok((value, line))
 }
 
 /// What a command gave, if it is as wanted: the value to save, and the evidence.

@@ -54,6 +54,9 @@ pub(crate) struct VmSpec {
     /// Virtual CPUs.
     #[serde(default = "one")]
     pub(crate) cpus: u32,
+    /// QEMU's model of the CPUs.
+    #[serde(default)]
+    pub(crate) cpu: Option<String>,
     /// The IOMMU in front of the VM's PCI devices.
     #[serde(default)]
     pub(crate) iommu: Option<Iommu>,
