@@ -54,6 +54,9 @@ pub(crate) struct VmSpec {
     /// Virtual CPUs.
     #[serde(default = "one")]
     pub(crate) cpus: u32,
+    /// For a sibling VM: take the RAM from the host's huge pages.
+    #[serde(default)]
+    pub(crate) huge_pages: bool,
     /// QEMU's model of the CPUs.
     #[serde(default)]
     pub(crate) cpu: Option<String>,
