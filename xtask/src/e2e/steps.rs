@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
+use regex::Regex;
 use vvu_init::protocol::{End, Exit};
 
 use crate::interrupt;
@@ -206,8 +207,9 @@ impl Running<'_> {
                 Ok(format!("the proxy {name} runs again"))
             }
             Action::Trace(name) => {
+                let pattern = self.values.pattern(step.expect.stdout.as_deref().unwrap_or_default())?;
                 let trace = (self.trace)(name)?;
-                let (found, line) = shown(name, &trace, step, &self.values)?;
+                let (found, line) = shown(name, &trace, &pattern)?;
                 self.save(step, found)?;
                 Ok(line)
             }
@@ -299,8 +301,7 @@ impl Running<'_> {
 }
 
 /// What a step looks for in a trace: the value to save, and the first line of what was found.
-fn shown(name: &str, trace: &str, step: &Step, values: &Values) -> Result<(Option<String>, String)> {
-    let pattern = values.pattern(step.expect.stdout.as_deref().unwrap_or_default())?;
+fn shown(name: &str, trace: &str, pattern: &Regex) -> Result<(Option<String>, String)> {
     let Some(found) = pattern.captures(trace) else {
         bail!(
             "no messages of {name} match /{pattern}/ among {}; `vvu trace` prints them",
@@ -346,5 +347,20 @@ fn default_timeout(action: Action<'_>) -> u64 {
         Action::Run(_) | Action::PowerOff => 20,
         Action::Console(_) | Action::Reboot | Action::Wait(_) => 30,
         _ => 10,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_shows_a_match_across_its_lines_or_says_that_it_does_not() {
+        let trace = "{\"size\":1}\n{\"size\":2}\n";
+        let look = |pattern: &str| shown("vvu", trace, &Values::default().pattern(pattern).expect("regular"));
+        let found = look("\"size\":1(?s:.*)\"size\":(2)").expect("shown");
+        assert_eq!(found, (Some("2".to_owned()), "\"size\":1}".to_owned()));
+        let error = look("\"size\":3").expect_err("not there").to_string();
+        assert!(error.contains("no messages of vvu match") && error.contains("among 2"), "{error}");
     }
 }

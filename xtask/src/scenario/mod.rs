@@ -69,7 +69,7 @@ pub(crate) struct VmSpec {
     /// A directory whose tree is laid over the VM's root, relative to the scenario file.
     #[serde(default)]
     pub(crate) overlay: Option<PathBuf>,
-    /// Other people's programs that it gets: names in `guest-images/programs.json`.
+    /// Programs that it gets: names in `guest-images/programs.json`.
     #[serde(default)]
     pub(crate) programs: Vec<String>,
 }
