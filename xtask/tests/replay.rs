@@ -4,8 +4,8 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use rexpect::session::{PtySession, spawn_command};
 use rexpect::ReadUntil;
+use rexpect::session::{PtySession, spawn_command};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -26,7 +26,8 @@ impl Terminal {
 
     /// Waits for `pattern`.
     fn sees(&mut self, pattern: &str) {
-        let patterns = [pattern, FAILURE].map(|pattern| ReadUntil::Regex(pattern.parse().expect("a pattern")));
+        let patterns =
+            [pattern, FAILURE].map(|pattern| ReadUntil::Regex(pattern.parse().expect("a pattern")));
         let (before, seen) = self.0.exp_any(patterns.into()).unwrap_or_else(|error| panic!("{error}"));
         let right: regex::Regex = pattern.parse().expect("a pattern");
         assert!(right.is_match(&seen), "{before}{seen}");

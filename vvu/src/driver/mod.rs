@@ -4,6 +4,7 @@
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
 //! without a VM it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
 
+pub mod bar_view;
 pub mod eventfd;
 pub mod inspect;
 pub mod pci_device;
