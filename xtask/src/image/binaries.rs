@@ -33,7 +33,8 @@ impl GuestBinaries {
     /// Cargo fails.
     pub(crate) fn build(progress: &Progress) -> Result<Self> {
         let stage = progress.stage("guest build");
-        let built = build(&stage, &["vvu-init", "vvu", "vvu-load"])?;
+        let packages = ["vvu-init", "vvu", "vvu-load"].map(|package| ["--package", package]);
+        let built = build(&stage, &[packages.as_flattened(), &["--bins"]].concat())?;
         stage.done("static vvu-init, vvu and vvu-load");
         Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu"), load: built.join("vvu-load") })
     }
@@ -46,13 +47,23 @@ impl GuestBinaries {
 /// Cargo fails.
 pub(crate) fn build_xtask(progress: &Progress) -> Result<PathBuf> {
     let stage = progress.stage("xtask build");
-    let built = build(&stage, &["xtask"])?;
+    let built = build(&stage, &["--package", "xtask", "--bins"])?;
     stage.done("static xtask");
     Ok(built.join("xtask"))
 }
 
-/// Builds the programs of `packages` and returns the directory they are in.
-fn build(stage: &Stage, packages: &[&str]) -> Result<PathBuf> {
+/// Builds an example of `vvu` as it can run in a guest, and tells where it is.
+///
+/// # Errors
+///
+/// Cargo fails.
+pub(super) fn build_example(stage: &Stage, name: &str) -> Result<PathBuf> {
+    let built = build(stage, &["--package", "vvu", "--example", name])?;
+    Ok(built.join("examples").join(name))
+}
+
+/// Builds what cargo's words `wanted` name and returns the directory it is in.
+fn build(stage: &Stage, wanted: &[&str]) -> Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
     // A directory of its own: other flags would throw the developer's build away.
     let target = root.join("target").join(PROFILE);
@@ -61,8 +72,8 @@ fn build(stage: &Stage, packages: &[&str]) -> Result<PathBuf> {
     command
         .current_dir(root)
         .arg("build")
-        .args(packages.iter().flat_map(|package| ["--package", package]))
-        .args(["--bins", "--profile", PROFILE, "--target", TARGET, "--target-dir"])
+        .args(wanted)
+        .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
         .arg(&target)
         .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
         .env("CARGO_TERM_COLOR", "never");

@@ -1,4 +1,5 @@
-//! Other people's back-ends for device VMs, by the names and versions in `guest-images/programs.json`.
+//! Back-ends for device VMs, other people's and our examples, by the names and versions in
+//! `guest-images/programs.json`.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -9,8 +10,9 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::binaries::build_example;
 use crate::apt::{self, Apt, Suites};
-use crate::cache::{Cache, Key};
+use crate::cache::{Cache, Key, sha256_file};
 use crate::logged;
 use crate::packages;
 use crate::progress::{Progress, Stage};
@@ -38,6 +40,11 @@ enum Source {
         #[serde(rename = "crate")]
         name: String,
         version: String,
+    },
+    /// An example of `vvu`, built static into `usr/bin`.
+    Example {
+        #[serde(rename = "example")]
+        name: String,
     },
 }
 
@@ -68,10 +75,11 @@ impl GuestPrograms {
         self.source(name).map(drop)
     }
 
-    /// The version of the program `name`.
+    /// The version of the program `name`; an example has none.
     pub(crate) fn version(&self, name: &str) -> Option<&str> {
         match self.0.get(name)? {
             Source::Package { version, .. } | Source::Crate { version, .. } => Some(version),
+            Source::Example { .. } => None,
         }
     }
 
@@ -90,16 +98,25 @@ impl GuestPrograms {
     pub(crate) fn obtain(&self, name: &str, progress: &Progress, cache: &Cache) -> Result<PathBuf> {
         let source = self.source(name)?;
         let stage = progress.stage(name);
-        let key = Key::new().part("source", serde_json::to_vec(source).context("cannot encode a program")?);
+        let mut key =
+            Key::new().part("source", serde_json::to_vec(source).context("cannot encode a program")?);
+        let mut built = PathBuf::new();
+        if let Source::Example { name } = source {
+            // Cargo knows what has changed.
+            built = build_example(&stage, name)?;
+            key = key.part("program", sha256_file(&built)?);
+        }
         let entry = cache.entry("programs", &key, |dir| match source {
             Source::Package { package, version, files } => {
                 from_package(progress, cache, &stage, package, version, files, dir)
             }
             Source::Crate { name, version } => from_crate(cache, &stage, name, version, dir),
+            Source::Example { name } => copy(&built, &dir.join("usr/bin").join(name)),
         })?;
         stage.done(match source {
             Source::Package { package, version, .. } => format!("Debian's {package} {version}"),
             Source::Crate { name, version } => format!("crate {name} {version}"),
+            Source::Example { name } => format!("example {name}"),
         });
         Ok(entry.path)
     }
