@@ -58,6 +58,8 @@ pub enum InProcessError<E: Debug + Display> {
 ///
 /// `backend` has a thread of its own, listens on the socket, and may take one connection after the other;
 /// each is one front-end. `VhostUserDaemon::serve` of the `vhost-user-backend` crate takes one and returns.
+/// A back-end that hangs up on a front-end, since it misbehaved or for any other reason, is waited for until it listens
+/// again; only its own return ends this call.
 /// When the device is gone, a connection that is open or awaited is hung up, and no socket can be made at the
 /// path any more: `backend` has to return then.
 ///

@@ -1,21 +1,17 @@
 //! The example of docs/library.md behind a vvu device.
 
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
 
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost_user_backend::VhostUserDaemon;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vvu::bridge::in_process::{self, InProcessError};
-use vvu::driver::Driver as GuestDriver;
-use vvu::driver::vfio_user::VfioUserDevice;
+use vvu::bridge::in_process::InProcessError;
 
 use crate::chain::{FLAT, Proxy};
-use crate::common::{DEADLINE, Descriptor, Ring, SiblingMemory, Task, WRITE};
+use crate::common::{Descriptor, Ring, SiblingMemory, WRITE};
+use crate::program::Program;
 
 #[path = "../../examples/entropy/device.rs"]
 mod device;
@@ -24,32 +20,12 @@ const BEFORE: &str = include_str!("../../examples/entropy/vhost_user.rs");
 const AFTER: &str = include_str!("../../examples/entropy/vvu.rs");
 const DOCUMENT: &str = include_str!("../../../docs/library.md");
 
-type Outcome = Result<(), InProcessError<vhost_user_backend::Error>>;
-
 /// What `vvu::serve_vfio` does in the example, with a vfio-user client in place of VFIO.
-fn start(proxy: &Proxy) -> (UnixStream, Task<Outcome>) {
-    let stream = UnixStream::connect(proxy.vfio_user()).expect("proxy");
-    let connection = stream.try_clone().expect("descriptor");
-    let (sender, ready) = channel();
-    let task = Task::spawn("example", move || {
-        let (stop, _never) = UnixStream::pair().expect("pair");
-        let driver = GuestDriver::new(VfioUserDevice::from_stream(stream).expect("vfio-user"));
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let entropy = device::Entropy::open().expect("entropy");
-        let mut daemon = VhostUserDaemon::new("entropy".to_owned(), entropy, memory).expect("daemon");
-        let ready = || sender.send(()).expect("test");
-        in_process::serve(
-            driver.expect("vvu device"),
-            stop.as_fd(),
-            ready,
-            |socket| daemon.serve(socket),
-            || {},
-        )
-    });
-    if let Err(error) = ready.recv_timeout(DEADLINE) {
-        panic!("waiting for the example to be ready: {error}");
-    }
-    (connection, task)
+fn start(proxy: &Proxy) -> Program<vhost_user_backend::Error> {
+    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let entropy = device::Entropy::open().expect("entropy");
+    let mut daemon = VhostUserDaemon::new("entropy".to_owned(), entropy, memory).expect("daemon");
+    Program::start(proxy, move |socket| daemon.serve(socket), || {})
 }
 
 fn get_entropy(proxy: &Proxy, memory: &Arc<SiblingMemory>, wanted: u32) -> Vec<u8> {
@@ -83,20 +59,20 @@ fn get_entropy(proxy: &Proxy, memory: &Arc<SiblingMemory>, wanted: u32) -> Vec<u
 fn the_example_serves_entropy_and_ends_with_its_front_end() {
     let proxy = Proxy::start(8 << 20, 16);
     let memory = Arc::new(proxy.memory(&FLAT));
-    let (_connection, example) = start(&proxy);
+    let example = start(&proxy);
     let bytes = get_entropy(&proxy, &memory, 4096);
     let kinds: std::collections::BTreeSet<u8> = bytes.into_iter().collect();
     assert!(kinds.len() > 200, "{} of 256 values in 4096 bytes", kinds.len());
-    example.join().expect("clean end");
+    example.outcome().expect("clean end");
     proxy.end();
 }
 
 #[test]
 fn the_example_ends_when_the_device_is_gone() {
     let proxy = Proxy::start(8 << 20, 16);
-    let (connection, example) = start(&proxy);
-    connection.shutdown(std::net::Shutdown::Both).expect("shutdown");
-    assert!(matches!(example.join(), Err(InProcessError::Bridge(_))));
+    let example = start(&proxy);
+    example.connection.shutdown(std::net::Shutdown::Both).expect("shutdown");
+    assert!(matches!(example.outcome(), Err(InProcessError::Bridge(_))));
     proxy.end();
 }
 

@@ -12,5 +12,6 @@ mod library;
 mod lifecycle;
 mod logs;
 mod negotiation;
+mod program;
 mod reconfiguration;
 mod requests;

@@ -1,0 +1,115 @@
+//! A back-end in the process of its bridge, as `vvu device block --vfio` runs it.
+
+use std::fmt::{Debug, Display};
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use vvu::backend::Stop;
+use vvu::backend::block::{Block, Options};
+use vvu::bridge::in_process::{self, InProcessError};
+use vvu::driver::Driver as GuestDriver;
+use vvu::driver::vfio_user::VfioUserDevice;
+use vvu::listening_socket::ListeningSocket;
+
+use crate::chain::{FLAT, Proxy};
+use crate::common::{DEADLINE, Driver, Setup, Task, disk, pattern};
+
+/// A program that serves a device with a back-end of its own.
+pub struct Program<E: Debug + Display> {
+    /// Cutting it takes the device away.
+    pub connection: UnixStream,
+    stop: UnixStream,
+    task: Task<Result<(), InProcessError<E>>>,
+}
+
+impl<E: Debug + Display + Send + 'static> Program<E> {
+    /// Returns once a front-end can connect. `backend` serves the socket of the path it gets, until `end` is called.
+    pub fn start(
+        proxy: &Proxy,
+        backend: impl FnOnce(&Path) -> Result<(), E> + Send + 'static,
+        end: impl FnOnce() + Send + 'static,
+    ) -> Self {
+        let stream = UnixStream::connect(proxy.vfio_user()).expect("proxy");
+        let connection = stream.try_clone().expect("descriptor");
+        let (stop, stopped) = UnixStream::pair().expect("pair");
+        let (sender, ready) = channel();
+        let task = Task::spawn("program", move || {
+            let driver = GuestDriver::new(VfioUserDevice::from_stream(stream).expect("vfio-user"));
+            let ready = || sender.send(()).expect("test");
+            in_process::serve(driver.expect("vvu device"), stopped.as_fd(), ready, backend, end)
+        });
+        if let Err(error) = ready.recv_timeout(DEADLINE) {
+            panic!("waiting for the program to be ready: {error}");
+        }
+        Self { connection, stop, task }
+    }
+
+    /// What the program came to by itself.
+    pub fn outcome(self) -> Result<(), InProcessError<E>> {
+        let Self { stop: _stop, task, .. } = self;
+        task.join()
+    }
+
+    /// Asks the program to end, and waits until it has.
+    pub fn end(self) {
+        let Self { connection: _connection, stop, task } = self;
+        drop(stop);
+        task.join().expect("clean end");
+    }
+}
+
+/// A message of a front-end.
+fn message(request: u32, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(payload.len()).expect("small");
+    [&[request, 1, size].map(u32::to_le_bytes).concat(), payload].concat()
+}
+
+/// Front-ends that make the back-end hang up, or the device or the bridge turn them away, are followed by one that
+/// is served.
+#[test]
+fn hostile_front_ends_do_not_end_the_program() {
+    let content = pattern(20, 4096);
+    let (_directory, path) = disk(&content).expect("disk");
+    let block = Block::open(&Options { path, read_only: false, queues: 4, serial: None }).expect("disk");
+    let proxy = Proxy::start(8 << 20, 16);
+    let memory = Arc::new(proxy.memory(&FLAT));
+    let data = Driver::buffers(&memory, 4);
+    let end = Stop::new().expect("event");
+    let stop = end.clone();
+    let serve =
+        move |socket: &Path| block.serve(ListeningSocket::bind(socket).expect("socket").listener(), &end);
+    let program = Program::start(&proxy, serve, move || stop.stop());
+
+    let vring = |index: u32, value: u32| [index, value].map(u32::to_le_bytes).concat();
+    let rings = [0; 40];
+    let configuration = [&[0, 4096, 0].map(u32::to_le_bytes).concat()[..], &[0; 4084]].concat();
+    for (sort, bytes, hangs_up) in [
+        ("features that were not offered", message(2, &[0xff; 8]), true),
+        ("a queue that does not exist", message(8, &vring(99, 128)), true),
+        ("a queue of no descriptors", message(8, &vring(0, 0)), true),
+        ("rings outside of memory", message(9, &rings), true),
+        ("the position of a queue that does not exist", message(11, &vring(77, 0)), true),
+        ("a payload that is too short", message(8, &[1, 2, 3]), true),
+        ("a request that nobody knows", message(0xffff, &[0; 8]), true),
+        ("an answer to no question", [0x7, 0x5, 0x0].map(u32::to_le_bytes).concat(), false),
+        ("the configuration before it is agreed", message(24, &configuration), false),
+        ("half a message", message(2, &[0; 8])[..15].to_vec(), false),
+    ] {
+        let mut stream = UnixStream::connect(proxy.vhost_user()).expect("proxy");
+        stream.set_read_timeout(Some(DEADLINE)).expect("timeout");
+        stream.write_all(&bytes).expect("message");
+        if hangs_up {
+            let got = stream.read(&mut [0]);
+            assert!(matches!(got, Ok(0)), "{sort}: want the end of the connection, got {got:?}");
+        }
+        drop(stream);
+        let mut driver = Driver::connect_persistently(&proxy.vhost_user(), &memory, Setup::default());
+        assert_eq!(driver.read(0, 0, data, 4096), content, "after {sort}");
+    }
+    program.end();
+    proxy.end();
+}
