@@ -72,24 +72,6 @@ fn the_back_end_restarts() {
     chain.end();
 }
 
-/// One that agrees to features nobody offered is hung up on by the back-end, as often as it likes.
-#[test]
-fn a_front_end_that_breaks_the_rules_is_followed_by_one_that_does_not() {
-    use vhost::VhostBackend;
-    let content = pattern(7, 4096);
-    let chain = Chain::start(&FLAT, &content);
-    let data = Driver::buffers(&chain.memory, 4);
-    for _ in 0..3 {
-        let rude = vhost::vhost_user::Frontend::connect(chain.proxy.vhost_user(), 1).expect("proxy");
-        rude.set_owner().expect("owner");
-        rude.set_features(u64::MAX).expect("sent");
-        let answer = rude.get_features();
-        assert!(answer.is_err(), "{answer:?}");
-    }
-    assert_eq!(chain.connect(Setup::default()).read(0, 0, data, 4096), content);
-    chain.end();
-}
-
 #[test]
 fn a_bridge_that_is_not_to_wait_ends_with_its_back_end() {
     let content = pattern(5, 4096);
