@@ -56,7 +56,8 @@ fn backends(scenario: &Scenario, programs: &GuestPrograms) -> String {
     }
     let others = scenario.vms.values().flat_map(|vm| &vm.programs).collect::<BTreeSet<_>>();
     for program in others.into_iter().filter(|program| !TOOLS.contains(&program.as_str())) {
-        names.push(format!("{program} {}", programs.version(program).unwrap_or_default()));
+        let version = programs.version(program).unwrap_or("of docs/library.md");
+        names.push(format!("{program} {version}"));
     }
     names.join(", ")
 }

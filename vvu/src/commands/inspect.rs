@@ -3,11 +3,12 @@
 use std::io::{self, Write};
 
 use anyhow::Context;
+use vvu::driver::bar_view::BarView;
 use vvu::driver::inspect;
-use vvu::driver::resources::Resources;
 use vvu::driver::sysfs::PciSysfs;
 use vvu::driver::vfio::{VfioDevice, VfioOpenError};
 use vvu::spec::addr::Bdf;
+use vvu::spec::pci::REGISTER_BAR;
 
 /// Options of `vvu inspect`.
 #[derive(Debug, clap::Args)]
@@ -17,20 +18,23 @@ pub(crate) struct Args {
     vfio: Bdf,
 }
 
-/// Prints what the configuration space says, and what can be read of the registers: all of them if nobody drives
-/// the device, otherwise those that a driver does not notice the reading of.
+/// Prints what the configuration space says, and the registers: all if nobody drives the device, else those that
+/// can be read without disturbing who does.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let sysfs = PciSysfs::default();
-    let resources = Resources::open(sysfs.clone(), args.vfio)?;
-    let mut text = inspect::config_space(resources.config_space())?;
-    text += &match VfioDevice::open(sysfs, args.vfio) {
+    let space = sysfs.config_space(args.vfio)?;
+    let mut text = inspect::config_space(&space)?;
+    text += &match VfioDevice::open(sysfs.clone(), args.vfio) {
         Ok(device) => {
             let registers = inspect::registers(&device)?;
             format!("registers, after the reset that opening the device through VFIO brings:\n{registers}")
         }
         Err(VfioOpenError::Busy { .. }) => {
-            let registers = inspect::registers_in_use(&resources)?;
-            format!("registers, as they are while another process uses the device:\n{registers}")
+            let bar = BarView::open(&sysfs.resource(args.vfio, REGISTER_BAR), REGISTER_BAR)?;
+            let registers = inspect::registers_in_use(&space, &bar)?;
+            format!(
+                "registers of a device in use; features and virtqueues are its driver's to select:\n{registers}"
+            )
         }
         Err(error) => format!("registers cannot be read: {error}\n"),
     };

@@ -10,7 +10,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::pci_device::{DeviceError, DmaBuffer, PciDevice, Regions};
+use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
 use crate::message_socket::Message;
 use crate::spec::addr::Iova;
 use crate::spec::pci::{
@@ -269,7 +269,7 @@ fn within(structure: Structure, bar: u8, offset: u64, len: usize) -> Option<u64>
     structure.locate(bar, offset, len)
 }
 
-impl Regions for FakeDevice {
+impl PciDevice for FakeDevice {
     fn region_size(&self, region: Region) -> u64 {
         match region {
             Region::Bar(bar) => Self::bar_size(bar),
@@ -302,9 +302,7 @@ impl Regions for FakeDevice {
         data.copy_from_slice(&value.to_le_bytes()[..data.len()]);
         Ok(())
     }
-}
 
-impl PciDevice for FakeDevice {
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         let mut state = self.state();
         let Region::Bar(bar) = region else {

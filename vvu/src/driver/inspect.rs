@@ -1,9 +1,12 @@
 //! What a vvu device says about itself, in words.
 
+use std::fmt::Write;
+
 use uuid::Uuid;
 
+use super::bar_view::BarView;
 use super::layout::{self, Capability, Layout, LayoutError, MsixCap, VirtioCap, get16, get32};
-use super::pci_device::{DeviceError, PciDevice, Regions};
+use super::pci_device::{DeviceError, PciDevice};
 use super::registers::Registers;
 use crate::spec::pci::{CONFIG_SPACE_SIZE, cap_id, cfg_type, config, msix, virtio_cap};
 use crate::spec::virtio::{DEVICE_ID, QUEUE_COUNT, common, device_config, feature, status};
@@ -90,59 +93,61 @@ pub enum InspectError {
 pub fn registers<D: PciDevice>(device: &D) -> Result<String, InspectError> {
     let layout = Layout::probe(device)?;
     let common = Registers { device, at: layout.common };
-    let status = common.read8(common::DEVICE_STATUS)?;
-    let mut text = format!("device status: {}\n", device_status(status));
+    let config = Registers { device, at: layout.device };
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "{name}: {value}");
+    };
+
+    line("device status", &device_status(common.read8(common::DEVICE_STATUS)?));
     common.write32(common::DEVICE_FEATURE_SELECT, 0)?;
     let low = common.read32(common::DEVICE_FEATURE)?;
     common.write32(common::DEVICE_FEATURE_SELECT, 1)?;
     let high = common.read32(common::DEVICE_FEATURE)?;
-    text += &format!("features offered: {}\n", features(u64::from(high) << 32 | u64::from(low)));
+    line("features offered", &features(u64::from(high) << 32 | u64::from(low)));
     for queue in 0..QUEUE_COUNT {
         common.write16(common::QUEUE_SELECT, queue)?;
         let enabled = if common.read16(common::QUEUE_ENABLE)? == 0 { "off" } else { "on" };
         let size = common.read16(common::QUEUE_SIZE)?;
-        text += &format!("virtqueue {queue}: {size} descriptors, {enabled}\n");
+        line(&format!("virtqueue {queue}"), &format!("{size} descriptors, {enabled}"));
     }
-    Ok(text + &configuration(device, &layout)?)
+    text += &device_configuration(|offset| config.read32(offset))?;
+    text += &format!("shared memory BAR: {:#x} bytes\n", layout.shared_memory);
+    Ok(text)
 }
 
-/// Tells as much of the registers as can be read without writing any and without a read that changes one, so that
-/// somebody else may drive the device meanwhile.
+/// Tells what the registers of a vvu device say while somebody drives it, a line for each fact: those that can be
+/// read without writing to another one, and without an effect. `space` is its configuration space, `registers` the
+/// BAR that they are in.
 ///
 /// # Errors
 /// [`InspectError`].
-pub fn registers_in_use<D: Regions>(device: &D) -> Result<String, InspectError> {
-    let layout = Layout::probe(device)?;
-    let common = Registers { device, at: layout.common };
-    let status = device_status(common.read8(common::DEVICE_STATUS)?);
-    let generation = common.read8(common::CONFIG_GENERATION)?;
-    let queues = common.read16(common::NUM_QUEUES)?;
-    let text = format!(
-        "device status: {status}\n\
-         configuration generation: {generation}\n\
-         virtqueues: {queues}\n\
-         features, state of each virtqueue: not told, they show after a write to a register that the driver uses\n\
-         interrupt status: not told, reading it would take an interrupt away\n"
-    );
-    Ok(text + &configuration(device, &layout)?)
+pub fn registers_in_use(
+    space: &[u8; CONFIG_SPACE_SIZE],
+    registers: &BarView,
+) -> Result<String, InspectError> {
+    layout::check_identity(space)?;
+    if get16(space, config::COMMAND) & config::COMMAND_MEMORY == 0 {
+        return Ok("memory access is off, so no register answers\n".to_owned());
+    }
+    let (common, config) = layout::configuration(space, |bar| registers.size(bar))?;
+    let status = device_status(registers.read::<u8>(common, common::DEVICE_STATUS)?);
+    let read = |offset| registers.read::<u32>(config, offset).map(u32::from_le);
+    Ok(format!("device status: {status}\n{}", device_configuration(read)?))
 }
 
-/// Tells what is in the device configuration, and the size of the shared memory.
-fn configuration<D: Regions>(device: &D, layout: &Layout) -> Result<String, InspectError> {
-    let config = Registers { device, at: layout.device };
-    let link = link(config.read32(device_config::STATUS)?);
-    let queues = config.read32(device_config::MAX_VHOST_QUEUES)?;
+/// The device configuration, whose le32 at an offset `read` gives.
+fn device_configuration(read: impl Fn(u64) -> Result<u32, DeviceError>) -> Result<String, DeviceError> {
     let mut uuid = [0; 16];
     for (at, word) in (device_config::UUID..).step_by(4).zip(uuid.chunks_exact_mut(4)) {
-        word.copy_from_slice(&config.read32(at)?.to_le_bytes());
+        word.copy_from_slice(&read(at)?.to_le_bytes());
     }
     Ok(format!(
-        "link: {link}\n\
-         vhost queues: at most {queues}\n\
-         uuid: {}\n\
-         shared memory BAR: {:#x} bytes\n",
-        Uuid::from_bytes(uuid),
-        layout.shared_memory
+        "link: {}\nvhost queues: at most {}\nuuid: {}\n",
+        link(read(device_config::STATUS)?),
+        read(device_config::MAX_VHOST_QUEUES)?,
+        Uuid::from_bytes(uuid)
     ))
 }
 
@@ -185,7 +190,7 @@ fn words_or(words: impl Iterator<Item = &'static str>, none: &str) -> String {
 mod tests {
     use super::*;
     use crate::driver::fake::FakeDevice;
-    use crate::spec::pci::ConfigSpace;
+    use crate::spec::pci::{self, ConfigSpace, Structure};
 
     #[test]
     fn the_golden_configuration_space_is_told() {
@@ -215,6 +220,56 @@ shared memory: BAR 4 at 0x0, 0x140000000 bytes
         assert!(matches!(config_space(&space), Err(LayoutError::Chain { .. })));
         space[config::DEVICE_ID] = 0x41;
         assert!(matches!(config_space(&space), Err(LayoutError::Identity { .. })));
+    }
+
+    /// A BAR with these registers, as sysfs shows it.
+    fn view(status: u8, link: u32) -> (tempfile::NamedTempFile, BarView) {
+        let mut bar = vec![0; usize::try_from(pci::REGISTER_BAR_SIZE).expect("small")];
+        let at = |place: Structure, offset: u64| usize::try_from(place.offset + offset).expect("small");
+        bar[at(pci::COMMON_CFG, common::DEVICE_STATUS)] = status;
+        let config = at(pci::DEVICE_CFG, 0);
+        bar[config..][..4].copy_from_slice(&link.to_le_bytes());
+        bar[config + 4] = 16;
+        bar[config + 8..][..16].fill(7);
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), &bar).expect("written");
+        let view = BarView::open(file.path(), pci::REGISTER_BAR).expect("mapped");
+        (file, view)
+    }
+
+    /// A configuration space with memory access on.
+    fn space_in_use() -> [u8; CONFIG_SPACE_SIZE] {
+        let mut space = ConfigSpace::new(19, 1 << 20).bytes;
+        space[config::COMMAND] = 2;
+        space
+    }
+
+    #[test]
+    fn registers_of_a_device_in_use_are_told_as_they_are() {
+        let space = space_in_use();
+        let (_file, view) = view(0x0f, 3);
+        let want = "\
+device status: 0x0f, acknowledged, driver, features agreed, driver ready
+link: 0x3, back-end up, front-end connected
+vhost queues: at most 16
+uuid: 07070707-0707-0707-0707-070707070707
+";
+        assert_eq!(registers_in_use(&space, &view).expect("told"), want);
+        let off = ConfigSpace::new(19, 1 << 20).bytes;
+        let told = registers_in_use(&off, &view).expect("told");
+        assert_eq!(told, "memory access is off, so no register answers\n");
+    }
+
+    #[test]
+    fn registers_elsewhere_are_not_looked_for() {
+        const FIRST_VIRTIO: usize = 0x54;
+        let (_file, view) = view(0x0f, 3);
+        for (field, value) in [(virtio_cap::BAR, 2), (virtio_cap::OFFSET + 3, 1)] {
+            let mut space = space_in_use();
+            space[FIRST_VIRTIO + field] = value;
+            let refused = registers_in_use(&space, &view);
+            assert!(matches!(refused, Err(InspectError::Layout(LayoutError::Outside { .. }))), "{refused:?}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Where the structures of a vvu device are, read from its PCI capabilities.
 
-use super::pci_device::{DeviceError, Regions};
+use super::pci_device::{DeviceError, PciDevice};
 use crate::spec::pci::{
     CONFIG_SPACE_SIZE, DEVICE_ID, Region, SHARED_MEMORY_BAR, Structure, VENDOR_ID, cap_id, cfg_type, config,
     msix, virtio_cap,
@@ -91,14 +91,14 @@ pub(super) struct Layout {
 
 impl Layout {
     /// Checks that `device` is a vvu device and reads where everything is.
-    pub(super) fn probe<D: Regions>(device: &D) -> Result<Self, LayoutError> {
+    pub(super) fn probe<D: PciDevice>(device: &D) -> Result<Self, LayoutError> {
         let space = read_config(device)?;
         check_identity(&space)?;
         let found = Found::walk(&space)?;
-        let inside = |what, cfg_type, want| found.structure(device, what, cfg_type, want);
-        let common = inside("common configuration", cfg_type::COMMON, 56)?;
+        let bar_size = |bar| device.region_size(Region::Bar(bar));
+        let (common, device_cfg) = found.configuration(bar_size)?;
+        let inside = |what, cfg_type, want| found.structure(bar_size, what, cfg_type, want);
         let notify = inside("notification structure", cfg_type::NOTIFY, 2)?;
-        let device_cfg = inside("device configuration", cfg_type::DEVICE, u64_of(device_config::SIZE))?;
         let doorbells = inside("doorbell structure", cfg_type::DOORBELL, 2)?;
         let vector_select =
             inside("vector select structure", cfg_type::VECTOR_SELECT, u64_of(vector_select::SIZE))?;
@@ -118,6 +118,14 @@ impl Layout {
             vectors: found.vectors.ok_or(LayoutError::Missing { what: "MSI-X" })?,
         })
     }
+}
+
+/// Where the common and the device configuration are, by `space` and the sizes of the BARs.
+pub(super) fn configuration(
+    space: &[u8; CONFIG_SPACE_SIZE],
+    bar_size: impl Fn(u8) -> u64 + Copy,
+) -> Result<(Structure, Structure), LayoutError> {
+    Found::walk(space)?.configuration(bar_size)
 }
 
 /// Checks that `space` is that of a vvu device.
@@ -218,16 +226,27 @@ impl Found {
         cap.copied().ok_or(LayoutError::Missing { what })
     }
 
-    /// The structure of a capability, at least `want` bytes and inside its BAR.
-    fn structure<D: Regions>(
+    /// The common and the device configuration.
+    fn configuration(
         &self,
-        device: &D,
+        bar_size: impl Fn(u8) -> u64 + Copy,
+    ) -> Result<(Structure, Structure), LayoutError> {
+        let inside = |what, cfg_type, want| self.structure(bar_size, what, cfg_type, want);
+        let common = inside("common configuration", cfg_type::COMMON, 56)?;
+        let device = inside("device configuration", cfg_type::DEVICE, u64_of(device_config::SIZE))?;
+        Ok((common, device))
+    }
+
+    /// The structure of a capability, at least `want` bytes and inside its BAR.
+    fn structure(
+        &self,
+        bar_size: impl Fn(u8) -> u64,
         what: &'static str,
         cfg_type: u8,
         want: u64,
     ) -> Result<Structure, LayoutError> {
         let VirtioCap { bar, offset, length, .. } = self.first(cfg_type, what)?;
-        let size = if bar < 6 { device.region_size(Region::Bar(bar)) } else { 0 };
+        let size = if bar < 6 { bar_size(bar) } else { 0 };
         // Both are 32 bits wide, so the sum cannot wrap.
         if length < want || offset + length > size {
             return Err(LayoutError::Outside { what, bar, offset, length, size, want });
@@ -249,7 +268,7 @@ fn parse_virtio(cap: &[u8]) -> Option<VirtioCap> {
     })
 }
 
-fn read_config<D: Regions>(device: &D) -> Result<[u8; CONFIG_SPACE_SIZE], DeviceError> {
+fn read_config<D: PciDevice>(device: &D) -> Result<[u8; CONFIG_SPACE_SIZE], DeviceError> {
     let mut space = [0; CONFIG_SPACE_SIZE];
     for (offset, word) in (0..).step_by(4).zip(space.chunks_exact_mut(4)) {
         device.read(Region::Config, offset, word)?;

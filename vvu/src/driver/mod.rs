@@ -4,10 +4,10 @@
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
 //! without a VM it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
 
+pub mod bar_view;
 pub mod eventfd;
 pub mod inspect;
 pub mod pci_device;
-pub mod resources;
 pub mod sysfs;
 pub mod vfio;
 pub mod vfio_user;

@@ -43,8 +43,9 @@ pub enum DeviceError {
     },
 }
 
-/// The regions of a PCI device, to be read.
-pub trait Regions {
+/// A PCI device with regions, interrupts and DMA. Methods take `&self` since a driver uses them from
+/// several threads.
+pub trait PciDevice: Send + Sync {
     /// Size in bytes of `region`, 0 if there is none.
     fn region_size(&self, region: Region) -> u64;
 
@@ -53,11 +54,7 @@ pub trait Regions {
     /// # Errors
     /// [`DeviceError`].
     fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), DeviceError>;
-}
 
-/// A PCI device with regions, interrupts and DMA. Methods take `&self` since a driver uses them from
-/// several threads.
-pub trait PciDevice: Regions + Send + Sync {
     /// Writes `data` at `offset` of `region`; 1, 2, 4 and 8 bytes are one access.
     ///
     /// # Errors

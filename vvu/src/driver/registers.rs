@@ -1,6 +1,6 @@
 //! Typed access to the registers of one structure.
 
-use super::pci_device::{DeviceError, PciDevice, Regions};
+use super::pci_device::{DeviceError, PciDevice};
 use crate::spec::pci::{Region, Structure};
 
 /// The registers of one structure of a device.
@@ -9,12 +9,17 @@ pub(super) struct Registers<'d, D> {
     pub(super) at: Structure,
 }
 
-impl<D: Regions> Registers<'_, D> {
+impl<D: PciDevice> Registers<'_, D> {
     fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N], DeviceError> {
         let mut bytes = [0; N];
         self.check(offset, N)?;
         self.device.read(Region::Bar(self.at.bar), self.at.offset + offset, &mut bytes)?;
         Ok(bytes)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        self.check(offset, bytes.len())?;
+        self.device.write(Region::Bar(self.at.bar), self.at.offset + offset, bytes)
     }
 
     /// The device chooses some offsets, so each access is checked against the structure.
@@ -38,13 +43,6 @@ impl<D: Regions> Registers<'_, D> {
 
     pub(super) fn read32(&self, offset: u64) -> Result<u32, DeviceError> {
         self.read(offset).map(u32::from_le_bytes)
-    }
-}
-
-impl<D: PciDevice> Registers<'_, D> {
-    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.check(offset, bytes.len())?;
-        self.device.write(Region::Bar(self.at.bar), self.at.offset + offset, bytes)
     }
 
     pub(super) fn write8(&self, offset: u64, value: u8) -> Result<(), DeviceError> {

@@ -16,7 +16,7 @@ use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use super::pci_device::{DeviceError, DmaBuffer, PciDevice, Regions};
+use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
 use super::sysfs::{PciSysfs, SysfsError, VfioReady};
 use crate::spec::addr::{Bdf, Iova};
 use crate::spec::pci::Region;
@@ -177,7 +177,7 @@ impl VfioDevice {
     }
 }
 
-impl Regions for VfioDevice {
+impl PciDevice for VfioDevice {
     fn region_size(&self, region: Region) -> u64 {
         self.device.get_region_size(region_index(region))
     }
@@ -186,9 +186,7 @@ impl Regions for VfioDevice {
     fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
         self.access("read", region, offset, data.len(), |at| rustix::io::pread(self.fd(), data, at))
     }
-}
 
-impl PciDevice for VfioDevice {
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         self.access("write", region, offset, data.len(), |at| rustix::io::pwrite(self.fd(), data, at))
     }

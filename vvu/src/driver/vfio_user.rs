@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::connection::Connection;
 use super::doorbells::Doorbells;
-use super::pci_device::{DeviceError, DmaBuffer, PciDevice, Regions};
+use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
 use crate::spec::addr::Iova;
 use crate::spec::pci::{Region, cap_id, config, msix};
 use crate::spec::vfio_user::{REGION_COUNT, region_index};
@@ -109,7 +109,7 @@ impl VfioUserDevice {
     }
 }
 
-impl Regions for VfioUserDevice {
+impl PciDevice for VfioUserDevice {
     fn region_size(&self, region: Region) -> u64 {
         self.region(region).map_or(0, |view| view.size)
     }
@@ -118,9 +118,7 @@ impl Regions for VfioUserDevice {
         self.check(region, offset, data.len())?;
         self.connection.read(region, offset, data)
     }
-}
 
-impl PciDevice for VfioUserDevice {
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         self.check(region, offset, data.len())?;
         self.connection.write(region, offset, data)

@@ -14,7 +14,7 @@ use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::*;
-use crate::driver::pci_device::{DeviceError, PciDevice, Regions};
+use crate::driver::pci_device::{DeviceError, PciDevice};
 use crate::driver::vfio_user::VfioUserDevice;
 use crate::driver::{Driver, Incoming};
 use crate::proxy::{Device, DeviceConfig, SiblingMemory};

@@ -33,7 +33,8 @@ impl GuestBinaries {
     /// Cargo fails.
     pub(crate) fn build(progress: &Progress) -> Result<Self> {
         let stage = progress.stage("guest build");
-        let built = build(&stage, &bins(&["vvu-init", "vvu", "vvu-load"]), "build.log")?;
+        let packages = ["vvu-init", "vvu", "vvu-load"].map(|package| ["--package", package]);
+        let built = build(&stage, &[packages.as_flattened(), &["--bins"]].concat())?;
         stage.done("static vvu-init, vvu and vvu-load");
         Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu"), load: built.join("vvu-load") })
     }
@@ -46,29 +47,23 @@ impl GuestBinaries {
 /// Cargo fails.
 pub(crate) fn build_xtask(progress: &Progress) -> Result<PathBuf> {
     let stage = progress.stage("xtask build");
-    let built = build(&stage, &bins(&["xtask"]), "build.log")?;
+    let built = build(&stage, &["--package", "xtask", "--bins"])?;
     stage.done("static xtask");
     Ok(built.join("xtask"))
 }
 
-/// Builds an example of the `vvu` crate as it can run in a guest, and tells where it is.
+/// Builds an example of `vvu` as it can run in a guest, and tells where it is.
 ///
 /// # Errors
 ///
-/// There is no such example, or cargo fails.
+/// Cargo fails.
 pub(super) fn build_example(stage: &Stage, name: &str) -> Result<PathBuf> {
-    let built = build(stage, &["--package", "vvu", "--example", name], &format!("example-{name}.log"))?;
+    let built = build(stage, &["--package", "vvu", "--example", name])?;
     Ok(built.join("examples").join(name))
 }
 
-/// What tells cargo to build the programs of `packages`.
-fn bins<'a>(packages: &[&'a str]) -> Vec<&'a str> {
-    let packages = packages.iter().flat_map(|package| ["--package", package]);
-    packages.chain(["--bins"]).collect()
-}
-
-/// Builds the `targets` that are cargo's words for them, and returns the directory where programs are then.
-fn build(stage: &Stage, targets: &[&str], log: &str) -> Result<PathBuf> {
+/// Builds what cargo's words `wanted` name and returns the directory it is in.
+fn build(stage: &Stage, wanted: &[&str]) -> Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
     // A directory of its own: other flags would throw the developer's build away.
     let target = root.join("target").join(PROFILE);
@@ -77,12 +72,12 @@ fn build(stage: &Stage, targets: &[&str], log: &str) -> Result<PathBuf> {
     command
         .current_dir(root)
         .arg("build")
-        .args(targets)
+        .args(wanted)
         .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
         .arg(&target)
         .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
         .env("CARGO_TERM_COLOR", "never");
-    logged::run(command, &target.join(log), |line| stage.update(line.trim()))?;
+    logged::run(command, &target.join("build.log"), |line| stage.update(line.trim()))?;
     Ok(target.join(TARGET).join(PROFILE))
 }
 

@@ -1,4 +1,5 @@
-//! Back-ends for device VMs other than our own, by the names and versions in `guest-images/programs.json`.
+//! Back-ends for device VMs, other people's and our examples, by the names and versions in
+//! `guest-images/programs.json`.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -40,7 +41,7 @@ enum Source {
         name: String,
         version: String,
     },
-    /// An example of the `vvu` crate, built static into `usr/bin`.
+    /// An example of `vvu`, built static into `usr/bin`.
     Example {
         #[serde(rename = "example")]
         name: String,
@@ -74,12 +75,11 @@ impl GuestPrograms {
         self.source(name).map(drop)
     }
 
-    /// The version of the program `name`.
+    /// The version of the program `name`; an example has none.
     pub(crate) fn version(&self, name: &str) -> Option<&str> {
         match self.0.get(name)? {
             Source::Package { version, .. } | Source::Crate { version, .. } => Some(version),
-            // All of the workspace has one version.
-            Source::Example { .. } => Some(env!("CARGO_PKG_VERSION")),
+            Source::Example { .. } => None,
         }
     }
 
@@ -100,22 +100,18 @@ impl GuestPrograms {
         let stage = progress.stage(name);
         let mut key =
             Key::new().part("source", serde_json::to_vec(source).context("cannot encode a program")?);
-        let mut built = None;
+        let mut built = PathBuf::new();
         if let Source::Example { name } = source {
-            // Cargo knows whether its source has changed.
-            let program = build_example(&stage, name)?;
-            key = key.part("program", sha256_file(&program)?);
-            built = Some(program);
+            // Cargo knows what has changed.
+            built = build_example(&stage, name)?;
+            key = key.part("program", sha256_file(&built)?);
         }
         let entry = cache.entry("programs", &key, |dir| match source {
             Source::Package { package, version, files } => {
                 from_package(progress, cache, &stage, package, version, files, dir)
             }
             Source::Crate { name, version } => from_crate(cache, &stage, name, version, dir),
-            Source::Example { name } => {
-                let program = built.context("the example was built")?;
-                copy(&program, &dir.join("usr/bin").join(name))
-            }
+            Source::Example { name } => copy(&built, &dir.join("usr/bin").join(name)),
         })?;
         stage.done(match source {
             Source::Package { package, version, .. } => format!("Debian's {package} {version}"),

@@ -1,0 +1,54 @@
+//! A BAR of a device that somebody else drives, to look at and not to touch.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
+
+use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory};
+
+use super::pci_device::DeviceError;
+use crate::spec::pci::{Region, Structure};
+
+/// A BAR mapped from its file in sysfs, for reading only.
+#[derive(Debug)]
+pub struct BarView {
+    bar: u8,
+    memory: MmapRegion,
+}
+
+impl BarView {
+    /// Maps the BAR `bar` from its file, which has its size ([`PciSysfs::resource`](super::sysfs::PciSysfs::resource)).
+    /// The device has to answer: with memory access off, what is read means nothing.
+    ///
+    /// # Errors
+    /// [`DeviceError::Io`].
+    pub fn open(path: &Path, bar: u8) -> Result<Self, DeviceError> {
+        let failed = |source| DeviceError::Io { what: format!("map {}", path.display()), source };
+        let file = File::open(path).map_err(failed)?;
+        let size = usize::try_from(file.metadata().map_err(failed)?.len());
+        let size = size.map_err(|error| failed(io::Error::other(error)))?;
+        let (file, flags) = (FileOffset::new(file, 0), libc::MAP_SHARED);
+        let memory = MmapRegion::build(Some(file), size, libc::PROT_READ, flags);
+        Ok(Self { bar, memory: memory.map_err(|error| failed(io::Error::other(error)))? })
+    }
+
+    /// Bytes of the BAR `bar` that can be seen.
+    pub(super) fn size(&self, bar: u8) -> u64 {
+        if bar == self.bar { u64::try_from(self.memory.size()).unwrap_or(0) } else { 0 }
+    }
+
+    /// The register of `T`'s width at `offset` of the structure `at`, in one access.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfRange`]: the device says that the register is elsewhere.
+    pub(super) fn read<T: AtomicAccess>(&self, at: Structure, offset: u64) -> Result<T, DeviceError> {
+        let (region, len) = (Region::Bar(at.bar), size_of::<T>());
+        let outside = |size| DeviceError::OutOfRange { region, offset: at.offset + offset, len, size };
+        let inside = u64::try_from(len).is_ok_and(|len| offset + len <= at.length);
+        let size = self.size(at.bar);
+        let place = usize::try_from(at.offset + offset).ok().filter(|_| inside && size > 0);
+        let place = place.ok_or_else(|| outside(size))?;
+        self.memory.as_volatile_slice().load(place, Relaxed).map_err(|_| outside(size))
+    }
+}
