@@ -30,6 +30,11 @@ struct Proxy {
 
 impl Proxy {
     fn start(options: &[&str]) -> Self {
+        Self::try_start(options).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// What it says on standard error if it ends before it is ready.
+    fn try_start(options: &[&str]) -> Result<Self, String> {
         let dir = tempfile::tempdir().expect("directory");
         let mut child = Command::new(env!("CARGO_BIN_EXE_vvu"))
             .args(["-v", "proxy", "--memory-size", "4M", "--memory-link", "memory"])
@@ -43,8 +48,15 @@ impl Proxy {
         let mut line = String::new();
         let stdout = child.stdout.take().expect("piped");
         BufReader::new(stdout).read_line(&mut line).expect("standard output");
+        let mut proxy = Self { child, dir };
+        if line.is_empty() {
+            let mut error = String::new();
+            let stderr = proxy.child.stderr.as_mut().expect("piped");
+            stderr.read_to_string(&mut error).expect("standard error");
+            return Err(error);
+        }
         assert_eq!(line, "vvu: proxy ready\n");
-        Self { child, dir }
+        Ok(proxy)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -174,4 +186,25 @@ fn the_sandbox_can_be_turned_off() {
     assert_eq!(proxy.status("Seccomp"), "0");
     converse(&proxy);
     assert!(proxy.stop().contains("without its sandbox"));
+}
+
+/// Does what can be done on this machine, and says which: nothing here changes how many huge pages there are.
+#[test]
+fn huge_pages_serve_as_memory_or_their_lack_is_told() {
+    match Proxy::try_start(&["--huge-pages"]) {
+        Ok(proxy) => {
+            eprintln!("with the huge pages of this machine");
+            converse(&proxy);
+            converse(&proxy);
+            let text = proxy.stop();
+            assert!(!text.contains("sandbox refused"), "{text}");
+        }
+        Err(error) => {
+            eprintln!("without huge pages: {error}");
+            assert!(
+                error.contains("cannot have 18 huge pages") && error.contains("vm.nr_hugepages=18"),
+                "{error}"
+            );
+        }
+    }
 }

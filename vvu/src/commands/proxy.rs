@@ -56,6 +56,9 @@ struct Memory {
     /// Memory of the sibling VM in bytes, or with K, M or G.
     #[arg(long, value_name = "SIZE", requires = "memory_link")]
     memory_size: Option<Size>,
+    /// Take the sibling's memory from the huge pages of 2 MiB that this machine has reserved.
+    #[arg(long, requires = "memory_size")]
+    huge_pages: bool,
     /// Name to make for the sibling memory file: the sibling's memory-backend-file,mem-path.
     #[arg(long, value_name = "PATH", requires = "memory_size")]
     memory_link: Option<PathBuf>,
@@ -69,7 +72,8 @@ impl Memory {
     fn open(&self) -> anyhow::Result<(SiblingMemory, Option<MemoryLink>)> {
         match (self.memory_size, &self.memory_link, &self.memory) {
             (Some(Size(size)), Some(path), _) => {
-                let memory = SiblingMemory::create(size)
+                let create = if self.huge_pages { SiblingMemory::create_huge } else { SiblingMemory::create };
+                let memory = create(size)
                     .with_context(|| format!("cannot create a sibling memory file for {size} bytes"))?;
                 let link = MemoryLink::new(path, memory.file().as_raw_fd())?;
                 Ok((memory, Some(link)))

@@ -6,8 +6,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate,
-    memfd_create,
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs,
+    ftruncate, memfd_create,
 };
 use rustix::io::Errno;
 
@@ -23,6 +23,8 @@ const INFLIGHT_SIZE: u64 = 4 << 20;
 const INFLIGHT_REGIONS: u64 = 8;
 /// Bytes after the sibling's RAM. They take no memory until they are used.
 const TAIL_SIZE: u64 = INFLIGHT_REGIONS * INFLIGHT_SIZE;
+/// A huge page.
+const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
 /// Why a memory region of the front-end cannot be shown in the shared memory BAR.
 #[derive(Debug, thiserror::Error)]
@@ -51,10 +53,23 @@ pub(crate) enum MemoryError {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// Such a size cannot be.
-    #[error("sibling memory of {got} bytes: want a multiple of {PAGE_SIZE} above 0")]
+    #[error("sibling memory of {got} bytes: want a multiple of {page} above 0")]
     Size {
         /// Bytes asked for.
         got: u64,
+        /// Bytes of a page.
+        page: u64,
+    },
+    /// The kernel has not enough huge pages.
+    #[error(
+        "cannot have {wanted} huge pages of 2 MiB: {source}; reserve them with `sysctl vm.nr_hugepages={wanted}`, and \
+         more if others use some"
+    )]
+    HugePages {
+        /// Pages asked for.
+        wanted: u64,
+        /// The cause.
+        source: io::Error,
     },
     /// The file is not one that another proxy made.
     #[error("this is no sibling memory file: want one that another vvu proxy made")]
@@ -81,24 +96,49 @@ pub struct SiblingMemory {
     /// Offset of the in-flight region of this device.
     inflight: u64,
     identity: (u64, u64),
+    /// The file is made of huge pages.
+    huge: bool,
 }
 
 impl SiblingMemory {
     /// Nobody can resize the file: neither the front-end nor a guest can make an access to the shared
     /// memory BAR fault.
     const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+    const NAME: &str = "vvu-sibling-memory";
+    const FLAGS: MemfdFlags = MemfdFlags::CLOEXEC.union(MemfdFlags::ALLOW_SEALING);
 
     /// Creates a file for `ram` bytes of sibling RAM, a multiple of the page size above 0.
     ///
     /// # Errors
     /// [`OpenError::Size`], [`OpenError::Io`].
     pub fn create(ram: u64) -> Result<Self, OpenError> {
-        let size = ram.checked_add(TAIL_SIZE).filter(|_| ram > 0 && ram.is_multiple_of(PAGE_SIZE));
-        let size = size.ok_or(OpenError::Size { got: ram })?;
-        let file = memfd_create("vvu-sibling-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let size = Self::file_size(ram, PAGE_SIZE)?;
+        let file = memfd_create(Self::NAME, Self::FLAGS)?;
         ftruncate(&file, size)?;
         fcntl_add_seals(&file, Self::SEALS)?;
         Self::open(file.into())
+    }
+
+    /// Creates a file of huge pages of 2 MiB, which are all taken at once: nobody who uses the memory can find later
+    /// that there are none left.
+    ///
+    /// # Errors
+    /// [`OpenError::Size`], [`OpenError::HugePages`], [`OpenError::Io`].
+    pub fn create_huge(ram: u64) -> Result<Self, OpenError> {
+        let size = Self::file_size(ram, HUGE_PAGE_SIZE)?;
+        let wanted = size / HUGE_PAGE_SIZE;
+        let lacking = |error: Errno| OpenError::HugePages { wanted, source: error.into() };
+        let flags = Self::FLAGS | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let file = memfd_create(Self::NAME, flags).map_err(lacking)?;
+        ftruncate(&file, size)?;
+        fallocate(&file, FallocateFlags::empty(), 0, size).map_err(lacking)?;
+        fcntl_add_seals(&file, Self::SEALS)?;
+        Self::open(file.into())
+    }
+
+    fn file_size(ram: u64, page: u64) -> Result<u64, OpenError> {
+        let size = ram.checked_add(TAIL_SIZE).filter(|_| ram > 0 && ram.is_multiple_of(page));
+        size.ok_or(OpenError::Size { got: ram, page })
     }
 
     /// Uses the file that another device of the same sibling has; `file` must be an opening of its own.
@@ -113,10 +153,11 @@ impl SiblingMemory {
             return Err(OpenError::Kind);
         }
         let identity = (stat.st_dev, stat.st_ino);
+        let huge = fstatfs(&file)?.f_type == libc::HUGETLBFS_MAGIC;
         for region in 0..INFLIGHT_REGIONS {
             let inflight = ram + region * INFLIGHT_SIZE;
             if claim(&file, inflight)? {
-                return Ok(Self { file, ram, inflight, identity });
+                return Ok(Self { file, ram, inflight, identity, huge });
             }
         }
         Err(OpenError::Full)
@@ -160,6 +201,12 @@ impl SiblingMemory {
         }
         let zero = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, zero, self.inflight, INFLIGHT_SIZE)?;
+        if self.huge {
+            // A huge page is not there for whoever touches it, so it is taken again at once.
+            fallocate(&self.file, FallocateFlags::empty(), self.inflight, INFLIGHT_SIZE)?;
+        }
+        // Whole pages: huge ones are not unmapped in part.
+        let size = if self.huge { size.next_multiple_of(HUGE_PAGE_SIZE) } else { size };
         Ok(InflightArea { size, offset: BarOffset(self.inflight) })
     }
 
@@ -273,6 +320,32 @@ mod tests {
         let unsealed = memfd_create("plain", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("memfd");
         ftruncate(&unsealed, TAIL_SIZE + 0x1000).expect("size");
         assert!(matches!(SiblingMemory::open(unsealed.into()), Err(OpenError::Kind)));
+    }
+
+    /// Does what can be done on this machine, and says which: nothing here changes how many huge pages there are.
+    #[test]
+    fn huge_pages_are_all_there_or_their_lack_is_explained() {
+        match SiblingMemory::create_huge(4 << 20) {
+            Ok(memory) => {
+                eprintln!("with the huge pages of this machine");
+                assert_eq!(fstatfs(memory.file()).expect("fstatfs").f_type, libc::HUGETLBFS_MAGIC);
+                let allocated = fstat(memory.file()).expect("fstat").st_blocks * 512;
+                assert_eq!(u64::try_from(allocated), Ok(memory.size()));
+                let area = memory.allocate_inflight(0x2000).expect("area");
+                assert_eq!((area.offset.0, area.size), (4 << 20, HUGE_PAGE_SIZE));
+                let after = fstat(memory.file()).expect("fstat").st_blocks * 512;
+                assert_eq!(after, allocated);
+                let shared = SiblingMemory::open(reopen(&memory)).expect("shared");
+                assert!(shared.check(&region(0, 4 << 20), memory.file()).is_ok());
+            }
+            Err(error) => {
+                eprintln!("without huge pages: {error}");
+                assert!(matches!(error, OpenError::HugePages { wanted: 18, .. }), "{error}");
+                assert!(error.to_string().contains("sysctl vm.nr_hugepages=18"), "{error}");
+            }
+        }
+        let odd = SiblingMemory::create_huge(1 << 20).expect_err("odd").to_string();
+        assert!(odd.contains("want a multiple of 2097152"), "{odd}");
     }
 
     #[test]

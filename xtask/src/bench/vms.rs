@@ -264,6 +264,7 @@ impl<'a> Lab<'a> {
             vhost_user: socket.to_owned(),
             memory_link: self.sockets.socket("vvu.mem"),
             memory_mib: Some(MEMORY_MIB),
+            huge_pages: false,
             trace: None,
             queues: 1,
         };

@@ -185,6 +185,7 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         vhost_user: socket.clone(),
         memory_link: memory_link(socket),
         memory_mib: Some(options.sibling_memory),
+        huge_pages: false,
         trace: None,
         queues: 16,
     };

@@ -9,6 +9,7 @@ mod setup;
 mod steps;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -367,6 +368,7 @@ impl<'a> Bench<'a> {
             proxies: proxies.collect::<Result<_>>()?,
             launch: Box::new(|name| self.launch(name)),
             launch_proxy: Box::new(|name| self.launch_proxy(name)),
+            trace: Box::new(|name| self.trace(name)),
             launched: None,
             values,
             measurements: steps::Measurements::new(),
@@ -399,6 +401,12 @@ impl<'a> Bench<'a> {
         let mut proxy = Proxy::start(name, command, self.run.file(&format!("proxy-{name}.log")))?;
         proxy.ready(Instant::now() + START_LIMIT * self.setup.slowness)?;
         Ok(proxy)
+    }
+
+    fn trace(&self, name: &str) -> Result<String> {
+        let path = self.plan.proxies.get(name).and_then(|plan| plan.trace.as_deref());
+        let path = path.with_context(|| format!("{name:?} has no trace"))?;
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
     }
 
     fn launch(&self, name: &str) -> Result<Vm> {

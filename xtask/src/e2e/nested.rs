@@ -169,7 +169,7 @@ fn one(
         name: "outer".to_owned(),
         memory_mib: outer_memory_mib(scenario),
         cpus: 2,
-        cpu_model: Some(CPU),
+        cpu_model: Some(CPU.to_owned()),
         ..Config::default()
     };
     let guest = Guest { accelerator: Kind::Tcg, kernel: &kernel.vmlinux, initramfs: &initramfs };

@@ -31,6 +31,8 @@ pub(crate) struct ProxyPlan {
     pub(crate) memory_link: PathBuf,
     /// The sibling's RAM in MiB if this proxy makes the memory file, rather than use that of an earlier one.
     pub(crate) memory_mib: Option<u64>,
+    /// Whether the memory file is made of huge pages.
+    pub(crate) huge_pages: bool,
     /// Where every message is written down.
     pub(crate) trace: Option<PathBuf>,
     /// vhost queues of the device.
@@ -56,6 +58,7 @@ impl Plan {
                 vhost_user: sockets.socket(&format!("{name}.vhost")),
                 memory_link: sockets.socket(&format!("{first}.mem")),
                 memory_mib: (first == name).then_some(memory_mib),
+                huge_pages: scenario.vms.get(sibling).is_some_and(|vm| vm.huge_pages),
                 trace: Some(run.file(&format!("trace-{name}.jsonl"))),
                 queues: vvu.frontend.vhost_queues(vvu.queues),
             };
@@ -89,7 +92,7 @@ impl Plan {
                 name: name.clone(),
                 memory_mib: spec.memory_mib,
                 cpus: spec.cpus,
-                cpu_model: None,
+                cpu_model: spec.cpu.clone(),
                 memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
                 iommu,
                 devices: vvu.chain(siblings).collect(),
@@ -126,6 +129,9 @@ impl ProxyPlan {
         option("--queues", self.queues.to_string());
         if let Some(trace) = &self.trace {
             option("--trace", text(trace));
+        }
+        if self.huge_pages && self.memory_mib.is_some() {
+            words.push("--huge-pages".to_owned());
         }
         words
     }

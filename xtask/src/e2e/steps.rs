@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
+use regex::Regex;
 use vvu_init::protocol::{End, Exit};
 
 use crate::interrupt;
@@ -19,7 +20,7 @@ const VDA_CHECK: &str = "vda-appears";
 /// The measurement that counts what was taken away by force.
 const FAULTS: &str = "faults_injected";
 
-/// Starts what has this name.
+/// Starts, or finds, what has this name.
 pub(crate) type Launch<'a, T> = Box<dyn Fn(&str) -> Result<T> + 'a>;
 
 /// Numbers for the report, by name.
@@ -35,6 +36,8 @@ pub(crate) struct Running<'a> {
     pub(crate) launch: Launch<'a, Vm>,
     /// Starts the proxy of a vvu device and waits until it listens.
     pub(crate) launch_proxy: Launch<'a, Proxy>,
+    /// Reads the messages of a vvu device so far.
+    pub(crate) trace: Launch<'a, String>,
     /// When the first VM was started.
     pub(crate) launched: Option<Instant>,
     /// The placeholders' values.
@@ -174,7 +177,7 @@ impl Running<'_> {
         interrupt::check()?;
         let action = step.action().context("a checked step has one action")?;
         let evidence = match &step.vm {
-            None => self.act_on_host(action),
+            None => self.act_on_host(step, action),
             Some(vm) if action == Action::Start => self.start(vm).map(|()| String::new()),
             Some(vm) => self.act_in_vm(vm, step, action),
         }?;
@@ -192,7 +195,7 @@ impl Running<'_> {
         Ok(())
     }
 
-    fn act_on_host(&mut self, action: Action<'_>) -> Result<String> {
+    fn act_on_host(&mut self, step: &Step, action: Action<'_>) -> Result<String> {
         match action {
             Action::KillProxy(name) => {
                 let proxy = self.proxies.remove(name);
@@ -202,6 +205,13 @@ impl Running<'_> {
             Action::StartProxy(name) => {
                 self.proxies.insert(name.to_owned(), (self.launch_proxy)(name)?);
                 Ok(format!("the proxy {name} runs again"))
+            }
+            Action::Trace(name) => {
+                let pattern = self.values.pattern(step.expect.stdout.as_deref().unwrap_or_default())?;
+                let trace = (self.trace)(name)?;
+                let (found, line) = shown(name, &trace, &pattern)?;
+                self.save(step, found)?;
+                Ok(line)
             }
             action => bail!("{action} needs a VM"),
         }
@@ -225,7 +235,7 @@ impl Running<'_> {
         let seconds = step.timeout_s.unwrap_or(default_timeout(action)).saturating_mul(self.slowness.into());
         let limit = Duration::from_secs(seconds.min(86_400));
         let deadline = Instant::now() + limit;
-        let Self { vms, proxies, values, measurements, .. } = self;
+        let Self { vms, proxies, values, .. } = self;
         let mut look = || {
             interrupt::check()?;
             proxies.values_mut().try_for_each(Proxy::look)?;
@@ -265,20 +275,42 @@ impl Running<'_> {
                 vm.power_off(deadline, &mut look)?;
                 (None, format!("{} powered off, QEMU ended with exit code 0", vm.name()))
             }
-            Action::Start | Action::KillVm | Action::KillProxy(_) | Action::StartProxy(_) => {
+            Action::Start
+            | Action::KillVm
+            | Action::KillProxy(_)
+            | Action::StartProxy(_)
+            | Action::Trace(_) => {
                 bail!("{action} has nothing to wait for")
             }
         };
-        if let (Some(name), Some(value)) = (&step.save, found) {
-            if step.measure {
-                let number: f64 =
-                    value.trim().parse().with_context(|| format!("{name} is no number: {value:?}"))?;
-                *measurements.entry(name.clone()).or_default() += number;
-            }
-            values.set(name, value);
-        }
+        self.save(step, found)?;
         Ok(evidence)
     }
+
+    /// Keeps what a step found, if it is to be kept.
+    fn save(&mut self, step: &Step, found: Option<String>) -> Result<()> {
+        let (Some(name), Some(value)) = (&step.save, found) else { return Ok(()) };
+        if step.measure {
+            let number: f64 =
+                value.trim().parse().with_context(|| format!("{name} is no number: {value:?}"))?;
+            *self.measurements.entry(name.clone()).or_default() += number;
+        }
+        self.values.set(name, value);
+        Ok(())
+    }
+}
+
+/// What a step looks for in a trace: the value to save, and the first line of what was found.
+fn shown(name: &str, trace: &str, pattern: &Regex) -> Result<(Option<String>, String)> {
+    let Some(found) = pattern.captures(trace) else {
+        bail!(
+            "no messages of {name} match /{pattern}/ among {}; `vvu trace` prints them",
+            trace.lines().count()
+        );
+    };
+    let value = found.get(1).or_else(|| found.get(0)).map(|found| found.as_str().to_owned());
+    let line = found.get(0).and_then(|found| found.as_str().lines().next()).unwrap_or_default().to_owned();
+    Ok((value, line))
 }
 
 /// What a command gave, if it is as wanted: the value to save, and the evidence.
@@ -315,5 +347,20 @@ fn default_timeout(action: Action<'_>) -> u64 {
         Action::Run(_) | Action::PowerOff => 20,
         Action::Console(_) | Action::Reboot | Action::Wait(_) => 30,
         _ => 10,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_shows_a_match_across_its_lines_or_says_that_it_does_not() {
+        let trace = "{\"size\":1}\n{\"size\":2}\n";
+        let look = |pattern: &str| shown("vvu", trace, &Values::default().pattern(pattern).expect("regular"));
+        let found = look("\"size\":1(?s:.*)\"size\":(2)").expect("shown");
+        assert_eq!(found, (Some("2".to_owned()), "\"size\":1}".to_owned()));
+        let error = look("\"size\":3").expect_err("not there").to_string();
+        assert!(error.contains("no messages of vvu match") && error.contains("among 2"), "{error}");
     }
 }

@@ -164,6 +164,11 @@ impl<'a> State<'a> {
                     .with_context(|| format!("start_proxy: no vvu device is called {name:?}"))?;
                 ensure!(self.proxies.insert(name), "start_proxy: the proxy of {name:?} runs already");
             }
+            Action::Trace(name) => {
+                let known = self.scenario.vvu.contains_key(name);
+                ensure!(known, "trace: no vvu device is called {name:?}");
+                ensure!(step.expect.stdout.is_some(), "trace: want expect.stdout, which is looked for in it");
+            }
             _ => {}
         }
         self.check_result(step, action)
@@ -184,7 +189,8 @@ impl<'a> State<'a> {
 
     fn check_result(&mut self, step: &Step, action: Action<'_>) -> Result<()> {
         if let Some(pattern) = &step.expect.stdout {
-            ensure!(matches!(action, Action::Run(_)), "expect.stdout: only a run has it");
+            let prints = matches!(action, Action::Run(_) | Action::Trace(_));
+            ensure!(prints, "expect.stdout: only run and trace have it");
             self.values.pattern(pattern).context("expect.stdout")?;
         }
         let ends = matches!(action, Action::Run(_) | Action::Spawn { .. });
@@ -209,6 +215,11 @@ impl VmSpec {
             self.memory_mib
         );
         ensure!((1..=8).contains(&self.cpus), "cpus: {}: want 1 to 8, as in the guest kernel", self.cpus);
+        let plain = |name: &String| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+        ensure!(
+            self.cpu.as_ref().is_none_or(plain),
+            "cpu: want the name of one of QEMU's models; `qemu-system-x86_64 -cpu help` lists them"
+        );
         ensure!(!self.cmdline.contains(['\n', '\0']), "cmdline: want one line");
         self.programs.iter().try_for_each(|name| programs.check(name)).context("programs")?;
         if let Some(overlay) = &self.overlay {

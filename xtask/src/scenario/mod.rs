@@ -54,6 +54,12 @@ pub(crate) struct VmSpec {
     /// Virtual CPUs.
     #[serde(default = "one")]
     pub(crate) cpus: u32,
+    /// For a sibling VM: take the RAM from the host's huge pages.
+    #[serde(default)]
+    pub(crate) huge_pages: bool,
+    /// QEMU's model of the CPUs.
+    #[serde(default)]
+    pub(crate) cpu: Option<String>,
     /// The IOMMU in front of the VM's PCI devices.
     #[serde(default)]
     pub(crate) iommu: Option<Iommu>,
@@ -63,7 +69,7 @@ pub(crate) struct VmSpec {
     /// A directory whose tree is laid over the VM's root, relative to the scenario file.
     #[serde(default)]
     pub(crate) overlay: Option<PathBuf>,
-    /// Other people's programs that it gets: names in `guest-images/programs.json`.
+    /// Programs that it gets: names in `guest-images/programs.json`.
     #[serde(default)]
     pub(crate) programs: Vec<String>,
 }

@@ -53,10 +53,13 @@ pub(crate) struct Step {
     /// Start the proxy of this vvu device again and wait until it listens.
     #[serde(default)]
     pub(crate) start_proxy: Option<String>,
+    /// Look at the messages of this vvu device so far.
+    #[serde(default)]
+    pub(crate) trace: Option<String>,
     /// Carry out steps several times.
     #[serde(default)]
     pub(crate) repeat: Option<Repeat>,
-    /// What a `run` must give, and how a `spawn` is to end.
+    /// What a `run` must give, what a `trace` must show, and how a `spawn` is to end.
     #[serde(default)]
     pub(crate) expect: Expect,
     /// Keep the first capture group of `expect.stdout` or `console` (without a group, the whole match) under this
@@ -88,7 +91,7 @@ pub(crate) struct Expect {
     /// Exit code, 0 unless given.
     #[serde(default)]
     pub(crate) exit: i32,
-    /// Regular expression that must match somewhere in its standard output.
+    /// Regular expression that must match somewhere in its standard output, or in the trace.
     #[serde(default)]
     pub(crate) stdout: Option<String>,
 }
@@ -158,11 +161,13 @@ pub(crate) enum Action<'a> {
     KillProxy(&'a str),
     /// Start the proxy of a vvu device again.
     StartProxy(&'a str),
+    /// Look at the messages of a vvu device.
+    Trace(&'a str),
 }
 
 /// The keys of the actions, for messages.
 pub(super) const ACTIONS: &str = "start, run, spawn, kill, wait, console, power_off, reboot, kill_vm, kill_proxy, \
-                                  start_proxy and repeat";
+                                  start_proxy, trace and repeat";
 
 impl Action<'_> {
     /// Whether it takes away by force what others rely on.
@@ -172,7 +177,7 @@ impl Action<'_> {
 
     /// Whether it happens on the host rather than in a VM.
     pub(crate) fn is_on_host(self) -> bool {
-        matches!(self, Self::KillProxy(_) | Self::StartProxy(_))
+        matches!(self, Self::KillProxy(_) | Self::StartProxy(_) | Self::Trace(_))
     }
 }
 
@@ -190,6 +195,7 @@ impl fmt::Display for Action<'_> {
             Self::KillVm => f.write_str("SIGKILL to QEMU"),
             Self::KillProxy(name) => write!(f, "SIGKILL to the proxy {name}"),
             Self::StartProxy(name) => write!(f, "start of the proxy {name}"),
+            Self::Trace(name) => write!(f, "messages of {name}"),
         }
     }
 }
@@ -211,6 +217,7 @@ impl Step {
             self.kill_vm.then_some(Action::KillVm),
             self.kill_proxy.as_deref().map(Action::KillProxy),
             self.start_proxy.as_deref().map(Action::StartProxy),
+            self.trace.as_deref().map(Action::Trace),
         ]
         .into_iter()
         .flatten();

@@ -70,6 +70,15 @@ fn errors_name_the_json_path_and_what_is_wanted() {
         r#"{"start_proxy": "vvu"}, {"vm": "sibling", "run""#,
         &["runs already"],
     );
+    for (step, error) in [
+        (r#"{"trace": "x", "expect": {"stdout": "y"}}"#, "no vvu device is called \"x\""),
+        (r#"{"trace": "vvu"}"#, "want expect.stdout"),
+        (r#"{"trace": "vvu", "vm": "device", "expect": {"stdout": "y"}}"#, "on the host, in no VM"),
+    ] {
+        let with = format!(r#"{step}, {{"vm": "sibling", "run""#);
+        refused(r#"{"vm": "sibling", "run""#, &with, &["steps[1]", error]);
+    }
+    refused(r#""memory_mib": 256"#, r#""memory_mib": 256, "cpu": "max,+x""#, &["cpu: want the name"]);
     refused(
         r#"{"vm": "sibling", "run""#,
         r#"{"vm": "sibling", "kill_vm": true}, {"vm": "sibling", "run""#,

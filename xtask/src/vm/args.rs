@@ -39,7 +39,7 @@ pub(crate) struct Config {
     /// Virtual CPUs.
     pub(crate) cpus: u32,
     /// Their model as QEMU names it; `None` for the accelerator's best.
-    pub(crate) cpu_model: Option<&'static str>,
+    pub(crate) cpu_model: Option<String>,
     /// The file that is its RAM; `None` for memory of its own, which is shared with vfio-user servers too.
     pub(crate) memory_file: Option<String>,
     /// The IOMMU in front of its devices.
@@ -132,11 +132,11 @@ pub(crate) fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -
     let cpu_model = match guest.accelerator {
         Kind::Kvm => {
             args.pair("-accel", "kvm");
-            config.cpu_model.or(Some("host"))
+            config.cpu_model.as_deref().or(Some("host"))
         }
         Kind::Tcg => {
             args.pair("-accel", "tcg,thread=multi");
-            config.cpu_model
+            config.cpu_model.as_deref()
         }
     };
     if let Some(model) = cpu_model {
