@@ -30,7 +30,7 @@ pub(crate) use memory::{ensure_free, free_mib, needed_mib};
 pub(crate) use nested::NestedSetup;
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
-pub(crate) use setup::{Needs, Setup, SetupOptions};
+pub(crate) use setup::{KernelId, Needs, Setup, SetupOptions};
 
 /// How long a proxy may take until it listens, and a bare boot until its first line, at native speed.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -216,8 +216,11 @@ fn one(
     let accelerator = &setup.accelerator;
     report.accelerator =
         Some(report::Accelerator { used: accelerator.kind.to_string(), reason: accelerator.reason.clone() });
-    report.qemu = Some(report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() });
-    let kernel = setup.kernel(&scenario.kernel)?;
+    report.qemu = Some(report::Qemu::from(&setup.qemu));
+    for (vm, name) in scenario.vms.iter().filter_map(|(vm, spec)| Some((vm, spec.qemu.as_deref()?))) {
+        report.qemus.insert(vm.clone(), setup.qemu(Some(name))?.into());
+    }
+    let kernel = setup.kernel(&KernelId::of(scenario))?;
     report.kernel =
         Some(report::Kernel { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() });
     let sockets = SocketDir::for_run(run)?;
@@ -412,10 +415,11 @@ impl<'a> Bench<'a> {
             qemu: self.run.file(&format!("{name}-qemu.log")),
         };
         let args = arguments(config, self.guest(&config.name), Serial::Inherited(&logs.console))?;
-        let mut words = self.setup.qemu.argv_prefix();
+        let qemu = self.setup.qemu(config.qemu.as_deref())?;
+        let mut words = qemu.argv_prefix();
         words.extend(args.iter().cloned());
         self.note(name, &words)?;
-        let mut command = self.setup.qemu.command();
+        let mut command = qemu.command();
         command.args(args).env(leftover::RUN_VARIABLE, self.run.id());
         Vm::launch(name, command, logs)
     }
@@ -470,7 +474,7 @@ impl<'a> Bench<'a> {
         names.sort_by_key(|name| steps.iter().position(|placed| in_vm(placed, name)));
         for name in names {
             let config = self.plan.vms.get(name).context("every VM is planned")?;
-            let mut words = self.setup.qemu.argv_prefix();
+            let mut words = self.setup.qemu(config.qemu.as_deref())?.argv_prefix();
             words.extend(arguments(config, self.guest(name), Serial::Terminal)?);
             let steps = steps.iter().filter(|placed| in_vm(placed, name));
             let steps = steps.filter_map(|placed| placed.step.action()).map(|action| {

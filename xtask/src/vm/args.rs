@@ -34,6 +34,8 @@ pub(crate) struct Guest<'a> {
 pub(crate) struct Config {
     /// Its name.
     pub(crate) name: String,
+    /// The QEMU that runs it, by name; `None` for the run's.
+    pub(crate) qemu: Option<String>,
     /// RAM in MiB.
     pub(crate) memory_mib: u64,
     /// Virtual CPUs.
