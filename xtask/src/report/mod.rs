@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use human::{summary, table};
+pub(crate) use human::{summary, table, verdict};
 pub(crate) use replay::{Part, by_hand, command_line, replay_script};
 
 use crate::progress::StageTime;

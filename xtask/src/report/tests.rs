@@ -11,7 +11,7 @@ fn report() -> Report {
         qemu: Some(Qemu { path: "/usr/bin/qemu-system-x86_64".into(), version: "11.1.3".into() }),
         qemus: BTreeMap::new(),
         kernel: Some(Kernel { version: "6.12.117".into(), config_digest: "ab".into() }),
-        stages: vec![StageTime { name: "image".into(), seconds: 1.5 }],
+        stages: vec![StageTime { name: "image".into(), began: 2.5, seconds: 1.5 }],
         checks: vec![Check { name: "capacity".into(), result: CheckResult::Pass, evidence: "131072".into() }],
         measurements: BTreeMap::from([("bad_blocks".into(), 0.0)]),
         totals: Totals {
@@ -33,7 +33,7 @@ fn the_keys_are_stable() {
         "accelerator": {"used": "tcg", "reason": "no /dev/kvm"},
         "qemu": {"path": "/usr/bin/qemu-system-x86_64", "version": "11.1.3"},
         "kernel": {"version": "6.12.117", "config_digest": "ab"},
-        "stages": [{"name": "image", "seconds": 1.5}],
+        "stages": [{"name": "image", "began": 2.5, "seconds": 1.5}],
         "checks": [{"name": "capacity", "result": "pass", "evidence": "131072"}],
         "measurements": {"bad_blocks": 0.0},
         "totals": {"seconds": 9.5, "launch_to_vda_seconds": 3.0, "bare_boot_seconds": 1.0, "ratio_to_bare_boot": 3.0},
