@@ -167,10 +167,10 @@ fn marks(longest: f64) -> Vec<u32> {
         .collect()
 }
 
-/// A colour of its own for each name, the next ones well apart.
+/// A colour of its own for each name, the next ones well apart, and none of them red.
 fn colour(names: &[&str], name: &str) -> String {
     let index = names.iter().position(|known| *known == name).unwrap_or_default();
-    let hue = index * 137 % 360;
+    let hue = 50 + index * 137 % 280;
     let lightness = if index.is_multiple_of(2) { 58 } else { 72 };
     format!("oklch({lightness}% 0.13 {hue})")
 }
