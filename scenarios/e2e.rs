@@ -36,6 +36,8 @@ fn trials(dir: &Path) -> std::io::Result<Vec<Trial>> {
     }
     // The KVM path, wherever this runs.
     trials.push(Trial::test("nested", || run(&["block", "--nested"])));
+    // IOMMUs, kernels, QEMUs, sizes.
+    trials.push(Trial::test("matrix", || run(&["block", "--matrix"])));
     Ok(trials)
 }
 

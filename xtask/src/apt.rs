@@ -21,13 +21,13 @@ const KEYRINGS: [&str; 2] =
 
 /// Which part of the Debian archive to look in.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Suites {
+pub(crate) enum Suites<'a> {
     /// The suites this machine itself uses, with their security updates.
     Machine,
     /// The same, with source packages.
     MachineSources,
     /// These suites of the machine's mirror, whatever the machine itself uses; the last is preferred.
-    Named(&'static [&'static str]),
+    Named(&'a [&'a str]),
 }
 
 /// An apt whose lists and downloads live in a directory of their own, used by one run at a time.
@@ -61,7 +61,7 @@ impl<'a> Apt<'a> {
     /// # Errors
     ///
     /// The machine has no apt or no Debian mirror, the mirror cannot be reached, or a signature does not fit.
-    pub(crate) fn open(cache: &Cache, stage: &'a Stage, suites: Suites) -> Result<Self> {
+    pub(crate) fn open(cache: &Cache, stage: &'a Stage, suites: Suites<'_>) -> Result<Self> {
         let name = match suites {
             Suites::Machine => "machine".to_owned(),
             Suites::MachineSources => "machine-sources".to_owned(),
@@ -226,7 +226,7 @@ fn parse_indexes(text: &str, is_debian: impl Fn(&str, &Index) -> bool) -> BTreeS
 }
 
 /// The lines of sources.list.
-fn sources(suites: Suites, indexes: &BTreeSet<Index>) -> Result<String> {
+fn sources(suites: Suites<'_>, indexes: &BTreeSet<Index>) -> Result<String> {
     let options = KEYRINGS
         .iter()
         .find(|path| Path::new(path).is_file())
@@ -259,7 +259,7 @@ fn sources(suites: Suites, indexes: &BTreeSet<Index>) -> Result<String> {
 }
 
 /// The private configuration: how the machine reaches its mirror, and none of its hooks.
-fn config(dir: &Path, suites: Suites) -> Result<String> {
+fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
     let machine = capture(Command::new("apt-config").arg("dump"))?;
     let mut text = String::new();
     for line in

@@ -23,6 +23,7 @@ mod report;
 mod rundir;
 mod scenario;
 mod test;
+mod versions;
 mod vm;
 
 use std::process::ExitCode;

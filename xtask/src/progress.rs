@@ -19,6 +19,9 @@ const NAME_WIDTH: usize = 14;
 pub(crate) struct StageTime {
     /// The stage's name, such as `kernel`.
     pub(crate) name: String,
+    /// When it began, in seconds since this program did.
+    #[serde(default)]
+    pub(crate) began: f64,
     /// Its duration.
     pub(crate) seconds: f64,
 }
@@ -46,6 +49,7 @@ struct State {
     running: Vec<Running>,
     finished: Vec<StageTime>,
     next_id: u64,
+    begun: Instant,
     frame: usize,
     /// Whether a line that must be erased before anything else is printed stands on the terminal.
     live: bool,
@@ -74,6 +78,7 @@ impl Progress {
             running: Vec::new(),
             finished: Vec::new(),
             next_id: 0,
+            begun: Instant::now(),
             frame: 0,
             live: false,
             last_output: Instant::now(),
@@ -194,7 +199,8 @@ impl State {
         let at = self.running.iter().position(|stage| stage.id == id)?;
         let stage = self.running.remove(at);
         let seconds = stage.since.elapsed().as_secs_f64();
-        self.finished.push(StageTime { name: stage.name.clone(), seconds });
+        let began = stage.since.saturating_duration_since(self.begun).as_secs_f64();
+        self.finished.push(StageTime { name: stage.name.clone(), began, seconds });
         Some((stage.name, seconds, stage.text))
     }
 

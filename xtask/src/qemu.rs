@@ -11,19 +11,29 @@ use crate::apt::{self, Apt, Suites};
 use crate::cache::{Cache, Key};
 use crate::packages;
 use crate::progress::{Progress, Stage};
+use crate::versions::{QemuSource, Versions};
 
 pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 /// What the VMs cannot do without; QEMU has it since 10.1.
 pub(crate) const NEEDED_DEVICE: &str = "vfio-user-pci";
-const SUITES: &[&str] = &["trixie", "trixie-backports"];
 const PACKAGE: &str = "qemu-system-x86";
 /// What is kept of the unpacked packages; the rest is documentation, translations and other programs.
-const KEPT: [&str; 6] =
-    ["usr/bin/qemu-system-x86_64", "usr/lib", "usr/lib64", "usr/share/qemu", "usr/share/seabios", "lib64"];
+const KEPT: [&str; 7] = [
+    "usr/bin/qemu-system-x86_64",
+    "usr/lib",
+    "usr/lib64",
+    "usr/share/qemu",
+    "usr/share/seabios",
+    "lib",
+    "lib64",
+];
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
-const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
+/// Where Debian 12 has some libraries beside [`LIBRARIES`].
+const OLD_LIBRARIES: &str = "lib/x86_64-linux-gnu";
+/// The loader, in Debian 13 and 12.
+const LOADERS: [&str; 2] = ["usr/lib64/ld-linux-x86-64.so.2", "lib64/ld-linux-x86-64.so.2"];
 
-/// A QEMU that has vfio-user-pci.
+/// A QEMU.
 #[derive(Debug, Clone)]
 pub(crate) struct Qemu {
     /// The program.
@@ -112,24 +122,45 @@ impl Qemu {
     /// Debian's packages cannot be downloaded.
     pub(crate) fn portable(progress: &Progress, cache: &Cache) -> Result<PathBuf> {
         let stage = progress.stage("portable qemu");
-        let root = Self::unpacked_root(progress, cache, &stage)?;
+        let root = Self::unpacked_root(progress, cache, &stage, Versions::read()?.default_qemu()?)?;
         stage.done("unpacked Debian packages");
         Ok(root)
     }
 
-    fn unpacked(progress: &Progress, cache: &Cache, stage: &Stage) -> Result<Self> {
-        Self::from_root(&Self::unpacked_root(progress, cache, stage)?)
+    /// The QEMU that `guest-images/versions.json` has by this name, unpacked into the cache.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name, or Debian's packages cannot be downloaded.
+    pub(crate) fn named(progress: &Progress, cache: &Cache, name: &str) -> Result<Self> {
+        let versions = Versions::read()?;
+        let stage = progress.stage(format!("qemu {name}"));
+        let root = Self::unpacked_root(progress, cache, &stage, versions.qemu(name)?)
+            .with_context(|| format!("the QEMU {name:?} cannot be had"))?;
+        let qemu = Self::from_root(&root)?;
+        stage.done(format!("{}, unpacked Debian packages", qemu.version));
+        Ok(qemu)
     }
 
-    fn unpacked_root(progress: &Progress, cache: &Cache, stage: &Stage) -> Result<PathBuf> {
+    fn unpacked(progress: &Progress, cache: &Cache, stage: &Stage) -> Result<Self> {
+        Self::from_root(&Self::unpacked_root(progress, cache, stage, Versions::read()?.default_qemu()?)?)
+    }
+
+    fn unpacked_root(
+        progress: &Progress,
+        cache: &Cache,
+        stage: &Stage,
+        source: &QemuSource<'_>,
+    ) -> Result<PathBuf> {
         if !cfg!(target_arch = "x86_64") {
             bail!("only x86-64 machines can run Debian's x86-64 packages");
         }
         packages::ensure(progress, cache, &[packages::program("dpkg", "dpkg-deb")])?;
+        let suites = &source.suites;
         let key =
-            Key::new().part("suites", SUITES.join(" ")).part("package", PACKAGE).part("kept", KEPT.join(" "));
+            Key::new().part("suites", suites.join(" ")).part("package", PACKAGE).part("kept", KEPT.join(" "));
         let entry = cache.entry("qemu", &key, |root| {
-            let apt = Apt::open(cache, stage, Suites::Named(SUITES))?;
+            let apt = Apt::open(cache, stage, Suites::Named(suites))?;
             let debs = apt.download_with_dependencies(&[PACKAGE])?;
             for (done, deb) in debs.iter().enumerate() {
                 stage.update(format!("unpacking {} of {} packages", done + 1, debs.len()));
@@ -138,8 +169,14 @@ impl Qemu {
             trim(root)?;
             stage.update("checking the unpacked QEMU");
             let qemu = Self::from_root(root)?;
-            if !qemu.probe_device(NEEDED_DEVICE) {
-                bail!("Debian's QEMU {} has no {NEEDED_DEVICE}", qemu.version);
+            if qemu.probe_device(NEEDED_DEVICE) != source.vfio_user {
+                let has = if source.vfio_user { "no" } else { "a" };
+                bail!(
+                    "Debian's QEMU {} of {} has {has} {NEEDED_DEVICE}: correct `vfio_user` in \
+                     guest-images/versions.json",
+                    qemu.version,
+                    suites.join(" ")
+                );
             }
             Ok(())
         })?;
@@ -154,10 +191,15 @@ impl Qemu {
     pub(crate) fn from_root(root: &Path) -> Result<Self> {
         let path = root.join("usr/bin").join(PROGRAM);
         let libraries = root.join(LIBRARIES);
+        let loader = LOADERS.map(|loader| root.join(loader)).into_iter().find(|loader| loader.is_file());
+        let loader = loader.with_context(|| format!("{} holds no loader of programs", root.display()))?;
+        let mut library_path = libraries.clone().into_os_string();
+        library_path.push(":");
+        library_path.push(root.join(OLD_LIBRARIES));
         let argv = vec![
-            root.join(LOADER).into(),
+            loader.into(),
             "--library-path".into(),
-            libraries.clone().into(),
+            library_path,
             path.clone().into(),
             "-L".into(),
             root.join("usr/share/qemu").into(),
@@ -213,8 +255,9 @@ impl Qemu {
     pub(crate) fn probe_device(&self, name: &str) -> bool {
         let mut command = self.command();
         command.args(["-device", &format!("{name},help")]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        command.status().is_ok_and(|status| status.success())
+        let output = command.stdin(Stdio::null()).output();
+        // QEMU 7.2 ends well even if it has to say, on standard error, that there is no such device.
+        output.is_ok_and(|output| output.status.success() && !output.stdout.is_empty())
     }
 }
 
@@ -255,10 +298,10 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     /// A stand-in that knows its version and the devices named.
-    fn fake(dir: &Path, devices: &str) -> PathBuf {
+    fn fake(dir: &Path, devices: &str, otherwise: &str) -> PathBuf {
         let path = dir.join(PROGRAM);
         let script = format!(
-            "#!/bin/sh\ncase \"$*\" in --version) echo QEMU emulator version 9.9.9;; {devices}) ;; *) exit 1;; esac\n"
+            "#!/bin/sh\ncase \"$*\" in --version) echo QEMU emulator version 9.9.9;; {devices}) echo options:;; *) {otherwise};; esac\n"
         );
         fs::write(&path, script).expect("written");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("made executable");
@@ -275,11 +318,14 @@ mod tests {
     #[test]
     fn a_named_qemu_must_have_the_device() {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let error = locate(&fake(dir.path(), "none")).expect_err("lacks it").to_string();
-        for want in ["9.9.9", "vfio-user-pci", ">= 10.1", "leave --qemu out"] {
-            assert!(error.contains(want), "{error}");
+        // QEMU 7.2 ends with exit code 0 all the same.
+        for otherwise in ["exit 1", "echo not found >&2"] {
+            let error = locate(&fake(dir.path(), "none", otherwise)).expect_err("lacks it").to_string();
+            for want in ["9.9.9", "vfio-user-pci", ">= 10.1", "leave --qemu out"] {
+                assert!(error.contains(want), "{error}");
+            }
         }
-        let qemu = locate(&fake(dir.path(), "'-device vfio-user-pci,help'")).expect("has it");
+        let qemu = locate(&fake(dir.path(), "'-device vfio-user-pci,help'", "exit 1")).expect("has it");
         assert_eq!((qemu.version.as_str(), qemu.origin), ("9.9.9", Origin::Option));
         assert!(!qemu.probe_device("other"));
     }

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
 use tempfile::TempDir;
 
-use crate::report::{Outcome, Report};
+use crate::report::Outcome;
 
 /// Passed runs of a scenario that are kept.
 const KEPT: usize = 10;
@@ -24,6 +25,9 @@ const MAX_SOCKET_NAME: usize = 40;
 #[derive(Debug)]
 pub(crate) struct RunDir {
     path: PathBuf,
+    id: String,
+    /// It lies within another one, which is kept or removed as a whole.
+    part: bool,
 }
 
 impl RunDir {
@@ -49,7 +53,19 @@ impl RunDir {
             number += 1;
         }
         point_latest(&parent, &path)?;
-        Ok(Self { path })
+        let id = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self { path, id, part: false })
+    }
+
+    /// Makes a directory for a run that is part of this one.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be made.
+    pub(crate) fn part(&self, name: &str) -> Result<Self> {
+        let path = self.path.join(name);
+        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self { path, id: format!("{}-{name}", self.id), part: true })
     }
 
     /// Where it is; absolute.
@@ -59,7 +75,7 @@ impl RunDir {
 
     /// Its name, which no other run has.
     pub(crate) fn id(&self) -> String {
-        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        self.id.clone()
     }
 
     /// The path of a file in it.
@@ -89,15 +105,19 @@ impl RunDir {
             .with_context(|| format!("cannot make {} executable", path.display()))
     }
 
-    /// Removes all but the newest passed runs of `scenario`; failed runs stay until `cargo xtask clean`.
-    pub(crate) fn prune(&self, scenario: &str) {
+    /// Removes all but the newest passed runs of `scenario`, whose report is in `file`; failed runs stay until
+    /// `cargo xtask clean`. Of a part of another run only its initramfs goes.
+    pub(crate) fn prune(&self, scenario: &str, file: &str) {
+        if self.part {
+            return remove_images(&self.path);
+        }
         let Some(parent) = self.path.parent() else { return };
         let mut passed: Vec<PathBuf> = fs::read_dir(parent)
             .into_iter()
             .flatten()
             .flatten()
             .map(|entry| entry.path())
-            .filter(|path| !path.is_symlink() && has_passed(path, scenario))
+            .filter(|path| !path.is_symlink() && has_passed(&path.join(file), scenario))
             .collect();
         // The time in the name orders them.
         passed.sort();
@@ -120,10 +140,17 @@ fn remove_images(run: &Path) {
     }
 }
 
-fn has_passed(path: &Path, scenario: &str) -> bool {
-    fs::read(path.join("report.json"))
+/// What reports of all kinds tell.
+#[derive(Deserialize)]
+struct Verdict {
+    scenario: String,
+    result: Outcome,
+}
+
+fn has_passed(report: &Path, scenario: &str) -> bool {
+    fs::read(report)
         .ok()
-        .and_then(|bytes| serde_json::from_slice::<Report>(&bytes).ok())
+        .and_then(|bytes| serde_json::from_slice::<Verdict>(&bytes).ok())
         .is_some_and(|report| report.scenario == scenario && report.result == Outcome::Pass)
 }
 
@@ -211,6 +238,7 @@ fn utc(time: SystemTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::Report;
     use std::time::Duration;
 
     fn at(seconds: u64) -> String {
@@ -253,11 +281,24 @@ mod tests {
         run("block-1999", "block", Outcome::Fail);
         run("block-large-1999", "block-large", Outcome::Pass);
         let now = RunDir::create(parent.path(), "block").expect("a run directory");
-        now.prune("block");
+        now.prune("block", "report.json");
         let exists = |name: &str| parent.path().join(name).exists();
         assert!(!exists("block-200001000") && !exists("block-200001001") && exists("block-200001002"));
         assert!(!exists("block-200001009/device.cpio") && exists("block-200001010/device.cpio"));
         assert!(exists("block-1999/device.cpio") && exists("block-large-1999/device.cpio"));
+    }
+
+    #[test]
+    fn a_part_has_a_name_of_its_own_and_loses_its_images_only() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let whole = RunDir::create(parent.path(), "matrix").expect("a run directory");
+        let part = whole.part("01").expect("a run directory");
+        assert_eq!(part.id(), format!("{}-01", whole.id()));
+        for name in ["device.cpio", "report.json"] {
+            part.write(name, "").expect("written");
+        }
+        part.prune("block", "report.json");
+        assert!(!part.file("device.cpio").exists() && part.file("report.json").exists());
     }
 
     #[test]

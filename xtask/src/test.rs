@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::e2e::{self, Needs, NestedSetup, Setup, SetupOptions};
+use crate::e2e::{self, Coverage, Matrix, Needs, NestedSetup, Setup, SetupOptions};
 use crate::progress::Progress;
 use crate::scenario;
 
@@ -37,8 +37,11 @@ pub(crate) fn main(options: &Options) -> Result<()> {
         // Here and not in the first test that needs it, where it would count against that test's time.
         let progress = Progress::new(false);
         let options = SetupOptions::default();
-        let scenarios = scenario::list(&e2e::workspace().join("scenarios"))?;
-        Setup::obtain(&options, &Needs::of(scenarios.values()), &progress)?;
+        let dir = e2e::workspace().join("scenarios");
+        let scenarios = scenario::list(&dir)?;
+        let (_, cells) = Matrix::load(&dir, "block", Coverage::Pairs)?;
+        let all = scenarios.values().chain(cells.iter().map(|cell| &cell.scenario));
+        Setup::obtain(&options, &Needs::of(all), &progress)?;
         NestedSetup::obtain(&options, &progress)?;
     }
     let mut nextest = Command::new(&cargo);

@@ -24,6 +24,18 @@ fn report(run: &Path) -> Value {
     serde_json::from_slice(&bytes).expect("JSON")
 }
 
+/// The exit code and the report of a run in which `steps` are done in the VM `one`.
+fn steps_in_one(steps: &str) -> (Option<i32>, Value) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("s.json");
+    let vms = r#"{"one": {"memory_mib": 128}}"#;
+    let text = format!(r#"{{"name": "s", "description": "", "vms": {vms}, "steps": [{steps}]}}"#);
+    fs::write(&file, text).expect("written");
+    let mut run = e2e(dir.path(), &["--scenario-file", file.to_str().expect("UTF-8")]);
+    let status = run.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("xtask starts");
+    (status.code(), report(&run_dir(dir.path())))
+}
+
 /// The living processes of a run.
 fn processes(run: &Path) -> Vec<u32> {
     let name = run.file_name().expect("a name").to_str().expect("UTF-8");
@@ -90,20 +102,13 @@ fn an_interrupted_run_leaves_nothing_but_its_directory() {
 
 #[test]
 fn a_failed_check_says_what_was_seen_and_ends_with_1() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let file = dir.path().join("s.json");
-    let text = r#"{"name": "s", "description": "", "vms": {"one": {"memory_mib": 128}}, "steps": [
+    let (code, report) = steps_in_one(
+        r#"
         {"check": "good", "vm": "one", "run": "echo fine"},
         {"check": "bad", "vm": "one", "run": "echo seen; exit 3"},
-        {"check": "later", "vm": "one", "power_off": true}]}"#;
-    fs::write(&file, text).expect("written");
-    let status = e2e(dir.path(), &["--scenario-file", file.to_str().expect("UTF-8")])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .expect("xtask starts");
-    assert_eq!(status.code(), Some(1));
-    let report = report(&run_dir(dir.path()));
+        {"check": "later", "vm": "one", "power_off": true}"#,
+    );
+    assert_eq!(code, Some(1));
     let results: Vec<_> =
         ["good", "bad", "later", "nothing-left"].into_iter().zip(["pass", "fail", "skip", "pass"]).collect();
     let checks = report["checks"].as_array().expect("a list");
@@ -116,19 +121,12 @@ fn a_failed_check_says_what_was_seen_and_ends_with_1() {
 
 #[test]
 fn a_spawned_command_that_ends_fails_the_wait_at_once() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let file = dir.path().join("s.json");
-    let text = r#"{"name": "s", "description": "", "vms": {"one": {"memory_mib": 128}}, "steps": [
+    let (code, report) = steps_in_one(
+        r#"
         {"check": "c", "vm": "one", "spawn": "echo no such device >&2; exit 1", "as": "backend"},
-        {"check": "c", "vm": "one", "console": "^ready$", "timeout_s": 10000}]}"#;
-    fs::write(&file, text).expect("written");
-    let status = e2e(dir.path(), &["--scenario-file", file.to_str().expect("UTF-8")])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .expect("xtask starts");
-    assert_eq!(status.code(), Some(1));
-    let report = report(&run_dir(dir.path()));
+        {"check": "c", "vm": "one", "console": "^ready$", "timeout_s": 10000}"#,
+    );
+    assert_eq!(code, Some(1));
     let evidence = report["checks"][0]["evidence"].as_str().expect("text");
     assert!(evidence.contains("backend ended with exit code 1"), "{evidence}");
     assert!(evidence.contains("no such device"), "{evidence}");
@@ -137,9 +135,8 @@ fn a_spawned_command_that_ends_fails_the_wait_at_once() {
 /// Commands, QEMU and the guest end in every way there is, and come back.
 #[test]
 fn what_is_taken_away_comes_back_and_is_counted() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let file = dir.path().join("s.json");
-    let text = r#"{"name": "s", "description": "", "vms": {"one": {"memory_mib": 128}}, "steps": [
+    let (code, report) = steps_in_one(
+        r#"
         {"vm": "one", "start": true},
         {"check": "commands", "repeat": {"times": 2, "steps": [
             {"vm": "one", "spawn": "trap '' TERM; while :; do sleep 1; done", "as": "job"},
@@ -154,34 +151,21 @@ fn what_is_taken_away_comes_back_and_is_counted() {
         {"check": "guest", "vm": "one", "spawn": "sleep 1000", "as": "job"},
         {"check": "qemu", "vm": "one", "kill_vm": true},
         {"check": "qemu", "vm": "one", "start": true},
-        {"check": "qemu", "vm": "one", "power_off": true}]}"#;
-    fs::write(&file, text).expect("written");
-    let status = e2e(dir.path(), &["--scenario-file", file.to_str().expect("UTF-8")])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .expect("xtask starts");
-    let report = report(&run_dir(dir.path()));
-    assert_eq!(status.code(), Some(0), "{report:#}");
+        {"check": "qemu", "vm": "one", "power_off": true}"#,
+    );
+    assert_eq!(code, Some(0), "{report:#}");
     let want = serde_json::json!({"faults_injected": 4.0, "rounds": 3.0});
     assert_eq!(report["measurements"], want);
 }
 
 #[test]
 fn a_command_that_ends_otherwise_than_expected_fails_the_wait() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let file = dir.path().join("s.json");
-    let text = r#"{"name": "s", "description": "", "vms": {"one": {"memory_mib": 128}}, "steps": [
+    let (code, report) = steps_in_one(
+        r#"
         {"check": "c", "vm": "one", "spawn": "exit 4", "as": "job", "expect": {"exit": 3}},
-        {"check": "c", "vm": "one", "wait": "job"}]}"#;
-    fs::write(&file, text).expect("written");
-    let status = e2e(dir.path(), &["--scenario-file", file.to_str().expect("UTF-8")])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .expect("xtask starts");
-    assert_eq!(status.code(), Some(1));
-    let report = report(&run_dir(dir.path()));
+        {"check": "c", "vm": "one", "wait": "job"}"#,
+    );
+    assert_eq!(code, Some(1));
     let evidence = report["checks"][0]["evidence"].as_str().expect("text");
     assert!(evidence.contains("job ended with exit code 4"), "{evidence}");
 }

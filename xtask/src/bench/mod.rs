@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use crate::e2e::{Needs, Setup, SetupOptions, runs};
+use crate::e2e::{KernelId, Needs, Setup, SetupOptions, runs};
 use crate::interrupt;
 use crate::progress::Progress;
 use crate::report;
@@ -81,9 +81,8 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
             used: accelerator.kind.to_string(),
             reason: accelerator.reason.clone(),
         });
-        bench.qemu =
-            Some(report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() });
-        let kernel = setup.kernel(&[])?;
+        bench.qemu = Some(report::Qemu::from(&setup.qemu));
+        let kernel = setup.kernel(&KernelId::default())?;
         bench.kernel = Some(report::Kernel {
             version: kernel.version.clone(),
             config_digest: kernel.config_digest.clone(),

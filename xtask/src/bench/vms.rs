@@ -11,7 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vvu_init::protocol::{End, READY_LINE};
 
-use crate::e2e::{ProxyPlan, Setup};
+use crate::e2e::{KernelId, ProxyPlan, Setup};
 use crate::image::{DiskImage, OverlayEntry, with_overlay};
 use crate::progress::Progress;
 use crate::rundir::{RunDir, SocketDir};
@@ -157,7 +157,7 @@ impl<'a> Lab<'a> {
         };
         let guest = Guest {
             accelerator: self.setup.accelerator.kind,
-            kernel: &self.setup.kernel(&[])?.vmlinux,
+            kernel: &self.setup.kernel(&KernelId::default())?.vmlinux,
             initramfs,
         };
         let args = arguments(config, guest, Serial::Inherited(&logs.console))?;

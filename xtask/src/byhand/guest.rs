@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use vvu_init::protocol::End;
 
-use crate::e2e::Setup;
+use crate::e2e::{KernelId, Setup};
 use crate::leftover::RUN_VARIABLE;
 use crate::rundir::RunDir;
 use crate::vm::args::{Config, Guest, Serial, arguments};
@@ -38,7 +38,7 @@ impl Bench<'_> {
     fn guest(&self) -> Result<Guest<'_>> {
         Ok(Guest {
             accelerator: self.setup.accelerator.kind,
-            kernel: &self.setup.kernel(&[])?.vmlinux,
+            kernel: &self.setup.kernel(&KernelId::default())?.vmlinux,
             initramfs: self.initramfs,
         })
     }

@@ -1,6 +1,7 @@
 //! `cargo xtask e2e`: runs scenarios in VMs and reports.
 
 mod keep;
+mod matrix;
 mod memory;
 mod nested;
 mod plan;
@@ -27,11 +28,12 @@ use crate::vm::proxy::Proxy;
 use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
+pub(crate) use matrix::{Coverage, Matrix};
 pub(crate) use memory::{ensure_free, free_mib, needed_mib};
 pub(crate) use nested::NestedSetup;
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
-pub(crate) use setup::{Needs, Setup, SetupOptions};
+pub(crate) use setup::{KernelId, Needs, Setup, SetupOptions};
 
 /// How long a proxy may take until it listens, and a bare boot until its first line, at native speed.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -51,6 +53,11 @@ pub(crate) struct Options {
     /// Run a scenario file of your own
     #[arg(long, value_name = "FILE", conflicts_with = "scenarios")]
     scenario_file: Option<PathBuf>,
+    /// Run the scenario in a set of variants from scenarios/matrix: those in which all pairs of values occur, `each` one
+    /// changed by itself, or `all`
+    #[arg(long, value_name = "SET", num_args = 0..=1, require_equals = true, default_missing_value = "pairs")]
+    #[arg(conflicts_with_all = ["all", "list", "scenario_file", "nested", "prepared"])]
+    matrix: Option<Coverage>,
     #[command(flatten)]
     setup: SetupOptions,
     /// Directory whose tree is laid over the root of every VM
@@ -86,16 +93,19 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let scenarios = match &options.scenario_file {
-        Some(file) => vec![Scenario::load(file)?],
-        None if options.all => scenario::list(&dir)?.into_values().collect(),
-        None => options.scenarios.iter().map(|name| scenario::find(&dir, name)).collect::<Result<_>>()?,
-    };
     for overlay in &options.overlay {
         if !overlay.is_dir() {
             bail!("--overlay {}: want a directory", overlay.display());
         }
     }
+    if let Some(coverage) = options.matrix {
+        return matrix::main(&dir, coverage, options);
+    }
+    let scenarios = match &options.scenario_file {
+        Some(file) => vec![Scenario::load(file)?],
+        None if options.all => scenario::list(&dir)?.into_values().collect(),
+        None => options.scenarios.iter().map(|name| scenario::find(&dir, name)).collect::<Result<_>>()?,
+    };
     let progress = Progress::new(false);
     let reports: Vec<Report> = if options.nested {
         let file = |scenario: &Scenario| {
@@ -104,25 +114,33 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
         };
         nested::run_all(&scenarios, file, options, &progress)?
     } else {
-        // Before the kernel is built for nothing.
-        for scenario in &scenarios {
-            memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
-        }
-        run_all(&scenarios, options, &progress)?
+        // The directory exists from the first moment, so that whatever happens can be found there.
+        let create = |scenario: &Scenario| RunDir::create(&runs(), &scenario.name);
+        run_all(&scenarios, create, options, &progress)?.reports
     };
     if reports.len() > 1 {
         tell(&report::summary(&reports), options.json);
     }
-    let worst = reports.iter().map(|report| report.result).max_by_key(|result| severity(*result));
+    let worst = worst(&reports);
     if options.json {
         print_json(reports, options.all)?;
     }
-    Ok(match worst {
-        Some(Outcome::Pass) | None => ExitCode::SUCCESS,
-        Some(Outcome::Fail) => ExitCode::from(1),
-        Some(Outcome::Error) => ExitCode::from(2),
-        Some(Outcome::Interrupted) => interrupt::exit_code(),
-    })
+    Ok(exit_code(worst))
+}
+
+/// The worst of the results; of none, a pass.
+fn worst<'a>(reports: impl IntoIterator<Item = &'a Report>) -> Outcome {
+    let results = reports.into_iter().map(|report| report.result);
+    results.max_by_key(|result| severity(*result)).unwrap_or(Outcome::Pass)
+}
+
+fn exit_code(worst: Outcome) -> ExitCode {
+    match worst {
+        Outcome::Pass => ExitCode::SUCCESS,
+        Outcome::Fail => ExitCode::from(1),
+        Outcome::Error => ExitCode::from(2),
+        Outcome::Interrupted => interrupt::exit_code(),
+    }
 }
 
 fn severity(outcome: Outcome) -> u8 {
@@ -146,20 +164,37 @@ fn print_json(mut reports: Vec<Report>, all: bool) -> Result<()> {
     Ok(())
 }
 
-fn run_all(scenarios: &[Scenario], options: &Options, progress: &Progress) -> Result<Vec<Report>> {
+/// What came of several scenarios.
+struct Ran {
+    /// Their reports, in their order; those that an interruption kept from running have none.
+    reports: Vec<Report>,
+    /// How many of the first stages of each report are those of the set-up that they share.
+    common: usize,
+}
+
+/// Runs scenarios one after the other in the directories that `create` makes.
+fn run_all(
+    scenarios: &[Scenario],
+    create: impl Fn(&Scenario) -> Result<RunDir>,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Ran> {
     let started = Instant::now();
+    // Before the kernel is built for nothing.
+    for scenario in scenarios {
+        memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
+    }
     let mut reports = Vec::new();
-    // The directory exists from the first moment, so that whatever happens can be found there.
-    let runs = scenarios
-        .iter()
-        .map(|scenario| RunDir::create(&runs(), &scenario.name))
-        .collect::<Result<Vec<_>>>()?;
+    let runs = scenarios.iter().map(create).collect::<Result<Vec<_>>>()?;
     let setup = Setup::obtain(&options.setup, &Needs::of(scenarios), progress);
     let common = progress.stages().len();
     let mut set_up_seconds = started.elapsed().as_secs_f64();
     for (scenario, run) in scenarios.iter().zip(&runs) {
         let begun = Instant::now();
         let before = progress.stages().len();
+        if scenarios.len() > 1 {
+            progress.note(format!("{}: {}", scenario.name, scenario.description));
+        }
         let mut report = Report { scenario: scenario.name.clone(), ..Report::default() };
         let result = match &setup {
             Ok(setup) => one(scenario, run, setup, options, progress, &mut report),
@@ -184,7 +219,7 @@ fn run_all(scenarios: &[Scenario], options: &Options, progress: &Progress) -> Re
             break;
         }
     }
-    Ok(reports)
+    Ok(Ran { reports, common })
 }
 
 /// Writes the report and tells a person about it.
@@ -195,7 +230,7 @@ fn finish(run: &RunDir, report: &Report, json: bool) -> Result<()> {
     }
     tell(&format!("{}{}\n", report::table(report), run.path().display()), json);
     if report.result == Outcome::Pass {
-        run.prune(&report.scenario);
+        run.prune(&report.scenario, "report.json");
     }
     Ok(())
 }
@@ -217,8 +252,11 @@ fn one(
     let accelerator = &setup.accelerator;
     report.accelerator =
         Some(report::Accelerator { used: accelerator.kind.to_string(), reason: accelerator.reason.clone() });
-    report.qemu = Some(report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() });
-    let kernel = setup.kernel(&scenario.kernel)?;
+    report.qemu = Some(report::Qemu::from(&setup.qemu));
+    for (vm, name) in scenario.vms.iter().filter_map(|(vm, spec)| Some((vm, spec.qemu.as_deref()?))) {
+        report.qemus.insert(vm.clone(), setup.qemu(Some(name))?.into());
+    }
+    let kernel = setup.kernel(&KernelId::of(scenario))?;
     report.kernel =
         Some(report::Kernel { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() });
     let sockets = SocketDir::for_run(run)?;
@@ -420,10 +458,11 @@ impl<'a> Bench<'a> {
             qemu: self.run.file(&format!("{name}-qemu.log")),
         };
         let args = arguments(config, self.guest(&config.name), Serial::Inherited(&logs.console))?;
-        let mut words = self.setup.qemu.argv_prefix();
+        let qemu = self.setup.qemu(config.qemu.as_deref())?;
+        let mut words = qemu.argv_prefix();
         words.extend(args.iter().cloned());
         self.note(name, &words)?;
-        let mut command = self.setup.qemu.command();
+        let mut command = qemu.command();
         command.args(args).env(leftover::RUN_VARIABLE, self.run.id());
         Vm::launch(name, command, logs)
     }
@@ -478,7 +517,7 @@ impl<'a> Bench<'a> {
         names.sort_by_key(|name| steps.iter().position(|placed| in_vm(placed, name)));
         for name in names {
             let config = self.plan.vms.get(name).context("every VM is planned")?;
-            let mut words = self.setup.qemu.argv_prefix();
+            let mut words = self.setup.qemu(config.qemu.as_deref())?.argv_prefix();
             words.extend(arguments(config, self.guest(name), Serial::Terminal)?);
             let steps = steps.iter().filter(|placed| in_vm(placed, name));
             let steps = steps.filter_map(|placed| placed.step.action()).map(|action| {

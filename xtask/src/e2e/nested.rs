@@ -92,6 +92,13 @@ pub(super) fn run_all(
             "{}: --nested takes no scenario that names files: {files:?}",
             scenario.name
         );
+        let named = scenario.vms.values().filter_map(|vm| vm.qemu.as_ref()).chain(&scenario.kernel_source);
+        let named: Vec<_> = named.collect();
+        ensure!(
+            named.is_empty(),
+            "{}: --nested takes no scenario that names QEMUs or a kernel's source: {named:?}",
+            scenario.name
+        );
         memory::ensure_free(outer_memory_mib(scenario), 1)?;
     }
     let mut reports = Vec::new();
@@ -158,7 +165,7 @@ fn one(
             used: Kind::Tcg.to_string(),
             reason: format!("--nested: it emulates the SVM of -cpu {CPU}"),
         },
-        qemu: report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() },
+        qemu: report::Qemu::from(&setup.qemu),
         kernel: report::Kernel {
             version: kernel.version.clone(),
             config_digest: kernel.config_digest.clone(),

@@ -90,6 +90,7 @@ impl Plan {
             }
             let config = Config {
                 name: name.clone(),
+                qemu: spec.qemu.clone(),
                 memory_mib: spec.memory_mib,
                 cpus: spec.cpus,
                 cpu_model: spec.cpu.clone(),

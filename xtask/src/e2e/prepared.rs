@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::setup::{Setup, slowness};
+use super::setup::{KernelId, Setup, slowness};
 use crate::accel::Accelerator;
 use crate::image::{BaseImage, GuestBinaries, OverlayEntry};
 use crate::kernel::Kernel;
@@ -71,8 +71,9 @@ impl Prepared {
     pub(super) fn with(self, accelerator: Accelerator, wanted_slowness: Option<u32>) -> Setup {
         let Self { qemu, kernel_fragments, kernel, binaries, base } = self;
         let slowness = slowness(&accelerator, wanted_slowness);
-        let kernels = [(kernel_fragments, kernel)].into();
-        Setup { qemu, kernels, programs: BTreeMap::new(), binaries, base, accelerator, slowness }
+        let kernels = [(KernelId::with_fragments(&kernel_fragments), kernel)].into();
+        let (qemus, programs) = (BTreeMap::new(), BTreeMap::new());
+        Setup { qemu, qemus, kernels, programs, binaries, base, accelerator, slowness }
     }
 }
 
@@ -90,7 +91,7 @@ pub(super) fn lay_out(
     place: &str,
 ) -> Result<Vec<OverlayEntry>> {
     let Setup { binaries, base, .. } = setup;
-    let kernel = setup.kernel(kernel_fragments)?;
+    let kernel = setup.kernel(&KernelId::with_fragments(kernel_fragments))?;
     let facts = Facts {
         kernel_fragments: kernel_fragments.to_owned(),
         kernel_version: kernel.version.clone(),

@@ -34,11 +34,34 @@ pub(crate) struct SetupOptions {
     pub(crate) slowness: Option<u32>,
 }
 
+/// What tells the kernels of a set-up apart.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct KernelId {
+    /// The source's name, if it is not the run's.
+    source: Option<String>,
+    /// Fragments besides the base.
+    fragments: Vec<String>,
+}
+
+impl KernelId {
+    /// The kernel that `scenario` runs with.
+    pub(crate) fn of(scenario: &Scenario) -> Self {
+        Self { source: scenario.kernel_source.clone(), fragments: scenario.kernel.clone() }
+    }
+
+    /// The one of the run's source with these fragments besides the base.
+    pub(crate) fn with_fragments(fragments: &[String]) -> Self {
+        Self { source: None, fragments: fragments.to_owned() }
+    }
+}
+
 /// What some scenarios need besides what all do.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Needs {
-    /// Kernels, each by its fragments besides the base.
-    kernels: BTreeSet<Vec<String>>,
+    /// Kernels.
+    kernels: BTreeSet<KernelId>,
+    /// QEMUs besides the run's, by name.
+    qemus: BTreeSet<String>,
     /// Names of other people's programs.
     programs: BTreeSet<String>,
 }
@@ -48,7 +71,8 @@ impl Needs {
     pub(crate) fn of<'a>(scenarios: impl IntoIterator<Item = &'a Scenario>) -> Self {
         let mut needs = Self::default();
         for scenario in scenarios {
-            needs.kernels.insert(scenario.kernel.clone());
+            needs.kernels.insert(KernelId::of(scenario));
+            needs.qemus.extend(scenario.vms.values().filter_map(|vm| vm.qemu.clone()));
             needs.programs.extend(scenario.vms.values().flat_map(|vm| &vm.programs).cloned());
         }
         needs
@@ -57,10 +81,12 @@ impl Needs {
 
 /// All that is needed, obtained.
 pub(crate) struct Setup {
-    /// The QEMU that runs the VMs.
+    /// The QEMU that runs the VMs that name none.
     pub(crate) qemu: Qemu,
-    /// The guest kernels by their fragments.
-    pub(super) kernels: BTreeMap<Vec<String>, Kernel>,
+    /// The QEMUs that VMs name.
+    pub(super) qemus: BTreeMap<String, Qemu>,
+    /// The guest kernels.
+    pub(super) kernels: BTreeMap<KernelId, Kernel>,
     /// Trees with other people's programs, by their names.
     pub(crate) programs: BTreeMap<String, PathBuf>,
     /// Our own programs.
@@ -91,36 +117,50 @@ impl Setup {
             // One after the other, as apt and dpkg take one caller at a time.
             let fetch = || {
                 let qemu = Qemu::locate(progress, &cache, options.qemu.as_deref())?;
+                let named = needs.qemus.iter();
+                let named = named.map(|name| Ok((name.clone(), Qemu::named(progress, &cache, name)?)));
+                let qemus = named.collect::<Result<BTreeMap<_, _>>>()?;
                 let tools = GuestTools::obtain(progress, &cache)?;
                 let list = GuestPrograms::read()?;
                 let programs = needs.programs.iter();
                 let programs = programs.map(|name| Ok((name.clone(), list.obtain(name, progress, &cache)?)));
                 let programs = programs.collect::<Result<BTreeMap<_, _>>>()?;
                 let mut kernels = BTreeMap::new();
-                let none = Vec::new();
-                for fragments in needs.kernels.iter().chain(needs.kernels.is_empty().then_some(&none)) {
+                let plain = KernelId::default();
+                for id in needs.kernels.iter().chain(needs.kernels.is_empty().then_some(&plain)) {
                     let mut options = options.kernel.clone();
-                    options.fragments.extend(fragments.iter().cloned());
-                    kernels.insert(fragments.clone(), Kernel::obtain(progress, &cache, &options)?);
+                    options.fragments.extend(id.fragments.iter().cloned());
+                    options.named.clone_from(&id.source);
+                    kernels.insert(id.clone(), Kernel::obtain(progress, &cache, &options)?);
                 }
-                Ok::<_, Error>((qemu, tools, programs, kernels))
+                Ok::<_, Error>((qemu, qemus, tools, programs, kernels))
             };
             (fetch(), joined(binaries), joined(accelerator))
         });
-        let ((qemu, tools, programs, kernels), binaries) = (fetched?, binaries?);
+        let ((qemu, qemus, tools, programs, kernels), binaries) = (fetched?, binaries?);
         let base = build_base(&cache, &binaries, &tools)?;
         let accelerator = accelerator?;
         let slowness = slowness(&accelerator, options.slowness);
-        Ok(Self { qemu, kernels, programs, binaries, base, accelerator, slowness })
+        Ok(Self { qemu, qemus, kernels, programs, binaries, base, accelerator, slowness })
     }
 
-    /// The kernel with these fragments besides the base.
+    /// A kernel.
     ///
     /// # Errors
     ///
     /// It is not among what was needed.
-    pub(crate) fn kernel(&self, fragments: &[String]) -> Result<&Kernel> {
-        self.kernels.get(fragments).with_context(|| format!("no kernel with {fragments:?} was obtained"))
+    pub(crate) fn kernel(&self, id: &KernelId) -> Result<&Kernel> {
+        self.kernels.get(id).with_context(|| format!("{id:?} was not obtained"))
+    }
+
+    /// The QEMU of this name, or the run's.
+    ///
+    /// # Errors
+    ///
+    /// It is not among what was needed.
+    pub(crate) fn qemu(&self, name: Option<&str>) -> Result<&Qemu> {
+        let Some(name) = name else { return Ok(&self.qemu) };
+        self.qemus.get(name).with_context(|| format!("the QEMU {name:?} was not obtained"))
     }
 }
 

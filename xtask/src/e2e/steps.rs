@@ -101,7 +101,7 @@ pub(crate) fn carry_out(
             Some(round) => format!("{}, round {round}", placed.path),
             None => placed.path.clone(),
         });
-        if name == VDA_CHECK {
+        if name == VDA_CHECK && result.is_ok() {
             done.launch_to_vda = running.launched.map(|launched| launched.elapsed().as_secs_f64());
         }
         let last_of_check = steps[index + 1..].iter().all(|later| later.check != placed.check);

@@ -18,6 +18,7 @@ use self::source::Source;
 use crate::cache::{Cache, Key};
 use crate::packages::{self, Package};
 use crate::progress::Progress;
+use crate::versions::Versions;
 
 /// What compiling a kernel takes on the host.
 pub(crate) const PACKAGES: [Package; 12] = [
@@ -56,6 +57,9 @@ pub(crate) struct KernelOptions {
     /// Add a configuration fragment: a name under guest-images/kernel, or a file
     #[arg(long = "kernel-fragment", value_name = "NAME|FILE")]
     pub(crate) fragments: Vec<String>,
+    /// The source's name in `guest-images/versions.json`, if a scenario names one.
+    #[arg(skip)]
+    pub(crate) named: Option<String>,
 }
 
 /// A kernel that the guests can run.
@@ -84,12 +88,18 @@ impl Kernel {
     ///
     /// A kernel that was given lacks something, the source cannot be had, or the build fails.
     pub(crate) fn obtain(progress: &Progress, cache: &Cache, options: &KernelOptions) -> Result<Self> {
-        let requests = requests(&options.fragments)?;
+        let versions = Versions::read()?;
+        let named = options.named.as_deref().map(|name| versions.kernel(name)).transpose()?;
+        if let (Some(name), true) = (&options.named, options.file.is_some() || options.source.is_some()) {
+            bail!("the scenario names its kernel's source, {name:?}: leave --kernel and --kernel-source out");
+        }
+        let own = named.map_or(&[][..], |source| &source.fragments);
+        let requests = requests(own.iter().copied().chain(options.fragments.iter().map(String::as_str)))?;
         if let Some(file) = &options.file {
             return given(progress, file, &requests);
         }
         packages::ensure(progress, cache, &PACKAGES)?;
-        match Source::obtain(progress, cache, options.source.as_deref())? {
+        match Source::obtain(progress, cache, options.source.as_deref(), named)? {
             Source::Tree(tree) => from_tree(progress, cache, &requests, &tree),
             Source::Archive { path, digest, name } => {
                 from_archive(progress, cache, &requests, &path, &digest, &name)
@@ -103,9 +113,9 @@ fn fragments_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/kernel")
 }
 
-fn requests(names: &[String]) -> Result<Requests> {
+fn requests<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Requests> {
     let mut requests = Requests::default();
-    for name in std::iter::once(BASE).chain(names.iter().map(String::as_str)) {
+    for name in std::iter::once(BASE).chain(names) {
         let named = fragments_dir().join(format!("{name}.config"));
         let path = if named.is_file() { named } else { PathBuf::from(name) };
         let text = fs::read_to_string(&path).with_context(|| {
@@ -172,7 +182,7 @@ fn from_archive(
         let (tree, log) = (work.join("tree"), cache.dir("logs")?.join(format!("kernel-{}.log", key.name())));
         source::unpack(progress, archive, &tree, &work.join("package"), &log)?;
         let build = Build { tree: &tree, dir: &work.join("build"), log: &log };
-        make_kernel(progress, cache, &build, requests, dir)?;
+        make_kernel(progress, cache, &build, requests, name, dir)?;
         cache.discard(&work).map(drop)
     })?;
     read_kernel(progress, &entry.path)
@@ -187,7 +197,7 @@ fn from_tree(progress: &Progress, cache: &Cache, requests: &Requests, tree: &Pat
     let dir = cache.dir(&name)?;
     let log = cache.dir("logs")?.join(format!("kernel-{}.log", key.name()));
     let build = Build { tree, dir: &dir.join("build"), log: &log };
-    make_kernel(progress, cache, &build, requests, &dir)?;
+    make_kernel(progress, cache, &build, requests, &tree.display().to_string(), &dir)?;
     read_kernel(progress, &dir)
 }
 
@@ -196,11 +206,13 @@ fn make_kernel(
     cache: &Cache,
     build: &Build,
     requests: &Requests,
+    source: &str,
     out: &Path,
 ) -> Result<()> {
     build.configure(progress, requests)?;
     let stage = progress.stage("kernel build");
-    let counts = cache.dir("objects")?.join(Key::new().part("fragments", requests.text()).name());
+    let key = Key::new().part("fragments", requests.text()).part("source", source);
+    let counts = cache.dir("objects")?.join(key.name());
     let last = fs::read_to_string(&counts).ok().and_then(|text| text.trim().parse().ok());
     let compiled = build.compile(&stage, last.unwrap_or(EXPECTED_OBJECTS))?;
     // An incremental build makes few; the largest number is that of a whole one.
@@ -271,10 +283,10 @@ mod tests {
         for entry in fs::read_dir(fragments_dir()).expect("there") {
             let path = entry.expect("readable").path();
             if let Some(name) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".config")) {
-                requests(&[name.to_owned()]).expect("well formed");
+                requests([name]).expect("well formed");
             }
         }
-        let text = requests(&[]).expect("well formed").text();
+        let text = requests([]).expect("well formed").text();
         for symbol in config::SEED {
             assert!(text.contains(&format!("{symbol}=y\n")), "{symbol}");
         }
@@ -282,7 +294,7 @@ mod tests {
 
     #[test]
     fn an_unknown_fragment_is_named() {
-        let error = requests(&["nonesuch".to_owned()]).expect_err("refused").to_string();
+        let error = requests(["nonesuch"]).expect_err("refused").to_string();
         assert!(error.contains("nonesuch") && error.contains("guest-images/kernel"), "{error}");
     }
 

@@ -10,6 +10,7 @@ use crate::apt::{self, Apt, Suites};
 use crate::cache::{Cache, Key, sha256_file};
 use crate::logged;
 use crate::progress::Progress;
+use crate::versions::KernelSource;
 
 /// The series the guests are made for; taken when the machine's suites have it.
 const PREFERRED: &str = "linux-source-6.12";
@@ -75,9 +76,14 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// The source named by the user, or Debian's.
-    pub(super) fn obtain(progress: &Progress, cache: &Cache, wanted: Option<&Path>) -> Result<Self> {
-        let Some(path) = wanted else { return package(progress, cache) };
+    /// The source at the path that the user gave, or Debian's: `named`, or that of the machine's suites.
+    pub(super) fn obtain(
+        progress: &Progress,
+        cache: &Cache,
+        wanted: Option<&Path>,
+        named: Option<&KernelSource<'_>>,
+    ) -> Result<Self> {
+        let Some(path) = wanted else { return package(progress, cache, named) };
         let path = std::path::absolute(path).context("the working directory is gone")?;
         let meta = fs::metadata(&path).with_context(|| format!("--kernel-source {}", path.display()))?;
         if !meta.is_dir() {
@@ -91,18 +97,32 @@ impl Source {
     }
 }
 
-/// Debian's newest suitable linux-source package, kept in the cache so that a rebuild needs no network.
-fn package(progress: &Progress, cache: &Cache) -> Result<Source> {
-    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let key = Key::new().part("release", release).part("preferred", PREFERRED);
+/// A linux-source package of Debian's, kept in the cache so that a rebuild needs no network: `named`, or the most
+/// suitable of the machine's suites.
+fn package(progress: &Progress, cache: &Cache, named: Option<&KernelSource<'_>>) -> Result<Source> {
+    let key = match named {
+        None => {
+            let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+            Key::new().part("release", release).part("preferred", PREFERRED)
+        }
+        Some(KernelSource { suites, package, .. }) => {
+            Key::new().part("suites", suites.join(" ")).part("package", package.unwrap_or("newest"))
+        }
+    };
     let entry = cache.entry("linux-source", &key, |dir| {
         let stage = progress.stage("kernel source");
-        let apt = Apt::open(cache, &stage, Suites::Machine)?;
+        let suites = named.map_or(Suites::Machine, |source| Suites::Named(&source.suites));
+        let apt = Apt::open(cache, &stage, suites)?;
         let names = apt.names(PREFIX)?;
-        let name = choose(&names).context(
-            "this machine's Debian suites have no linux-source package; give --kernel-source DIR or TARBALL, or \
-             --kernel FILE",
-        )?;
+        let name = match named {
+            None => choose(&names).context(
+                "this machine's Debian suites have no linux-source package; give --kernel-source DIR or TARBALL, or \
+                 --kernel FILE",
+            )?,
+            Some(source) => source.package.or_else(|| newest(&names)).with_context(|| {
+                format!("the Debian suites {} have no linux-source package", source.suites.join(", "))
+            })?,
+        };
         let debs = apt.download(&[name])?;
         let [deb] = &debs[..] else { bail!("apt downloaded {} files for {name}", debs.len()) };
         let file = deb.file_name().unwrap_or_default().to_string_lossy();
@@ -127,6 +147,10 @@ fn choose(names: &[String]) -> Option<&str> {
     if names.iter().any(|name| name == PREFERRED) {
         return Some(PREFERRED);
     }
+    newest(names)
+}
+
+fn newest(names: &[String]) -> Option<&str> {
     let version = |name: &str| -> Option<(u32, u32)> {
         let (major, minor) = name.strip_prefix(PREFIX)?.split_once('.')?;
         Some((major.parse().ok()?, minor.parse().ok()?))
@@ -192,6 +216,7 @@ mod tests {
         let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
         let all = names(&["linux-source-6.1", "linux-source-6.12", "linux-source-6.18", "linux-source"]);
         assert_eq!(choose(&all), Some("linux-source-6.12"));
+        assert_eq!(newest(&all), Some("linux-source-6.18"));
         let some = names(&["linux-source-6.9", "linux-source-6.10", "linux-source-6.1-rt", "linux-source"]);
         assert_eq!(choose(&some), Some("linux-source-6.10"));
         assert_eq!(choose(&names(&["linux-source"])), None);
@@ -202,12 +227,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let progress = Progress::new(true);
         let cache = Cache::open_at(dir.path().join("vvu"), &progress).expect("opens");
-        let error = Source::obtain(&progress, &cache, Some(dir.path())).expect_err("refused").to_string();
+        let error =
+            Source::obtain(&progress, &cache, Some(dir.path()), None).expect_err("refused").to_string();
         assert!(error.contains("not the top of a kernel tree"), "{error}");
         fs::create_dir_all(dir.path().join("scripts/kconfig")).expect("made");
         fs::write(dir.path().join("Kconfig"), "").expect("written");
         assert_eq!(
-            Source::obtain(&progress, &cache, Some(dir.path())).expect("accepted"),
+            Source::obtain(&progress, &cache, Some(dir.path()), None).expect("accepted"),
             Source::Tree(dir.path().to_owned())
         );
     }

@@ -52,7 +52,8 @@ pub(crate) fn summary(reports: &[Report]) -> String {
     text
 }
 
-fn verdict(outcome: Outcome) -> &'static str {
+/// An outcome in words.
+pub(crate) fn verdict(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Pass => "passed",
         Outcome::Fail => "FAILED",

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use human::{summary, table};
+pub(crate) use human::{summary, table, verdict};
 pub(crate) use replay::{Part, by_hand, command_line, replay_script};
 
 use crate::progress::StageTime;
@@ -28,6 +28,9 @@ pub(crate) struct Report {
     pub(crate) accelerator: Option<Accelerator>,
     /// The QEMU used.
     pub(crate) qemu: Option<Qemu>,
+    /// The QEMUs of the VMs that name their own, by VM.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub(crate) qemus: BTreeMap<String, Qemu>,
     /// The guest kernel used.
     pub(crate) kernel: Option<Kernel>,
     /// What took how long, in the order it ended.
@@ -89,6 +92,12 @@ pub(crate) struct Qemu {
     pub(crate) path: PathBuf,
     /// As it tells it.
     pub(crate) version: String,
+}
+
+impl From<&crate::qemu::Qemu> for Qemu {
+    fn from(qemu: &crate::qemu::Qemu) -> Self {
+        Self { path: qemu.path.clone(), version: qemu.version.clone() }
+    }
 }
 
 /// The guest kernel used.

@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::image::GuestPrograms;
+use crate::qemu::NEEDED_DEVICE;
+use crate::versions::Versions;
 
 use super::step::{ACTIONS, Repeat};
 use super::{Action, Addr, DiskFacts, DiskSpec, Placed, ROUND, Scenario, Step, Values, VmSpec};
@@ -25,9 +27,14 @@ impl Scenario {
         for fragment in &self.kernel {
             check_name(fragment).context("at kernel")?;
         }
+        let versions = Versions::read()?;
+        if let Some(source) = &self.kernel_source {
+            versions.kernel(source).context("at kernel_source")?;
+        }
         let programs = GuestPrograms::read()?;
         for (name, vm) in &self.vms {
             check_name(name).and_then(|()| vm.check(&programs)).with_context(|| format!("at vms.{name}"))?;
+            self.check_qemu(name, vm, &versions).with_context(|| format!("at vms.{name}.qemu"))?;
         }
         self.check_vvu()?;
         for (name, disk) in &self.disks {
@@ -40,6 +47,18 @@ impl Scenario {
     fn known_vm(&self, name: &str) -> Result<()> {
         let known: Vec<_> = self.vms.keys().map(String::as_str).collect();
         ensure!(self.vms.contains_key(name), "no VM is called {name:?}: `vms` has {}", known.join(", "));
+        Ok(())
+    }
+
+    fn check_qemu(&self, name: &str, vm: &VmSpec, versions: &Versions<'static>) -> Result<()> {
+        let Some(qemu) = &vm.qemu else { return Ok(()) };
+        let has_device = versions.qemu(qemu)?.vfio_user;
+        ensure!(
+            has_device || self.vvu_of_device(name).next().is_none(),
+            "{qemu:?} has no {NEEDED_DEVICE}, which a VM with a vvu device needs: want one of {}, or none for the \
+             run's QEMU",
+            versions.with_vfio_user()
+        );
         Ok(())
     }
 

@@ -33,6 +33,10 @@ pub(crate) struct Scenario {
     /// Kernel fragments that its VMs need besides the base: names under `guest-images/kernel`.
     #[serde(default)]
     pub(crate) kernel: Vec<String>,
+    /// Where its VMs' kernel comes from, if not from the machine's own suites: a name in
+    /// `guest-images/versions.json`.
+    #[serde(default)]
+    pub(crate) kernel_source: Option<String>,
     /// The VMs by name.
     pub(crate) vms: BTreeMap<String, VmSpec>,
     /// The vvu devices by name: each joins a device VM and a sibling VM through a proxy of its own.
@@ -60,6 +64,9 @@ pub(crate) struct VmSpec {
     /// QEMU's model of the CPUs.
     #[serde(default)]
     pub(crate) cpu: Option<String>,
+    /// The QEMU that runs it, if not the run's: a name in `guest-images/versions.json`.
+    #[serde(default)]
+    pub(crate) qemu: Option<String>,
     /// The IOMMU in front of the VM's PCI devices.
     #[serde(default)]
     pub(crate) iommu: Option<Iommu>,

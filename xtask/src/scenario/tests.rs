@@ -33,6 +33,17 @@ fn a_minimal_scenario_gets_its_defaults() {
 }
 
 #[test]
+fn a_vm_may_name_its_qemu_and_a_scenario_its_kernels_source() {
+    let text = MINIMAL
+        .replace(r#""sibling": {"#, r#""sibling": {"qemu": "debian-12", "#)
+        .replace(r#""device": {"#, r#""device": {"qemu": "debian-14", "#)
+        .replace(r#""name": "one""#, r#""name": "one", "kernel_source": "6.1""#);
+    let scenario = parse(&text).expect("valid");
+    assert_eq!(scenario.vms["sibling"].qemu.as_deref(), Some("debian-12"));
+    assert_eq!(scenario.kernel_source.as_deref(), Some("6.1"));
+}
+
+#[test]
 fn errors_name_the_json_path_and_what_is_wanted() {
     refused(r#""size_mib": 1"#, r#""size_mib": "1""#, &["disks.disk.size_mib"]);
     refused(r#""memory_mib": 256}, "s"#, r#""memory": 256}, "s"#, &["vms.device", "memory_mib"]);
@@ -49,6 +60,11 @@ fn errors_name_the_json_path_and_what_is_wanted() {
         r#""memory_mib": 256, "programs": ["x"]}, "s"#,
         &["vms.device", "\"x\""],
     );
+    let qemu = |name: &str| format!(r#""memory_mib": 256, "qemu": "{name}"}}, "s"#);
+    refused(r#""memory_mib": 256}, "s"#, &qemu("x"), &["vms.device.qemu", "\"x\"", "debian-12"]);
+    let old = qemu("debian-12");
+    refused(r#""memory_mib": 256}, "s"#, &old, &["vms.device.qemu", "vfio-user-pci", "debian-14"]);
+    refused(r#""name": "one""#, r#""kernel_source": "x", "name": "one""#, &["kernel_source", "newest"]);
     refused(r#""name": "one""#, r#""kernel": ["../x"], "name": "one""#, &["at kernel", "../x"]);
     refused(r#""size_mib": 1"#, r#""size_mib": 0"#, &["disks.disk", "size_mib"]);
     refused(r#""size_mib": 1"#, r#""file": "no.img""#, &["disks.disk", "/nonexistent/no.img"]);

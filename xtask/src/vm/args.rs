@@ -34,6 +34,8 @@ pub(crate) struct Guest<'a> {
 pub(crate) struct Config {
     /// Its name.
     pub(crate) name: String,
+    /// The QEMU that runs it, by name; `None` for the run's.
+    pub(crate) qemu: Option<String>,
     /// RAM in MiB.
     pub(crate) memory_mib: u64,
     /// Virtual CPUs.
@@ -213,12 +215,15 @@ impl Args {
         if let Some(iommu) = config.iommu {
             taken.push(IOMMU_SLOT);
             let addr = IOMMU_SLOT.qemu();
+            // Without it QEMU takes what a guest maps for VFIO devices to be guest-physical addresses.
+            let has_vvu = config.devices.iter().any(|device| matches!(device, Device::Vvu { .. }));
+            let remap = if has_vvu { ",dma-remap=on" } else { "" };
             self.pair(
                 "-device",
                 match iommu {
                     Iommu::Virtio => format!("virtio-iommu-pci,addr={addr},boot-bypass=off"),
                     Iommu::Intel => "intel-iommu,intremap=on,caching-mode=on,aw-bits=48".to_owned(),
-                    Iommu::Amd => "amd-iommu,intremap=on".to_owned(),
+                    Iommu::Amd => format!("amd-iommu,intremap=on{remap}"),
                 },
             );
         }
@@ -347,7 +352,7 @@ mod tests {
     #[test]
     fn interrupt_remapping_needs_no_unsafe_flag() {
         for (iommu, want) in
-            [(Iommu::Intel, "intel-iommu,intremap=on"), (Iommu::Amd, "amd-iommu,intremap=on")]
+            [(Iommu::Intel, "intel-iommu,intremap=on"), (Iommu::Amd, "amd-iommu,intremap=on,dma-remap=on")]
         {
             let line = line(&Config { iommu: Some(iommu), ..device() }, Serial::Terminal);
             assert!(line.contains(want) && !line.contains("allow_unsafe"), "{line}");

@@ -57,12 +57,19 @@ impl Inflight {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The tracker of ring `index`, which has `size` descriptors; none if the front-end does without.
+    /// The tracker of ring `index`, which has `size` descriptors; none if the front-end does without, or has made the
+    /// region for smaller rings: QEMU 10.0 wants one for 128 descriptors and starts rings of 1024.
     ///
     /// # Errors
-    /// [`RegionError`] when the region has no place for such a ring.
+    /// [`RegionError`] when the region does not know the ring.
     pub(super) fn tracker(&self, index: usize, size: u16) -> Result<Option<Tracker>, RegionError> {
-        self.state().region.as_ref().map(|region| region.tracker(index, size)).transpose()
+        match self.state().region.as_ref().map(|region| region.tracker(index, size)).transpose() {
+            Err(error @ RegionError::NoPlace { queues, .. }) if index < usize::from(queues) => {
+                log::warn!("queue {index} is served without in-flight tracking: {error}");
+                Ok(None)
+            }
+            result => result,
+        }
     }
 
     /// Deals with the messages that in-flight tracking is made of. Before the front-end has accepted

@@ -36,6 +36,19 @@ fn what_is_made_has_room_for_all_rings_and_keeps_its_size() {
     assert!(matches!(region.tracker(0, 6), Err(RegionError::NoPlace { size: 6, .. })));
 }
 
+/// The front-end's fault, but the ring works without.
+#[test]
+fn a_ring_that_is_too_large_does_without_and_one_that_is_unknown_is_refused() {
+    use super::super::{Inflight, State};
+
+    let (offered, file) = made(2, 128);
+    let state = State { accepted: 0, region: Some(open(offered, file).expect("region")) };
+    let inflight = Inflight { limits: LIMITS, state: state.into() };
+    assert!(inflight.tracker(1, 128).expect("a place").is_some());
+    assert!(inflight.tracker(1, 1024).expect("no place").is_none());
+    assert!(matches!(inflight.tracker(2, 128), Err(RegionError::NoPlace { index: 2, .. })));
+}
+
 #[test]
 fn rings_have_parts_of_their_own() {
     let (offered, file) = made(2, 4);
