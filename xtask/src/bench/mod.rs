@@ -4,6 +4,7 @@
 
 mod back_end;
 mod chain;
+mod nested;
 mod plot;
 mod results;
 mod table;
@@ -42,6 +43,9 @@ pub(crate) struct Options {
     /// Print the JSON, and nothing else, on stdout
     #[arg(long)]
     json: bool,
+    /// Run the VMs with KVM in a VM whose CPU QEMU emulates: for machines without KVM
+    #[arg(long, conflicts_with_all = ["prepared", "accel", "qemu", "file"])]
+    nested: bool,
     #[command(flatten)]
     setup: SetupOptions,
 }
@@ -74,7 +78,9 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     if options.what != Some(What::Vms) {
         chain::measure(options.rounds, options.seconds, &run, &progress, &mut bench)?;
     }
-    if options.what != Some(What::Chain) {
+    if options.what != Some(What::Chain) && options.nested {
+        nested::measure(options, &run, &progress, &mut bench)?;
+    } else if options.what != Some(What::Chain) {
         let setup = Setup::obtain(&options.setup, &Needs::default(), &progress)?;
         let accelerator = &setup.accelerator;
         bench.accelerator = Some(report::Accelerator {

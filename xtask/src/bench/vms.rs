@@ -25,14 +25,15 @@ use super::back_end::BackEnd;
 use super::results::{Bench, Better, Key};
 use super::usage::Usage;
 
-const DISK_BYTES: u64 = 64 << 20;
-const MEMORY_MIB: u64 = 512;
+pub(super) const DISK_BYTES: u64 = 64 << 20;
+/// RAM of each VM.
+pub(super) const MEMORY_MIB: u64 = 512;
 /// Time for anything but a test, at native speed.
 const LIMIT: Duration = Duration::from_secs(30);
 /// How much longer than asked for a test may take, at native speed.
 const GRACE: Duration = Duration::from_secs(5);
 /// QEMU's daemon, looked for in `PATH`.
-const STORAGE_DAEMON: &str = "qemu-storage-daemon";
+pub(super) const STORAGE_DAEMON: &str = "qemu-storage-daemon";
 /// Appears when the sibling has its disk.
 const VDA: &str = r"virtio_blk virtio\d+: \[vda\] \d+ 512-byte logical blocks";
 

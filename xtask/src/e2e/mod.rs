@@ -3,6 +3,7 @@
 mod keep;
 mod memory;
 mod nested;
+mod outer;
 mod plan;
 mod prepared;
 mod setup;
@@ -27,7 +28,7 @@ use crate::vm::{Logs, Vm};
 use crate::{children, interrupt, leftover};
 
 pub(crate) use memory::{ensure_free, free_mib, needed_mib};
-pub(crate) use nested::NestedSetup;
+pub(crate) use outer::{NestedSetup, Outer, outside, proven};
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{Needs, Setup, SetupOptions};
