@@ -37,6 +37,12 @@ pub(crate) struct Options {
     /// How long each test of a round takes
     #[arg(long, value_name = "S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
     seconds: u64,
+    /// VMs: measure these variants only (vvu, plain, qsd, qemu)
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = ["vvu", "plain", "qsd", "qemu"])]
+    only: Vec<String>,
+    /// VMs: give our back-ends, in the device VM and on the host, this --poll-us instead of their default
+    #[arg(long, value_name = "N")]
+    poll_us: Option<u32>,
     /// Compare with an earlier run's JSON
     #[arg(long, value_name = "FILE")]
     baseline: Option<PathBuf>,
@@ -95,7 +101,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
             config_digest: kernel.config_digest.clone(),
         });
         bench.setup_stages = progress.stages();
-        vms::measure(options.rounds, options.seconds, &setup, &run, &progress, &mut bench)?;
+        vms::measure(options, &setup, &run, &progress, &mut bench)?;
     }
     interrupt::check()?;
     bench.machine.load_after = results::load();

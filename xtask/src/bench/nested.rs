@@ -11,7 +11,7 @@ use crate::rundir::RunDir;
 
 use super::Options;
 use super::results::Bench;
-use super::vms::{DISK_BYTES, MEMORY_MIB, STORAGE_DAEMON};
+use super::vms::{DISK_MIB, MEMORY_MIB, STORAGE_DAEMON};
 
 /// How long a variant may take to start, beside its tests.
 const START_LIMIT: Duration = Duration::from_secs(180);
@@ -22,7 +22,7 @@ const TESTS: u32 = 6;
 /// Measures in an outer VM and takes over what came of it.
 pub(super) fn measure(options: &Options, run: &RunDir, progress: &Progress, bench: &mut Bench) -> Result<()> {
     // The VMs of one variant, whose disks are on the outer VM's host side and in the device VM.
-    let memory_mib = Outer::memory_mib(2 * MEMORY_MIB, 2 * (DISK_BYTES >> 20));
+    let memory_mib = Outer::memory_mib(2 * MEMORY_MIB, 2 * DISK_MIB);
     ensure_free(memory_mib, 1)?;
     let begun = Instant::now();
     let setup = Setup::obtain(&outside(&options.setup), &Needs::programs([STORAGE_DAEMON]), progress)?;
@@ -34,7 +34,10 @@ pub(super) fn measure(options: &Options, run: &RunDir, progress: &Progress, benc
     let (rounds, seconds) = (options.rounds, options.seconds);
     stage.update(format!("{rounds} rounds with KVM inside"));
     let limit = (START_LIMIT + Duration::from_secs(seconds) * TESTS) * VARIANTS * rounds;
-    let inner = vm.json::<Bench>(&format!("bench vms --rounds {rounds} --seconds {seconds}"), limit);
+    let mut words = format!("bench vms --rounds {rounds} --seconds {seconds}");
+    words.extend(options.only.iter().map(|name| format!(" --only {name}")));
+    words.extend(options.poll_us.map(|poll| format!(" --poll-us {poll}")));
+    let inner = vm.json::<Bench>(&words, limit);
     let fetched = vm.fetch_logs(run);
     let inner = inner?;
     let used = inner.accelerator.unwrap_or_default();
