@@ -109,8 +109,8 @@ pub(super) fn measure(
                     }
                     stage.done("");
                 }
-                Err(error) if *variant == Variant::Vvu || children::interrupted() => return Err(error),
-                // What others cannot do does not stop us from being measured.
+                Err(error) if children::interrupted() => return Err(error),
+                // The rest is worth its time all the same.
                 Err(error) => bench.skip(&format!("{name} in round {round}"), format!("{error:#}")),
             }
         }
@@ -201,7 +201,7 @@ impl<'a> Lab<'a> {
         figures.push((start_up("launch-to-vda"), Better::Lower, launched.as_secs_f64()));
 
         let mut processes = served.processes();
-        processes.push(sibling.id());
+        processes.push(("sibling", sibling.id()));
         sibling.ready(self.deadline(), &mut || served.look())?;
         for command in [FILL, WARM_UP] {
             run(&mut sibling, command, LIMIT * self.setup.slowness, &mut || served.look())?;
@@ -211,10 +211,11 @@ impl<'a> Lab<'a> {
             let key = |metric: &str| Key { group: "vms".into(), test: test.into(), metric: metric.into() };
             let command =
                 format!("vvu-load measure --file /dev/vda --seconds {} --seed 1 {options}", self.seconds);
-            let before = Usage::of(&processes);
+            let usage = || processes.iter().map(|(_, id)| Usage::of(*id)).collect::<Vec<_>>();
+            let before = usage();
             let limit = Duration::from_secs(self.seconds) + GRACE * self.setup.slowness;
             let output = run(&mut sibling, &command, limit, &mut || served.look())?;
-            let used = Usage::of(&processes).since(before);
+            let used: Vec<_> = usage().iter().zip(&before).map(|(now, before)| now.since(*before)).collect();
             let line = output.lines().next_back().unwrap_or_default();
             let got: Value =
                 serde_json::from_str(line).with_context(|| format!("`{command}` printed {line:?}"))?;
@@ -224,8 +225,13 @@ impl<'a> Lab<'a> {
                 figures.push((key(metric), Better::Lower, figure(metric)?));
             }
             let requests = figure("requests")?;
-            figures.push((key("host_cpu_per_request_us"), Better::Lower, used.cpu_us / requests));
-            figures.push((key("host_wake_ups_per_request"), Better::Lower, used.wake_ups / requests));
+            let all: Usage = used.iter().copied().sum();
+            figures.push((key("host_cpu_per_request_us"), Better::Lower, all.cpu_us / requests));
+            figures.push((key("host_wake_ups_per_request"), Better::Lower, all.wake_ups / requests));
+            for ((process, _), used) in processes.iter().zip(&used) {
+                let key = key(&format!("{process}_wake_ups_per_request"));
+                figures.push((key, Better::Lower, used.wake_ups / requests));
+            }
         }
         sibling.end();
         served.end()?;
@@ -362,10 +368,11 @@ impl Served {
     }
 
     /// Every process on the host that takes part, but the sibling's QEMU.
-    fn processes(&self) -> Vec<u32> {
-        let vm = self.device_vm.as_ref().map(Vm::id);
-        let proxy = self.proxy.as_ref().map(Proxy::id);
-        vm.into_iter().chain(proxy).chain(self.back_end.as_ref().map(BackEnd::id)).collect()
+    fn processes(&self) -> Vec<(&'static str, u32)> {
+        let vm = self.device_vm.as_ref().map(|vm| ("device_vm", vm.id()));
+        let proxy = self.proxy.as_ref().map(|proxy| ("proxy", proxy.id()));
+        let back_end = self.back_end.as_ref().map(|back_end| ("back_end", back_end.id()));
+        vm.into_iter().chain(proxy).chain(back_end).collect()
     }
 
     fn end(mut self) -> Result<()> {

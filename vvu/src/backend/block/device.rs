@@ -4,6 +4,7 @@ use std::io;
 use std::num::Wrapping;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -226,6 +227,8 @@ impl Device {
                 }
                 std::hint::spin_loop();
             }
+            // Whoever makes the next request may be waiting for this processor.
+            thread::yield_now();
         }
         Ok(false)
     }
