@@ -229,8 +229,9 @@ impl<'a> Lab<'a> {
             figures.push((key("host_cpu_per_request_us"), Better::Lower, all.cpu_us / requests));
             figures.push((key("host_wake_ups_per_request"), Better::Lower, all.wake_ups / requests));
             for ((process, _), used) in processes.iter().zip(&used) {
-                let key = key(&format!("{process}_wake_ups_per_request"));
-                figures.push((key, Better::Lower, used.wake_ups / requests));
+                let key = |metric: &str| key(&format!("{process}_{metric}"));
+                figures.push((key("cpu_per_request_us"), Better::Lower, used.cpu_us / requests));
+                figures.push((key("wake_ups_per_request"), Better::Lower, used.wake_ups / requests));
             }
         }
         sibling.end();
