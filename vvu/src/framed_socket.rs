@@ -23,6 +23,8 @@ pub trait Framing: Copy + fmt::Debug {
     const SIZE: usize;
     /// Most file descriptors attached to one message, at most 32.
     const FDS_MAX: usize;
+    /// Bytes that are read at once, so that a small message takes one read; at least [`SIZE`](Self::SIZE).
+    const FIRST_READ: usize = Self::SIZE;
     /// Why bytes are no header that a peer may send.
     type Error: std::error::Error;
 
@@ -94,8 +96,12 @@ pub enum SocketError<E> {
     Io(#[from] Errno),
 }
 
-/// A socket of messages with header `H`. Bytes are read exactly up to the end of a message, so that
-/// file descriptors cannot be counted to the wrong one.
+/// A socket of messages with header `H`.
+///
+/// A read may go beyond the end of a message, by less than [`Framing::FIRST_READ`]. File descriptors still
+/// stay with the message they were sent with: the kernel ends a read with the bytes that a peer sent together with
+/// file descriptors, so those of a read belong to the message that its last byte is of (unix(7),
+/// "Ancillary messages"; one message is sent by one or more calls, and no call sends two).
 #[derive(Debug)]
 pub struct FramedSocket<H> {
     stream: UnixStream,
@@ -103,20 +109,50 @@ pub struct FramedSocket<H> {
     outgoing: VecDeque<Outgoing>,
 }
 
-/// A message on its way in.
+/// A message on its way in, and perhaps the beginning of the next.
 #[derive(Debug)]
 struct Incoming<H> {
     /// There from the moment on that all its bytes are.
     header: Option<H>,
-    /// As long as is wanted, first a header and then a message; `filled` bytes of it are there.
+    /// As long as is wanted, `filled` bytes of it are there.
     bytes: Vec<u8>,
     filled: usize,
     fds: Vec<OwnedFd>,
+    /// How many of them came before the last read.
+    earlier_fds: usize,
 }
 
 impl<H: Framing> Incoming<H> {
-    fn new() -> Self {
-        Self { header: None, bytes: vec![0; H::SIZE], filled: 0, fds: Vec::new() }
+    /// Begins with `bytes`, the end of the last read, with which `fds` came.
+    fn new(bytes: &[u8], fds: Vec<OwnedFd>) -> Self {
+        let filled = bytes.len();
+        let mut all = vec![0; H::FIRST_READ.max(filled)];
+        all[..filled].copy_from_slice(bytes);
+        Self { header: None, bytes: all, filled, fds, earlier_fds: 0 }
+    }
+
+    /// The message, once all of it is there.
+    fn take(&mut self) -> Result<Option<Message<H>>, SocketError<H::Error>> {
+        if self.filled < H::SIZE {
+            return Ok(None);
+        }
+        let header = match self.header {
+            Some(header) => header,
+            None => H::from_wire(&self.bytes[..H::SIZE]).map_err(SocketError::Message)?,
+        };
+        self.header = Some(header);
+        let size = H::SIZE + header.payload_len();
+        if self.filled < size {
+            self.bytes.resize(size.max(H::FIRST_READ), 0);
+            return Ok(None);
+        }
+        let rest = &self.bytes[size..self.filled];
+        // Those of the last read are of the message that it ended with.
+        let later = if rest.is_empty() { Vec::new() } else { self.fds.split_off(self.earlier_fds) };
+        let next = Self::new(rest, later);
+        let Self { mut bytes, fds, .. } = std::mem::replace(self, next);
+        bytes.truncate(size);
+        Ok(Some(Message { header, bytes, fds }))
     }
 }
 
@@ -135,7 +171,7 @@ impl<H: Framing> FramedSocket<H> {
     /// Uses a connected stream; whether it is in blocking mode does not matter.
     #[must_use]
     pub fn new(stream: UnixStream) -> Self {
-        Self { stream, incoming: Incoming::new(), outgoing: VecDeque::new() }
+        Self { stream, incoming: Incoming::new(&[], Vec::new()), outgoing: VecDeque::new() }
     }
 
     /// The next message, or `None` if it is not complete yet.
@@ -144,17 +180,8 @@ impl<H: Framing> FramedSocket<H> {
     /// Any [`SocketError`]; the socket is of no further use.
     pub fn receive(&mut self) -> Result<Option<Message<H>>, SocketError<H::Error>> {
         loop {
-            if self.incoming.filled == self.incoming.bytes.len() {
-                let header = match self.incoming.header {
-                    Some(header) => header,
-                    None => H::from_wire(&self.incoming.bytes).map_err(SocketError::Message)?,
-                };
-                if self.incoming.filled == H::SIZE + header.payload_len() {
-                    let Incoming { bytes, fds, .. } = std::mem::replace(&mut self.incoming, Incoming::new());
-                    return Ok(Some(Message { header, bytes, fds }));
-                }
-                self.incoming.header = Some(header);
-                self.incoming.bytes.resize(H::SIZE + header.payload_len(), 0);
+            if let Some(message) = self.incoming.take()? {
+                return Ok(Some(message));
             }
             if !self.fill()? {
                 return Ok(None);
@@ -162,9 +189,17 @@ impl<H: Framing> FramedSocket<H> {
         }
     }
 
+    /// Whether something was read that [`receive`](Self::receive) may have a message of, although the
+    /// peer may not send anything more.
+    #[must_use]
+    pub fn has_read_ahead(&self) -> bool {
+        self.incoming.header.is_none() && self.incoming.filled >= H::SIZE
+    }
+
     /// Reads towards the bytes that are wanted; false if none are there now.
     fn fill(&mut self) -> Result<bool, SocketError<H::Error>> {
-        let Incoming { bytes, filled, fds, .. } = &mut self.incoming;
+        let Incoming { bytes, filled, fds, earlier_fds, .. } = &mut self.incoming;
+        *earlier_fds = fds.len();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut missing = [IoSliceMut::new(&mut bytes[*filled..])];

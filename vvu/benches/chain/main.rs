@@ -45,6 +45,9 @@ struct Options {
     /// How many operations a test that is alone carries out
     #[arg(long, value_name = "N")]
     operations: Option<u64>,
+    /// How long the block back-end looks for the next request
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    poll_us: u64,
     /// What `cargo bench` adds
     #[arg(long, hide = true)]
     bench: bool,
@@ -58,8 +61,9 @@ fn main() {
 }
 
 fn measure(options: &Options) {
+    let poll = Duration::from_micros(options.poll_us);
     if let (Some(test), Some(via), Some(operations)) = (options.test, options.via, options.operations) {
-        alone(test, via, operations);
+        println!("{}", test.run(via, Limit::Operations(operations), poll).into_json());
         return;
     }
     let limit = Limit::Time(Duration::try_from_secs_f64(options.seconds).expect("a number of seconds"));
@@ -73,7 +77,7 @@ fn measure(options: &Options) {
         };
         for test in Test::ALL {
             for via in order {
-                let got = test.run(via, limit).into_json();
+                let got = test.run(via, limit, poll).into_json();
                 let of_test = results.entry(test.name()).or_insert_with(|| json!({}));
                 let rounds = of_test.as_object_mut().expect("an object").entry(via.name());
                 rounds.or_insert_with(|| json!([])).as_array_mut().expect("an array").push(got);
@@ -81,8 +85,4 @@ fn measure(options: &Options) {
         }
     }
     println!("{}", Value::Object(results));
-}
-
-fn alone(test: Test, via: Via, operations: u64) {
-    println!("{}", test.run(via, Limit::Operations(operations)).into_json());
 }

@@ -84,8 +84,8 @@ impl Test {
         }
     }
 
-    /// Carries the test out over a link of its own.
-    pub fn run(self, via: Via, limit: Limit) -> Outcome {
+    /// Carries the test out over a link of its own, with a back-end that polls for so long.
+    pub fn run(self, via: Via, limit: Limit, poll: Duration) -> Outcome {
         if self == Self::Notify {
             let echo = Echo::start();
             let mut link = Link::new(via, &echo.socket, Setup::default());
@@ -94,7 +94,7 @@ impl Test {
             echo.end();
             return outcome;
         }
-        let backend = Backend::start(&pattern(1, DISK), |_| {});
+        let backend = Backend::start(&pattern(1, DISK), |options| options.poll = poll);
         let mut link = Link::new(via, &backend.socket, Setup::default());
         let outcome = match self {
             Self::Notify | Self::Message => message(&mut link.driver, limit),

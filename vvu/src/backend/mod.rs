@@ -7,6 +7,7 @@ pub mod block;
 
 mod connection;
 mod inflight;
+mod poll;
 mod server;
 mod vring;
 

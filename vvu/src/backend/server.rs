@@ -94,7 +94,7 @@ impl std::fmt::Debug for Stop {
 /// own, until `stop` says so, after which nobody can connect to `listener` any more. A front-end that
 /// breaks the protocol loses its connection, no more.
 ///
-/// `new_device` gets the front-end's memory and its in-flight tracking.
+/// `new_device` gets the front-end's memory, its in-flight tracking, and what is set when the front-end is gone.
 ///
 /// # Errors
 /// [`ServeError`].
@@ -102,7 +102,7 @@ pub(super) fn serve<D>(
     listener: &UnixListener,
     stop: &Stop,
     limits: Limits,
-    new_device: impl Fn(Memory, Arc<Inflight>) -> D,
+    new_device: impl Fn(Memory, Arc<Inflight>, Arc<AtomicBool>) -> D,
 ) -> Result<(), ServeError>
 where
     D: VhostUserBackend<Bitmap = (), Vring = Vring> + 'static,
@@ -119,7 +119,8 @@ where
         let start = |error: &dyn std::fmt::Display| ServeError::Start(error.to_string());
         let memory = Memory::new(GuestMemoryMmap::new());
         let inflight = Arc::new(Inflight::new(limits));
-        let device = Arc::new(new_device(memory.clone(), inflight.clone()));
+        let gone = Arc::new(AtomicBool::new(false));
+        let device = Arc::new(new_device(memory.clone(), inflight.clone(), gone.clone()));
         let mut daemon =
             VhostUserDaemon::new("vhost-user".to_owned(), device, memory).map_err(|error| start(&error))?;
         let (private, backend) = connection::private_pair()
@@ -127,6 +128,8 @@ where
         daemon.start(&mut Listener::from(private)).map_err(|error| start(&error))?;
         log::info!("front-end connected");
         let end = connection::relay(frontend, backend, &inflight, stop.shared.event.as_fd());
+        // Its driver may go on making requests, and a queue that always has one would never let its thread go.
+        gone.store(true, Ordering::Relaxed);
         // Both sockets are closed now, so this is no wait for either peer.
         let outcome = daemon.wait();
         match (end, outcome) {

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use vvu::backend::Stop;
 use vvu::backend::block::{Block, Options};
@@ -74,7 +75,8 @@ fn message(request: u32, payload: &[u8]) -> Vec<u8> {
 fn hostile_front_ends_do_not_end_the_program() {
     let content = pattern(20, 4096);
     let (_directory, path) = disk(&content).expect("disk");
-    let block = Block::open(&Options { path, read_only: false, queues: 4, serial: None }).expect("disk");
+    let poll = Duration::from_micros(200);
+    let block = Block::open(&Options { path, read_only: false, queues: 4, serial: None, poll }).expect("disk");
     let proxy = Proxy::start(8 << 20, 16);
     let memory = Arc::new(proxy.memory(&FLAT));
     let data = Driver::buffers(&memory, 4);

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vvu::backend::block::{Block, Options};
 use vvu::backend::{ServeError, Stop};
@@ -22,7 +23,8 @@ pub struct Backend {
 impl Backend {
     pub fn start(content: &[u8], adjust: impl FnOnce(&mut Options)) -> Self {
         let (dir, disk) = disk(content).expect("disk");
-        let mut options = Options { path: disk.clone(), read_only: false, queues: 4, serial: None };
+        let poll = Duration::from_micros(200);
+        let mut options = Options { path: disk.clone(), read_only: false, queues: 4, serial: None, poll };
         adjust(&mut options);
         let path = dir.path().join("s");
         let (stop, task) = Self::serve(&options, &path);

@@ -27,10 +27,16 @@ pub(super) struct BackEnd {
 }
 
 impl BackEnd {
-    /// Our own block back-end, `vvu device block --socket`.
-    pub(super) fn vvu(program: &Path, disk: &Path, socket: &Path, run: &str, log: PathBuf) -> Result<Self> {
+    /// Our own back-end, which these words start but for its socket.
+    pub(super) fn vvu(
+        program: &Path,
+        words: &[String],
+        socket: &Path,
+        run: &str,
+        log: PathBuf,
+    ) -> Result<Self> {
         let mut command = Command::new(program);
-        command.args(["device", "block", "--socket"]).arg(socket).arg("--file").arg(disk);
+        command.args(words).arg("--socket").arg(socket);
         Self::start(command, socket, None, run, log)
     }
 

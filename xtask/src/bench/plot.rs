@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::results::{Bench, Better, Ratio, SUBJECT};
 
-const LABELS: f64 = 360.0;
+const LABELS: f64 = 460.0;
 const PLOT: f64 = 480.0;
 const FIGURES: f64 = 150.0;
 const ROW: f64 = 20.0;

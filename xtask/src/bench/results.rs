@@ -32,6 +32,9 @@ pub(crate) struct Bench {
     pub(crate) qemu: Option<report::Qemu>,
     /// The guest kernel used; `null` without VMs.
     pub(crate) kernel: Option<report::Kernel>,
+    /// The VM in which the VMs ran (`--nested`).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) outer: Option<report::Outer>,
     /// How long the set-up took; with an empty cache this is the cold set-up.
     pub(crate) setup_stages: Vec<StageTime>,
     /// The figures.

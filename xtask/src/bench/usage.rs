@@ -1,11 +1,12 @@
 //! What processes have used of the host.
 
 use std::fs;
+use std::iter::Sum;
 
 /// Microseconds of a clock tick in /proc, of which x86-64 has 100 in a second.
 const TICK_US: f64 = 10_000.0;
 
-/// Sums over processes and their threads.
+/// Sums over the threads of processes.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct Usage {
     /// Processor time in microseconds.
@@ -15,16 +16,13 @@ pub(super) struct Usage {
 }
 
 impl Usage {
-    /// Of these processes so far. One that has ended counts as nothing.
-    pub(super) fn of(processes: &[u32]) -> Self {
-        let mut usage = Self::default();
-        for process in processes {
-            let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-            usage.cpu_us += ticks(&stat) * TICK_US;
-            for task in fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten() {
-                let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-                usage.wake_ups += switches(&status);
-            }
+    /// Of this process so far; nothing if it has ended.
+    pub(super) fn of(process: u32) -> Self {
+        let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+        let mut usage = Self { cpu_us: ticks(&stat) * TICK_US, wake_ups: 0.0 };
+        for task in fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten() {
+            let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            usage.wake_ups += switches(&status);
         }
         usage
     }
@@ -35,6 +33,15 @@ impl Usage {
             cpu_us: (self.cpu_us - before.cpu_us).max(0.0),
             wake_ups: (self.wake_ups - before.wake_ups).max(0.0),
         }
+    }
+}
+
+impl Sum for Usage {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            cpu_us: sum.cpu_us + one.cpu_us,
+            wake_ups: sum.wake_ups + one.wake_ups,
+        })
     }
 }
 
@@ -64,8 +71,8 @@ mod tests {
 
     #[test]
     fn this_process_uses_something() {
-        let this = Usage::of(&[std::process::id()]);
-        let later = Usage::of(&[std::process::id()]);
+        let this = Usage::of(std::process::id());
+        let later = Usage::of(std::process::id());
         assert!(later.cpu_us >= this.cpu_us);
         assert_eq!(this.since(later).cpu_us, 0.0);
     }

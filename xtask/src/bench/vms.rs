@@ -1,6 +1,6 @@
 //! The disk of a sibling VM, served in different ways.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -12,7 +12,6 @@ use tempfile::TempDir;
 use vvu_init::protocol::{End, READY_LINE};
 
 use crate::e2e::{KernelId, ProxyPlan, Setup};
-use crate::image::{DiskImage, OverlayEntry, with_overlay};
 use crate::progress::Progress;
 use crate::rundir::{RunDir, SocketDir};
 use crate::scenario::{Frontend, Iommu, Slot};
@@ -21,18 +20,21 @@ use crate::vm::proxy::Proxy;
 use crate::vm::{Logs, Vm, ending, printed};
 use crate::{children, interrupt, leftover};
 
+use super::Options;
 use super::back_end::BackEnd;
 use super::results::{Bench, Better, Key};
 use super::usage::Usage;
 
-const DISK_BYTES: u64 = 64 << 20;
-const MEMORY_MIB: u64 = 512;
+/// Size of the disk.
+pub(super) const DISK_MIB: u64 = 64;
+/// RAM of each VM.
+pub(super) const MEMORY_MIB: u64 = 512;
 /// Time for anything but a test, at native speed.
 const LIMIT: Duration = Duration::from_secs(30);
 /// How much longer than asked for a test may take, at native speed.
 const GRACE: Duration = Duration::from_secs(5);
 /// QEMU's daemon, looked for in `PATH`.
-const STORAGE_DAEMON: &str = "qemu-storage-daemon";
+pub(super) const STORAGE_DAEMON: &str = "qemu-storage-daemon";
 /// Appears when the sibling has its disk.
 const VDA: &str = r"virtio_blk virtio\d+: \[vda\] \d+ 512-byte logical blocks";
 
@@ -44,6 +46,8 @@ const TESTS: [(&str, &str, &str); 5] = [
     ("randwrite-4k-depth32", "iops", "--pattern randwrite --block 4096 --depth 32"),
     ("read-128k-depth8", "mb_per_s", "--pattern read --block 131072 --depth 8"),
 ];
+/// Gives every block of the disk, which is all hole at first, a content of its own.
+const FILL: &str = "dd if=/dev/urandom of=/dev/vda bs=1M conv=fsync 2>&1 | tail -n 1";
 /// Before the first test: under TCG the code of every guest on the path has yet to be translated.
 const WARM_UP: &str = "vvu-load measure --file /dev/vda --seconds 1 --seed 2 --pattern randread";
 /// What is taken of `vvu-load`'s output beside the rate.
@@ -75,8 +79,7 @@ impl Variant {
 
 /// Measures all variants in turns.
 pub(super) fn measure(
-    rounds: u32,
-    seconds: u64,
+    options: &Options,
     setup: &Setup,
     run: &RunDir,
     progress: &Progress,
@@ -88,9 +91,12 @@ pub(super) fn measure(
         Some(program) => variants.push(Variant::StorageDaemon(program)),
         None => bench.skip("qsd", format!("there is no {STORAGE_DAEMON} in PATH")),
     }
-    let lab = Lab::new(seconds, setup, run, progress)?;
-    for round in 1..=rounds {
-        bench.add(round, start_up(), Better::Lower, "bare-boot", lab.bare_boot()?);
+    if !options.only.is_empty() {
+        variants.retain(|variant| options.only.iter().any(|name| name == variant.name()));
+    }
+    let lab = Lab::new(options.seconds, options.poll_us, setup, run, progress)?;
+    for round in 1..=options.rounds {
+        bench.add(round, start_up("launch-to-vda"), Better::Lower, "bare-boot", lab.bare_boot()?);
         // Each goes first once in as many rounds as there are variants.
         variants.rotate_left(1);
         for variant in &variants {
@@ -103,8 +109,8 @@ pub(super) fn measure(
                     }
                     stage.done("");
                 }
-                Err(error) if *variant == Variant::Vvu || children::interrupted() => return Err(error),
-                // What others cannot do does not stop us from being measured.
+                Err(error) if children::interrupted() => return Err(error),
+                // The rest is worth its time all the same.
                 Err(error) => bench.skip(&format!("{name} in round {round}"), format!("{error:#}")),
             }
         }
@@ -112,8 +118,8 @@ pub(super) fn measure(
     leftover::check(&run.id(), &[]).map(drop)
 }
 
-fn start_up() -> Key {
-    Key { group: "start-up".into(), test: "launch-to-vda".into(), metric: "seconds".into() }
+fn start_up(test: &str) -> Key {
+    Key { group: "start-up".into(), test: test.into(), metric: "seconds".into() }
 }
 
 /// A value of one round.
@@ -122,34 +128,36 @@ type Figure = (Key, Better, f64);
 /// What all rounds share.
 struct Lab<'a> {
     seconds: u64,
+    poll_us: Option<u32>,
     setup: &'a Setup,
     run: &'a RunDir,
     sockets: SocketDir,
-    /// The base initramfs with the disk in it.
-    with_disk: PathBuf,
     /// Where the host's back-ends have their disk.
     disks: TempDir,
 }
 
 impl<'a> Lab<'a> {
-    fn new(seconds: u64, setup: &'a Setup, run: &'a RunDir, progress: &Progress) -> Result<Self> {
-        let stage = progress.stage("image");
-        let with_disk = run.file("device.cpio");
-        let overlay = OverlayEntry::Disk { path: "/disk.img".to_owned(), image: disk() };
-        with_overlay(&setup.base, &[overlay], &with_disk)?;
+    fn new(
+        seconds: u64,
+        poll_us: Option<u32>,
+        setup: &'a Setup,
+        run: &'a RunDir,
+        progress: &Progress,
+    ) -> Result<Self> {
+        let stage = progress.stage("disks");
         // In memory like the device VM's, so that no host disk takes part.
         let shm = Path::new("/dev/shm");
         let disks = if shm.is_dir() { TempDir::with_prefix_in("vvu-bench-", shm) } else { TempDir::new() };
         let disks = disks.context("cannot make a directory for the disks")?;
-        stage.done(format!("disks of the host in {}", disks.path().display()));
-        Ok(Self { seconds, setup, run, sockets: SocketDir::for_run(run)?, with_disk, disks })
+        stage.done(format!("those of the host in {}", disks.path().display()));
+        Ok(Self { seconds, poll_us, setup, run, sockets: SocketDir::for_run(run)?, disks })
     }
 
     fn deadline(&self) -> Instant {
         Instant::now() + LIMIT * self.setup.slowness
     }
 
-    fn launch(&self, config: &Config, initramfs: &Path) -> Result<Vm> {
+    fn launch(&self, config: &Config) -> Result<Vm> {
         let name = &config.name;
         let logs = Logs {
             console: self.run.file(&format!("{name}-console.log")),
@@ -158,7 +166,7 @@ impl<'a> Lab<'a> {
         let guest = Guest {
             accelerator: self.setup.accelerator.kind,
             kernel: &self.setup.kernel(&KernelId::default())?.vmlinux,
-            initramfs,
+            initramfs: &self.setup.base.path,
         };
         let args = arguments(config, guest, Serial::Inherited(&logs.console))?;
         let mut command = self.setup.qemu.command();
@@ -168,7 +176,7 @@ impl<'a> Lab<'a> {
 
     /// Seconds from the launch of a VM without devices to the first line of its init.
     fn bare_boot(&self) -> Result<f64> {
-        let mut vm = self.launch(&config("bare"), &self.setup.base.path)?;
+        let mut vm = self.launch(&config("bare"))?;
         let pattern = Regex::new(&regex::escape(READY_LINE))?;
         vm.wait_for(&pattern, self.deadline(), &mut interrupt::check)?;
         let seconds = vm.launched().elapsed().as_secs_f64();
@@ -184,25 +192,30 @@ impl<'a> Lab<'a> {
             devices: vec![served.device.clone()],
             ..config("sibling")
         };
-        let mut sibling = self.launch(&sibling, &self.setup.base.path)?;
+        let mut sibling = self.launch(&sibling)?;
         let started = served.device_vm.as_ref().map_or(sibling.launched(), Vm::launched);
         let vda = Regex::new(VDA)?;
         sibling.wait_for(&vda, self.deadline(), &mut || served.look())?;
-        let mut figures = vec![(start_up(), Better::Lower, started.elapsed().as_secs_f64())];
+        let launched = started.elapsed();
+        let mut figures = std::mem::take(&mut served.figures);
+        figures.push((start_up("launch-to-vda"), Better::Lower, launched.as_secs_f64()));
 
         let mut processes = served.processes();
-        processes.push(sibling.id());
+        processes.push(("sibling", sibling.id()));
         sibling.ready(self.deadline(), &mut || served.look())?;
-        run(&mut sibling, WARM_UP, LIMIT * self.setup.slowness, &mut || served.look())?;
+        for command in [FILL, WARM_UP] {
+            run(&mut sibling, command, LIMIT * self.setup.slowness, &mut || served.look())?;
+        }
         for (test, rate, options) in TESTS {
             update(test.to_owned());
             let key = |metric: &str| Key { group: "vms".into(), test: test.into(), metric: metric.into() };
             let command =
                 format!("vvu-load measure --file /dev/vda --seconds {} --seed 1 {options}", self.seconds);
-            let before = Usage::of(&processes);
+            let usage = || processes.iter().map(|(_, id)| Usage::of(*id)).collect::<Vec<_>>();
+            let before = usage();
             let limit = Duration::from_secs(self.seconds) + GRACE * self.setup.slowness;
             let output = run(&mut sibling, &command, limit, &mut || served.look())?;
-            let used = Usage::of(&processes).since(before);
+            let used: Vec<_> = usage().iter().zip(&before).map(|(now, before)| now.since(*before)).collect();
             let line = output.lines().next_back().unwrap_or_default();
             let got: Value =
                 serde_json::from_str(line).with_context(|| format!("`{command}` printed {line:?}"))?;
@@ -212,8 +225,14 @@ impl<'a> Lab<'a> {
                 figures.push((key(metric), Better::Lower, figure(metric)?));
             }
             let requests = figure("requests")?;
-            figures.push((key("host_cpu_per_request_us"), Better::Lower, used.cpu_us / requests));
-            figures.push((key("host_wake_ups_per_request"), Better::Lower, used.wake_ups / requests));
+            let all: Usage = used.iter().copied().sum();
+            figures.push((key("host_cpu_per_request_us"), Better::Lower, all.cpu_us / requests));
+            figures.push((key("host_wake_ups_per_request"), Better::Lower, all.wake_ups / requests));
+            for ((process, _), used) in processes.iter().zip(&used) {
+                let key = |metric: &str| key(&format!("{process}_{metric}"));
+                figures.push((key("cpu_per_request_us"), Better::Lower, used.cpu_us / requests));
+                figures.push((key("wake_ups_per_request"), Better::Lower, used.wake_ups / requests));
+            }
         }
         sibling.end();
         served.end()?;
@@ -239,7 +258,8 @@ impl<'a> Lab<'a> {
             }
             Variant::Plain => {
                 let program = &self.setup.binaries.vvu;
-                BackEnd::vvu(program, &self.disk_file()?, &socket, &self.run.id(), log)?
+                let block = self.block(&self.disk_file()?);
+                BackEnd::vvu(program, &block, &socket, &self.run.id(), log)?
             }
             Variant::StorageDaemon(program) => {
                 BackEnd::storage_daemon(program, &self.disk_file()?, &socket, &self.run.id(), log)?
@@ -249,12 +269,20 @@ impl<'a> Lab<'a> {
         Ok(Served { back_end: Some(back_end), ..Served::new(over(&socket)) })
     }
 
-    /// A fresh image: the tests of the last variant wrote to it.
+    /// A fresh file: the tests of the last variant wrote to it.
     fn disk_file(&self) -> Result<PathBuf> {
         let path = self.disks.path().join("disk.img");
-        let mut file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        disk().write(&mut file)?;
+        let made = File::create(&path).and_then(|file| file.set_len(DISK_MIB << 20));
+        made.with_context(|| format!("cannot make {}", path.display()))?;
         Ok(path)
+    }
+
+    /// The words after `vvu` for our own back-end with the disk in `file`, but for its place.
+    fn block(&self, file: &Path) -> Vec<String> {
+        let mut words = ["device", "block", "--file"].map(str::to_owned).to_vec();
+        words.push(file.display().to_string());
+        words.extend(self.poll_us.map(|poll| format!("--poll-us={poll}")));
+        words
     }
 
     fn serve_in_vm(&self, socket: &Path, device: Device) -> Result<Served> {
@@ -278,29 +306,33 @@ impl<'a> Lab<'a> {
             devices: vec![Device::Vvu { slot: Slot::DEFAULT, socket: plan.vfio_user.display().to_string() }],
             ..config("device")
         };
-        let mut vm = self.launch(&config, &self.with_disk)?;
+        let mut vm = self.launch(&config)?;
         let bdf = Slot::DEFAULT;
         vm.ready(self.deadline(), &mut || proxy.look())?;
+        let mut figures = Vec::new();
+        let mut stage = |test: &str, vm: &Vm| {
+            figures.push((start_up(test), Better::Lower, vm.launched().elapsed().as_secs_f64()));
+        };
+        stage("launch-to-device-vm", &vm);
         let bind = format!(
             "cd /sys/bus/pci && echo vfio-pci > devices/{bdf}/driver_override && \
-             echo {bdf} > drivers/virtio-pci/unbind && echo {bdf} > drivers/vfio-pci/bind"
+             echo {bdf} > drivers/virtio-pci/unbind && echo {bdf} > drivers/vfio-pci/bind && \
+             truncate -s {DISK_MIB}M /disk.img"
         );
         run(&mut vm, &bind, LIMIT * self.setup.slowness, &mut || proxy.look())?;
-        let serve = format!("vvu device block --vfio {bdf} --file /disk.img");
+        let serve = ["vvu".to_owned()].into_iter().chain(self.block(Path::new("/disk.img")));
+        let serve = serve.chain(["--vfio".to_owned(), bdf.to_string()]).collect::<Vec<_>>().join(" ");
         vm.spawn("backend", &serve, 0, self.deadline(), &mut || proxy.look())?;
         let ready = Regex::new(r"^\[backend\] .*ready")?;
         vm.wait_for(&ready, self.deadline(), &mut || proxy.look())?;
+        stage("launch-to-back-end", &vm);
         let memory = Some(plan.memory_link.display().to_string());
-        Ok(Served { memory, proxy: Some(proxy), device_vm: Some(vm), ..Served::new(device) })
+        Ok(Served { memory, figures, proxy: Some(proxy), device_vm: Some(vm), ..Served::new(device) })
     }
 }
 
 fn config(name: &str) -> Config {
     Config { name: name.to_owned(), memory_mib: MEMORY_MIB, cpus: 1, ..Config::default() }
-}
-
-fn disk() -> DiskImage {
-    DiskImage::seeded(DISK_BYTES, 1)
 }
 
 /// Runs a command in a guest, which must end well, and returns what it printed.
@@ -318,6 +350,8 @@ struct Served {
     device: Device,
     /// The sibling's RAM, if it is not its own.
     memory: Option<String>,
+    /// How long it took to start.
+    figures: Vec<Figure>,
     // In this order they end.
     device_vm: Option<Vm>,
     proxy: Option<Proxy>,
@@ -326,7 +360,7 @@ struct Served {
 
 impl Served {
     fn new(device: Device) -> Self {
-        Self { device, memory: None, device_vm: None, proxy: None, back_end: None }
+        Self { device, memory: None, figures: Vec::new(), device_vm: None, proxy: None, back_end: None }
     }
 
     fn look(&mut self) -> Result<()> {
@@ -336,10 +370,11 @@ impl Served {
     }
 
     /// Every process on the host that takes part, but the sibling's QEMU.
-    fn processes(&self) -> Vec<u32> {
-        let vm = self.device_vm.as_ref().map(Vm::id);
-        let proxy = self.proxy.as_ref().map(Proxy::id);
-        vm.into_iter().chain(proxy).chain(self.back_end.as_ref().map(BackEnd::id)).collect()
+    fn processes(&self) -> Vec<(&'static str, u32)> {
+        let vm = self.device_vm.as_ref().map(|vm| ("device_vm", vm.id()));
+        let proxy = self.proxy.as_ref().map(|proxy| ("proxy", proxy.id()));
+        let back_end = self.back_end.as_ref().map(|back_end| ("back_end", back_end.id()));
+        vm.into_iter().chain(proxy).chain(back_end).collect()
     }
 
     fn end(mut self) -> Result<()> {
@@ -347,12 +382,5 @@ impl Served {
             vm.end();
         }
         self.proxy.as_mut().map_or(Ok(()), Proxy::stop)
-    }
-}
-
-impl Drop for Lab<'_> {
-    fn drop(&mut self) {
-        // Large, and made anew by each run.
-        let _ = fs::remove_file(&self.with_disk);
     }
 }

@@ -4,6 +4,7 @@ mod keep;
 mod matrix;
 mod memory;
 mod nested;
+mod outer;
 mod plan;
 mod prepared;
 mod setup;
@@ -30,7 +31,7 @@ use crate::{children, interrupt, leftover};
 
 pub(crate) use matrix::{Coverage, Matrix};
 pub(crate) use memory::{ensure_free, free_mib, needed_mib};
-pub(crate) use nested::NestedSetup;
+pub(crate) use outer::{NestedSetup, Outer, outside, proven};
 use plan::Plan;
 pub(crate) use plan::ProxyPlan;
 pub(crate) use setup::{KernelId, Needs, Setup, SetupOptions};

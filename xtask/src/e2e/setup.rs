@@ -77,6 +77,11 @@ impl Needs {
         }
         needs
     }
+
+    /// The base kernel and these programs.
+    pub(crate) fn programs<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
+        Self { programs: names.into_iter().map(str::to_owned).collect(), ..Self::default() }
+    }
 }
 
 /// All that is needed, obtained.

@@ -4,6 +4,8 @@ use std::io;
 use std::num::Wrapping;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VringState, VringT};
@@ -14,8 +16,8 @@ use virtio_bindings::bindings::virtio_blk::{
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{
-    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
-    Permissions,
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryLoadGuard,
+    GuestMemoryMmap, Permissions,
 };
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
@@ -24,6 +26,7 @@ use super::config::{self, QUEUE_SIZE_MAX};
 use super::disk::{Disk, SECTOR_SIZE};
 use super::request::{Malformed, Rejected, Request, Segments};
 use crate::backend::inflight::{self, Inflight, RegionError, Tracker, TrackerError};
+use crate::backend::poll::Poll;
 use crate::backend::server::ExitEvents;
 use crate::backend::vring::Vring;
 
@@ -67,14 +70,26 @@ enum Taken {
     Stopped,
 }
 
+/// Looks at a ring between two at the clock.
+const LOOKS: u32 = 16;
+/// Where the index is in the available ring (virtio 1.2, 2.7.6).
+const AVAILABLE_INDEX: usize = 2;
+
+/// What a queue's thread needs, and holds while it is at work.
+struct Queue {
+    /// Where requests in flight are written down, if the front-end wants that.
+    tracker: Option<Tracker>,
+    poll: Poll,
+}
+
 /// A block device for one front-end.
 pub(super) struct Device {
     disk: Arc<Disk>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     inflight: Arc<Inflight>,
-    /// For each queue what its thread needs, and holds while it is at work: where requests in flight
-    /// are written down, if the front-end wants that.
-    queues: Vec<Mutex<Option<Tracker>>>,
+    queues: Vec<Mutex<Queue>>,
+    /// There is no front-end any longer.
+    gone: Arc<AtomicBool>,
     /// The driver cannot flush, so each write has to be durable (virtio 1.2, 5.2.6.2).
     write_through: AtomicBool,
     /// The first failure of the disk was logged.
@@ -86,14 +101,18 @@ impl Device {
     pub(super) fn new(
         disk: Arc<Disk>,
         queues: u16,
+        poll: Duration,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
         inflight: Arc<Inflight>,
+        gone: Arc<AtomicBool>,
     ) -> Self {
+        let queue = |_| Mutex::new(Queue { tracker: None, poll: Poll::new(poll) });
         Self {
             disk,
             memory,
             inflight,
-            queues: (0..queues).map(|_| Mutex::default()).collect(),
+            queues: (0..queues).map(queue).collect(),
+            gone,
             write_through: AtomicBool::new(true),
             disk_failed: AtomicBool::new(false),
             exit_events: ExitEvents::default(),
@@ -101,7 +120,7 @@ impl Device {
     }
 
     /// Locks queue `index` while its thread is at rest.
-    fn queue(&self, index: usize) -> Option<MutexGuard<'_, Option<Tracker>>> {
+    fn queue(&self, index: usize) -> Option<MutexGuard<'_, Queue>> {
         self.queues.get(index).map(|queue| queue.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -144,7 +163,7 @@ impl Device {
     }
 
     /// Carries out requests until there are none or the front-end stops the queue.
-    fn process(&self, vring: &Vring, tracker: &mut Option<Tracker>) -> Result<(), Broken> {
+    fn process(&self, vring: &Vring, Queue { tracker, poll }: &mut Queue) -> Result<(), Broken> {
         while is_running(&vring.get_ref()) {
             vring.disable_notification()?;
             let mut unannounced = false;
@@ -170,18 +189,55 @@ impl Device {
             if unannounced {
                 self.announce(vring)?;
             }
-            if !more || !vring.enable_notification()? {
+            if !more {
+                break;
+            }
+            if let Some(limit) = poll.attempt() {
+                let found = self.look(vring, limit)?;
+                poll.note(found);
+                if found {
+                    continue;
+                }
+            }
+            // What comes from here on is told, and what came before is seen.
+            if !vring.enable_notification()? {
                 break;
             }
         }
         Ok(())
     }
 
+    /// Looks for at most `limit` whether the driver makes something available, without a lock that those
+    /// who stop the queue would have to wait for.
+    fn look(&self, vring: &Vring, limit: Duration) -> Result<bool, virtio_queue::Error> {
+        let memory = self.memory.memory();
+        let (ring, next) = {
+            let state = vring.get_ref();
+            (GuestAddress(state.get_queue().avail_ring()), state.get_queue().next_avail())
+        };
+        let index =
+            memory.checked_offset(ring, AVAILABLE_INDEX).ok_or(virtio_queue::Error::AddressOverflow)?;
+        let begun = Instant::now();
+        while !self.gone.load(Ordering::Relaxed) && begun.elapsed() < limit {
+            for _ in 0..LOOKS {
+                let available: u16 =
+                    memory.load(index, Ordering::Acquire).map_err(virtio_queue::Error::GuestMemory)?;
+                if u16::from_le(available) != next {
+                    return Ok(true);
+                }
+                std::hint::spin_loop();
+            }
+            // Whoever makes the next request may be waiting for this processor.
+            thread::yield_now();
+        }
+        Ok(false)
+    }
+
     /// Takes the next chain that the driver made available.
     fn take(&self, vring: &Vring) -> Result<Taken, virtio_queue::Error> {
         let memory = self.memory.memory();
         let mut state = vring.get_mut();
-        if !is_running(&state) {
+        if !is_running(&state) || self.gone.load(Ordering::Relaxed) {
             return Ok(Taken::Stopped);
         }
         let queue = state.get_queue_mut();
@@ -398,9 +454,9 @@ impl VhostUserBackend for Device {
 
     fn handle_event(&self, _event: u16, _set: EventSet, vrings: &[Vring], thread: usize) -> io::Result<()> {
         // Each thread has the one queue of its own number. An error here would end the thread.
-        if let (Some(vring), Some(mut tracker)) = (vrings.first(), self.queue(thread)) {
-            let started = self.start(thread, vring, &mut tracker);
-            if let Err(error) = started.and_then(|()| self.process(vring, &mut tracker)) {
+        if let (Some(vring), Some(mut queue)) = (vrings.first(), self.queue(thread)) {
+            let started = self.start(thread, vring, &mut queue.tracker);
+            if let Err(error) = started.and_then(|()| self.process(vring, &mut queue)) {
                 log::warn!("queue {thread} is stopped, since its rings are broken: {error}");
                 vring.set_queue_ready(false);
             }

@@ -1,8 +1,11 @@
 //! The device against a sibling's driver, sound or hostile.
 
-use vm_memory::{Bytes, GuestAddress};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use crate::backend::block::rig::{AVAILABLE, Descriptor, MEMORY, QUEUE_SIZE, Rig, SECTORS};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::backend::block::rig::{AVAILABLE, Descriptor, MEMORY, QUEUE_SIZE, Rig, SECTORS, USED};
 
 const HEADER: u64 = 0x4000;
 const DATA: u64 = 0x8000;
@@ -11,6 +14,8 @@ const STATUS: u64 = 0x7000;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
+/// What the used ring says when the device wants no notifications.
+const NO_NOTIFY: u16 = 1;
 /// Kinds of request, and an unknown one.
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -219,4 +224,57 @@ fn an_available_index_that_jumps_stops_the_queue_and_no_other_is_harmed() {
     rig.process();
     rig.restart();
     assert_eq!(request(&mut rig, IN, 1, descriptor(DATA, 512, WRITE, 0)), (OK, 513));
+}
+
+/// Reads the used index until it is `want`.
+fn wait_for_used(memory: &GuestMemoryMmap, want: u16) {
+    let far = Instant::now() + Duration::from_secs(20);
+    let used = || memory.load::<u16>(GuestAddress(USED + 2), Ordering::Acquire).expect("used index");
+    while used() != want {
+        assert!(Instant::now() < far, "{} requests are done, want {want}", used());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_request_that_comes_soon_needs_no_notification() {
+    let mut rig = Rig::with_poll(Duration::from_secs(60));
+    header(&rig, IN, 1);
+    rig.offer(&[
+        descriptor(HEADER, 16, NEXT, 1),
+        descriptor(DATA, 512, WRITE | NEXT, 2),
+        descriptor(STATUS, 1, WRITE, 0),
+    ]);
+    let (memory, gone) = (rig.memory.clone(), rig.gone.clone());
+    std::thread::scope(|scope| {
+        // Only one event is handled in all this time.
+        scope.spawn(|| rig.process());
+        for available in 2..=5u16 {
+            wait_for_used(&memory, available - 1);
+            let flags: u16 = memory.read_obj(GuestAddress(USED)).expect("flags");
+            assert_eq!(flags, NO_NOTIFY, "the driver is not asked for notifications");
+            memory.store(available, GuestAddress(AVAILABLE + 2), Ordering::Release).expect("available index");
+        }
+        wait_for_used(&memory, 5);
+        gone.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn after_a_look_in_vain_notifications_are_on() {
+    let mut rig = Rig::with_poll(Duration::from_micros(1));
+    for sector in 0..3 {
+        assert_eq!(request(&mut rig, IN, sector, descriptor(DATA, 512, WRITE, 0)), (OK, 513));
+        assert_eq!(rig.memory.read_obj::<u16>(GuestAddress(USED)).expect("flags"), 0);
+    }
+}
+
+#[test]
+fn a_driver_without_front_end_is_not_served() {
+    let mut rig = Rig::with_poll(Duration::from_secs(60));
+    rig.gone.store(true, Ordering::Relaxed);
+    header(&rig, IN, 0);
+    rig.offer(&[descriptor(HEADER, 16, NEXT, 1), descriptor(STATUS, 1, WRITE, 0)]);
+    rig.process();
+    assert_eq!(rig.used().0, 0);
 }

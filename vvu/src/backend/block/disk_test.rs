@@ -1,6 +1,7 @@
 use super::*;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
 use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -14,7 +15,7 @@ pub(in super::super) fn disk_of(content: &[u8], read_only: bool) -> (NamedTempFi
 }
 
 fn options(path: &Path, read_only: bool) -> Options {
-    Options { path: path.to_owned(), read_only, queues: 1, serial: None }
+    Options { path: path.to_owned(), read_only, queues: 1, serial: None, poll: Duration::ZERO }
 }
 
 /// The error for a path, and that it names it and a remedy.

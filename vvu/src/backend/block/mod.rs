@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::inflight::Limits;
 use super::server::serve;
@@ -36,6 +37,9 @@ pub struct Options {
     pub queues: u16,
     /// At most [`SERIAL_MAX`] printable ASCII characters; by default the file name, cut to fit.
     pub serial: Option<String>,
+    /// How long a queue that was emptied is looked at for the next request before its driver is asked for
+    /// a notification. Zero: not at all.
+    pub poll: Duration,
 }
 
 /// A disk, open and locked, ready to be served.
@@ -43,6 +47,7 @@ pub struct Options {
 pub struct Block {
     disk: Arc<Disk>,
     queues: u16,
+    poll: Duration,
 }
 
 impl Block {
@@ -54,7 +59,7 @@ impl Block {
         if !(1..=QUEUES_MAX).contains(&options.queues) {
             return Err(OpenError::Queues { got: options.queues });
         }
-        Ok(Self { disk: Arc::new(Disk::open(options)?), queues: options.queues })
+        Ok(Self { disk: Arc::new(Disk::open(options)?), queues: options.queues, poll: options.poll })
     }
 
     /// Size of the disk in bytes.
@@ -69,8 +74,8 @@ impl Block {
     /// [`ServeError`].
     pub fn serve(&self, listener: &UnixListener, stop: &Stop) -> Result<(), ServeError> {
         let limits = Limits { queues: self.queues, queue_size: QUEUE_SIZE_MAX };
-        serve(listener, stop, limits, |memory, inflight| {
-            Device::new(self.disk.clone(), self.queues, memory, inflight)
+        serve(listener, stop, limits, |memory, inflight, gone| {
+            Device::new(self.disk.clone(), self.queues, self.poll, memory, inflight, gone)
         })
     }
 }

@@ -1,6 +1,8 @@
 //! A driver of one queue, played for tests and fuzz targets.
 
 use std::io::Write;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use tempfile::NamedTempFile;
 use vhost_user_backend::{VhostUserBackend, VringT};
@@ -44,6 +46,8 @@ pub struct Descriptor {
 /// A disk, its device, and one queue.
 pub struct Rig {
     device: Device,
+    /// Set to tell the device that there is no front-end any longer.
+    pub gone: Arc<AtomicBool>,
     vring: Vring,
     /// Sibling memory.
     pub memory: GuestMemoryMmap,
@@ -61,18 +65,26 @@ impl Rig {
     /// A queue that runs, of a disk in which each sector is filled with its number.
     #[must_use]
     pub fn new() -> Self {
+        Self::with_poll(Duration::ZERO)
+    }
+
+    /// The same, polled for so long.
+    #[must_use]
+    pub fn with_poll(poll: Duration) -> Self {
         let mut file = NamedTempFile::new().expect("file");
         let sector = |number: u64| vec![u8::try_from(number).expect("small"); SECTOR_SIZE.into()];
         file.write_all(&(0..SECTORS).flat_map(sector).collect::<Vec<_>>()).expect("content");
-        let options = Options { path: file.path().to_owned(), read_only: false, queues: 1, serial: None };
+        let options =
+            Options { path: file.path().to_owned(), read_only: false, queues: 1, serial: None, poll };
         let disk = Arc::new(Disk::open(&options).expect("disk"));
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
         let shared = GuestMemoryAtomic::new(memory.clone());
         let inflight = Inflight::new(Limits { queues: 1, queue_size: QUEUE_SIZE });
-        let device = Device::new(disk, 1, shared.clone(), Arc::new(inflight));
+        let gone = Arc::new(AtomicBool::new(false));
+        let device = Device::new(disk, 1, poll, shared.clone(), Arc::new(inflight), gone.clone());
         device.acked_features(1 << VIRTIO_BLK_F_FLUSH);
         let vring = Vring::new(shared, QUEUE_SIZE).expect("queue");
-        let mut rig = Self { device, vring, memory, file, available: 0 };
+        let mut rig = Self { device, gone, vring, memory, file, available: 0 };
         rig.restart();
         rig
     }

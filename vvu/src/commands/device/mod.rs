@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -23,6 +24,9 @@ use crate::stop;
 
 mod bridge;
 mod program;
+
+/// Most microseconds to look for a request; a waiting driver is told within that time that its queue has stopped.
+const POLL_US_MAX: i64 = 10_000;
 
 /// Options of `vvu device`.
 #[derive(Debug, clap::Args)]
@@ -67,6 +71,9 @@ struct BlockArgs {
     /// Serial number; by default the file name.
     #[arg(long, value_name = "TEXT")]
     serial: Option<String>,
+    /// Look for the next request for so many microseconds before asking for a notification; 0: never.
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(..=POLL_US_MAX))]
+    poll_us: u32,
 }
 
 /// Serves until a signal asks for the end.
@@ -84,6 +91,7 @@ fn run_block(args: &BlockArgs, stop: &OwnedFd) -> anyhow::Result<()> {
         read_only: args.read_only,
         queues: args.queues,
         serial: args.serial.clone(),
+        poll: Duration::from_micros(args.poll_us.into()),
     })?;
     let ready = |place: &dyn std::fmt::Display| {
         format!("block back-end ready on {place}, {}, {}", args.file.display(), Size(disk.size()))
