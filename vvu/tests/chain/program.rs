@@ -76,7 +76,8 @@ fn hostile_front_ends_do_not_end_the_program() {
     let content = pattern(20, 4096);
     let (_directory, path) = disk(&content).expect("disk");
     let poll = Duration::from_micros(200);
-    let block = Block::open(&Options { path, read_only: false, queues: 4, serial: None, poll }).expect("disk");
+    let block =
+        Block::open(&Options { path, read_only: false, queues: 4, serial: None, poll }).expect("disk");
     let proxy = Proxy::start(8 << 20, 16);
     let memory = Arc::new(proxy.memory(&FLAT));
     let data = Driver::buffers(&memory, 4);
