@@ -4,8 +4,7 @@ use std::io;
 use std::num::Wrapping;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VringState, VringT};
@@ -16,8 +15,8 @@ use virtio_bindings::bindings::virtio_blk::{
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{
-    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryLoadGuard,
-    GuestMemoryMmap, Permissions,
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
+    Permissions,
 };
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
@@ -69,11 +68,6 @@ enum Taken {
     /// The front-end stopped the queue.
     Stopped,
 }
-
-/// Looks at a ring between two at the clock.
-const LOOKS: u32 = 16;
-/// Where the index is in the available ring (virtio 1.2, 2.7.6).
-const AVAILABLE_INDEX: usize = 2;
 
 /// What a queue's thread needs, and holds while it is at work.
 struct Queue {
@@ -192,12 +186,8 @@ impl Device {
             if !more {
                 break;
             }
-            if let Some(limit) = poll.attempt() {
-                let found = self.look(vring, limit)?;
-                poll.note(found);
-                if found {
-                    continue;
-                }
+            if poll.sees_more(vring, &self.memory, &self.gone)? {
+                continue;
             }
             // What comes from here on is told, and what came before is seen.
             if !vring.enable_notification()? {
@@ -205,32 +195,6 @@ impl Device {
             }
         }
         Ok(())
-    }
-
-    /// Looks for at most `limit` whether the driver makes something available, without a lock that those
-    /// who stop the queue would have to wait for.
-    fn look(&self, vring: &Vring, limit: Duration) -> Result<bool, virtio_queue::Error> {
-        let memory = self.memory.memory();
-        let (ring, next) = {
-            let state = vring.get_ref();
-            (GuestAddress(state.get_queue().avail_ring()), state.get_queue().next_avail())
-        };
-        let index =
-            memory.checked_offset(ring, AVAILABLE_INDEX).ok_or(virtio_queue::Error::AddressOverflow)?;
-        let begun = Instant::now();
-        while !self.gone.load(Ordering::Relaxed) && begun.elapsed() < limit {
-            for _ in 0..LOOKS {
-                let available: u16 =
-                    memory.load(index, Ordering::Acquire).map_err(virtio_queue::Error::GuestMemory)?;
-                if u16::from_le(available) != next {
-                    return Ok(true);
-                }
-                std::hint::spin_loop();
-            }
-            // Whoever makes the next request may be waiting for this processor.
-            thread::yield_now();
-        }
-        Ok(false)
     }
 
     /// Takes the next chain that the driver made available.
