@@ -170,7 +170,8 @@ fn marks(longest: f64) -> Vec<u32> {
 /// A colour of its own for each name, the next ones well apart, and none of them red.
 fn colour(names: &[&str], name: &str) -> String {
     let index = names.iter().position(|known| *known == name).unwrap_or_default();
-    let hue = 50 + index * 137 % 280;
+    // The step is the golden section of the range, so that no few steps come back to where they began.
+    let hue = 50 + index * 107 % 280;
     let lightness = if index.is_multiple_of(2) { 58 } else { 72 };
     format!("oklch({lightness}% 0.13 {hue})")
 }
