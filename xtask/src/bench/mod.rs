@@ -88,17 +88,9 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
         nested::measure(options, &run, &progress, &mut bench)?;
     } else if options.what != Some(What::Chain) {
         let setup = Setup::obtain(&options.setup, &Needs::default(), &progress)?;
-        let accelerator = &setup.accelerator;
-        bench.accelerator = Some(report::Accelerator {
-            used: accelerator.kind.to_string(),
-            reason: accelerator.reason.clone(),
-        });
+        bench.accelerator = Some(report::Accelerator::from(&setup.accelerator));
         bench.qemu = Some(report::Qemu::from(&setup.qemu));
-        let kernel = setup.kernel(&KernelId::default())?;
-        bench.kernel = Some(report::Kernel {
-            version: kernel.version.clone(),
-            config_digest: kernel.config_digest.clone(),
-        });
+        bench.kernel = Some(report::Kernel::from(setup.kernel(&KernelId::default())?));
         bench.setup_stages = progress.stages();
         vms::measure(options, &setup, &run, &progress, &mut bench)?;
     }

@@ -250,16 +250,13 @@ fn one(
     progress: &Progress,
     report: &mut Report,
 ) -> Result<()> {
-    let accelerator = &setup.accelerator;
-    report.accelerator =
-        Some(report::Accelerator { used: accelerator.kind.to_string(), reason: accelerator.reason.clone() });
+    report.accelerator = Some(report::Accelerator::from(&setup.accelerator));
     report.qemu = Some(report::Qemu::from(&setup.qemu));
     for (vm, name) in scenario.vms.iter().filter_map(|(vm, spec)| Some((vm, spec.qemu.as_deref()?))) {
         report.qemus.insert(vm.clone(), setup.qemu(Some(name))?.into());
     }
     let kernel = setup.kernel(&KernelId::of(scenario))?;
-    report.kernel =
-        Some(report::Kernel { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() });
+    report.kernel = Some(report::Kernel::from(kernel));
     let sockets = SocketDir::for_run(run)?;
     let plan = Plan::new(scenario, run, &sockets)?;
     let images = Images::build(scenario, run, setup, options, progress)?;

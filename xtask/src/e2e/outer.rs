@@ -106,11 +106,8 @@ impl Outer {
                 used: Kind::Tcg.to_string(),
                 reason: format!("--nested: it emulates the SVM of -cpu {CPU}"),
             },
-            qemu: report::Qemu { path: setup.qemu.path.clone(), version: setup.qemu.version.clone() },
-            kernel: report::Kernel {
-                version: kernel.version.clone(),
-                config_digest: kernel.config_digest.clone(),
-            },
+            qemu: report::Qemu::from(&setup.qemu),
+            kernel: report::Kernel::from(kernel),
             ..report::Outer::default()
         };
         let config = Config {

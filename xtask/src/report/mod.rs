@@ -85,6 +85,12 @@ pub(crate) struct Accelerator {
     pub(crate) reason: String,
 }
 
+impl From<&crate::accel::Accelerator> for Accelerator {
+    fn from(accelerator: &crate::accel::Accelerator) -> Self {
+        Self { used: accelerator.kind.to_string(), reason: accelerator.reason.clone() }
+    }
+}
+
 /// The QEMU used.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Qemu {
@@ -107,6 +113,12 @@ pub(crate) struct Kernel {
     pub(crate) version: String,
     /// SHA-256 of its resolved configuration.
     pub(crate) config_digest: String,
+}
+
+impl From<&crate::kernel::Kernel> for Kernel {
+    fn from(kernel: &crate::kernel::Kernel) -> Self {
+        Self { version: kernel.version.clone(), config_digest: kernel.config_digest.clone() }
+    }
 }
 
 /// One thing that was checked.
