@@ -12,11 +12,11 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use vvu::driver::eventfd::borrow;
-use vvu::driver::vfio_user::VfioUserDevice;
 use vvu::driver::{Driver, Incoming};
 use vvu::message_socket::{Message, MessageSocket};
 use vvu::spec::addr::{BarOffset, QueueIndex, SiblingGpa, SiblingVa};
 use vvu::spec::vhost_user::{FrontendReq, Header, MemoryRegion, memory_table_to_bytes};
+use vvu::vfio_user::client::VfioUserDevice;
 
 /// Bounds every wait, so that a failure ends.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use libfuzzer_sys::fuzz_target;
 use vvu::message_socket::{Message, MessageSocket};
-use vvu::proxy::LinkState;
-use vvu::proxy::rig::{BUFFER, Rig};
+use vvu::device::LinkState;
+use vvu::device::rig::{BUFFER, Rig};
 use vvu::spec::vhost_user::Header;
 use vvu::spec::virtio::feature;
 use vvu_fuzz::{Input, fds};
@@ -67,7 +67,7 @@ fn run(mut input: Input<'_>) {
             // A doorbell.
             _ => {
                 let doorbell = u64::from(input.u8());
-                rig.write(vvu::proxy::rig::BAR2, 4 * doorbell, &[1]);
+                rig.write(vvu::device::rig::BAR2, 4 * doorbell, &[1]);
             }
         }
         rig.device.process(&rig.host);

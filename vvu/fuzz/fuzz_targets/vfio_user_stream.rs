@@ -12,8 +12,8 @@ use std::sync::LazyLock;
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vvu::proxy::{Device, DeviceConfig, SiblingMemory};
-use vvu::spec::vfio_user::{Capabilities, Command, Header, Version};
+use vvu::device::{VvuDevice, DeviceConfig, SiblingMemory};
+use vvu::vfio_user::protocol::{Capabilities, Command, Header, Version};
 use vvu::vfio_user::{Message, MessageSocket, Server};
 use vvu_fuzz::{Input, fds};
 
@@ -25,7 +25,7 @@ static SERVER: LazyLock<PathBuf> = LazyLock::new(|| {
     let listener = UnixListener::bind(dir.join("sibling")).expect("bind");
     let memory = SiblingMemory::create(0x10000).expect("memory");
     let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
-    let mut device = Device::new(config).expect("device");
+    let mut device = VvuDevice::new(config).expect("device");
     let listener = UnixListener::bind(dir.join("vmm")).expect("bind");
     let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
     let mut server = Server::new(listener, stop).expect("server");

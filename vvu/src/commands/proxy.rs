@@ -9,9 +9,9 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use uuid::Uuid;
+use vvu::device::{DeviceConfig, SiblingMemory, Trace, VvuDevice};
 use vvu::listening_socket::ListeningSocket;
-use vvu::proxy::{Device, DeviceConfig, SiblingMemory, Trace};
-use vvu::vfio_user::Server;
+use vvu::vfio_user::server::Server;
 
 use crate::{sandbox, stop};
 
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let (memory, _link) = args.memory.open()?;
     let vhost_user = ListeningSocket::bind(&args.vhost_user)?;
     let vfio_user = ListeningSocket::bind(&args.vfio_user)?;
-    let mut device = Device::new(DeviceConfig {
+    let mut device = VvuDevice::new(DeviceConfig {
         memory,
         listener: vhost_user.listener().try_clone()?,
         queues: args.queues,

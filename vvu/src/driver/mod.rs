@@ -2,7 +2,7 @@
 //!
 //! [`Driver`] works on any [`PciDevice`](pci_device::PciDevice). In the guest that is
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
-//! without a VM it is [`VfioUserDevice`](vfio_user::VfioUserDevice).
+//! without a VM it is [`VfioUserDevice`](crate::vfio_user::client::VfioUserDevice).
 
 pub mod bar_view;
 pub mod eventfd;
@@ -10,7 +10,6 @@ pub mod inspect;
 pub mod pci_device;
 pub mod sysfs;
 pub mod vfio;
-pub mod vfio_user;
 
 pub use device::{Driver, Incoming, Link};
 pub use error::DriverError;
@@ -19,7 +18,6 @@ pub use queue::QueueError;
 
 mod bring_up;
 mod device;
-mod doorbells;
 mod error;
 #[cfg(test)]
 pub(crate) mod fake;

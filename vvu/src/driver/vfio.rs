@@ -20,7 +20,7 @@ use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
 use super::sysfs::{PciSysfs, SysfsError, VfioReady};
 use crate::spec::addr::{Bdf, Iova};
 use crate::spec::pci::Region;
-use crate::spec::vfio_user::region_index;
+use crate::vfio_user::protocol::region_index;
 
 const PAGE_SIZE: u64 = 4096;
 /// I/O virtual addresses given out: above what firmware likes, below what every IOMMU reaches.

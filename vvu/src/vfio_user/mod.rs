@@ -1,17 +1,8 @@
-//! The vvu device for an unpatched VMM: a vfio-user server, one client at a time.
+//! vfio-user: the protocol by which one process hosts a PCI device for another.
 //!
-//! [`Server`] is the loop, `commands` answers one message, [`VmmHost`] is what the client lends the
-//! device: memory for DMA ([`DmaSpace`]) and the eventfds of its MSI-X vectors.
+//! [`protocol`] is what is on the wire, [`server`] hosts a device for an unpatched VMM, and [`client`] drives a
+//! hosted device from a process that is no VMM.
 
-pub use dma::{DmaError, DmaSpace};
-pub use host::VmmHost;
-pub use server::{ServeError, Server};
-pub use socket::{Message, MessageSocket, SocketError};
-
-mod commands;
-mod dma;
-mod host;
-mod server;
-mod socket;
-#[cfg(test)]
-mod tests;
+pub mod client;
+pub mod protocol;
+pub mod server;

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use vvu::bridge::{Absent, Bridge, BridgeError, Meeting, Options};
+use vvu::device::{DeviceConfig, VvuDevice};
 use vvu::driver::Driver as GuestDriver;
-use vvu::driver::vfio_user::VfioUserDevice;
 use vvu::listening_socket::ListeningSocket;
-use vvu::proxy::{Device, DeviceConfig};
-use vvu::vfio_user::{ServeError, Server};
+use vvu::vfio_user::client::VfioUserDevice;
+use vvu::vfio_user::server::{ServeError, Server};
 
 use crate::common::{Backend, DEADLINE, Driver, Piece, Setup, SiblingMemory, Task};
 use crate::logs;
@@ -48,14 +48,14 @@ impl Proxy {
     /// Starts a proxy for a sibling with `ram` bytes of memory.
     pub fn start(ram: u64, queues: u16) -> Self {
         logs::collect();
-        let ram = vvu::proxy::SiblingMemory::create(ram).expect("memory file");
+        let ram = vvu::device::SiblingMemory::create(ram).expect("memory file");
         let memory = ram.file().try_clone().expect("descriptor");
         let dir = tempfile::tempdir().expect("directory");
         let vhost_user = ListeningSocket::bind(&dir.path().join("vhost-user")).expect("socket");
         let vfio_user = ListeningSocket::bind(&dir.path().join("vfio-user")).expect("socket");
         let listener = vhost_user.listener().try_clone().expect("descriptor");
         let config = DeviceConfig { memory: ram, listener, queues, uuid: [7; 16] };
-        let mut device = Device::new(config).expect("device");
+        let mut device = VvuDevice::new(config).expect("device");
         let stop = StopEvent::new();
         let listener = vfio_user.listener().try_clone().expect("descriptor");
         let mut server = Server::new(listener, stop.clone()).expect("server");

@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 
 use vvu::driver::inspect;
-use vvu::driver::vfio_user::VfioUserDevice;
+use vvu::vfio_user::client::VfioUserDevice;
 
 use crate::chain::Proxy;
 

@@ -13,8 +13,8 @@ use vvu::backend::Stop;
 use vvu::backend::block::{Block, Options};
 use vvu::bridge::in_process::{self, InProcessError};
 use vvu::driver::Driver as GuestDriver;
-use vvu::driver::vfio_user::VfioUserDevice;
 use vvu::listening_socket::ListeningSocket;
+use vvu::vfio_user::client::VfioUserDevice;
 
 use crate::chain::{FLAT, Proxy};
 use crate::common::{DEADLINE, Driver, Setup, Task, disk, pattern};

@@ -6,7 +6,7 @@
 use serde_json::{Value, json};
 use vfio_bindings::bindings::vfio;
 
-use super::pci::Region;
+use crate::spec::pci::Region;
 
 /// Bytes of a message header.
 pub const HEADER_SIZE: usize = 16;
@@ -147,6 +147,8 @@ macro_rules! wire_struct {
 }
 
 pub use payloads::*;
+pub mod socket;
+
 mod payloads;
 
 wire_struct! {

@@ -16,12 +16,12 @@ use crate::driver::eventfd;
 use crate::driver::pci_device::DeviceError;
 use crate::spec::addr::Iova;
 use crate::spec::pci::Region;
-use crate::spec::vfio_user::{
+use crate::vfio_user::protocol::socket::{Message, MessageSocket, SocketError};
+use crate::vfio_user::protocol::{
     Capabilities, Command, DMA_READ, DMA_WRITE, DeviceInfo, DmaMap, FDS_MAX, Header, IRQ_DATA_EVENTFD,
     IRQ_MSIX, IRQ_TRIGGER, IrqInfo, REGION_COUNT, REGION_MMAP, RegionAccess, RegionInfo, SetIrqs, SparseArea,
     VERSION, Version, region_index,
 };
-use crate::vfio_user::{Message, MessageSocket, SocketError};
 
 /// How long a server may take to answer.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);

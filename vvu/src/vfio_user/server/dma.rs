@@ -20,7 +20,7 @@ use vm_memory::{
 };
 
 use crate::spec::addr::Iova;
-use crate::spec::vfio_user::DMA_MAPS_MAX;
+use crate::vfio_user::protocol::DMA_MAPS_MAX;
 
 /// Most files that maps can show parts of at one time. QEMU has one for each memory backend and ROM.
 const FILES_MAX: usize = 64;

@@ -6,7 +6,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
 use super::dma::DmaSpace;
-use crate::proxy::Host;
+use crate::device::Host;
 
 /// The client's memory for DMA and its eventfds for MSI-X vectors; both empty without a client.
 #[derive(Debug)]

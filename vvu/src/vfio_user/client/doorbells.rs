@@ -10,8 +10,8 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::eventfd;
-use super::pci_device::DeviceError;
+use crate::driver::eventfd;
+use crate::driver::pci_device::DeviceError;
 use crate::spec::pci::Region;
 
 /// Writes registers when eventfds are signalled, until it is dropped.

@@ -7,15 +7,15 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use super::*;
-use crate::proxy::{DeviceConfig, Host, SiblingMemory};
-use crate::spec::vfio_user::Header;
+use crate::device::{DeviceConfig, Host, SiblingMemory};
+use crate::vfio_user::protocol::Header;
 
 const MEMORY: u64 = 3 << 20;
 const PAGE: u64 = 4096;
 
 /// A session past the version exchange.
 struct Rig {
-    device: Device,
+    device: VvuDevice,
     host: VmmHost,
     session: Session,
     _dir: TempDir,
@@ -27,7 +27,7 @@ impl Rig {
         let listener = UnixListener::bind(dir.path().join("s")).expect("bind");
         let memory = SiblingMemory::create(MEMORY).expect("memfd");
         let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
-        let device = Device::new(config).expect("device");
+        let device = VvuDevice::new(config).expect("device");
         let host = VmmHost::new(device.vector_count());
         Self { device, host, session: Session { version_agreed: true }, _dir: dir }
     }

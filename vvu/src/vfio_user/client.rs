@@ -12,13 +12,14 @@ use vm_memory::{FileOffset, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::connection::Connection;
-use super::doorbells::Doorbells;
-use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
+use crate::driver::pci_device::{DeviceError, DmaBuffer, PciDevice};
 use crate::spec::addr::Iova;
 use crate::spec::pci::{Region, cap_id, config, msix};
-use crate::spec::vfio_user::{REGION_COUNT, region_index};
+use crate::vfio_user::protocol::{REGION_COUNT, region_index};
+use doorbells::Doorbells;
 
 mod connection;
+mod doorbells;
 
 /// First I/O virtual address given out.
 const FIRST_IOVA: u64 = 1 << 32;

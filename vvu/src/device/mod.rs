@@ -2,15 +2,14 @@
 
 use vm_memory::GuestMemory;
 
-pub use device::{Device, DeviceConfig};
 pub use link::{LinkEvent, LinkState};
 pub use sibling_memory::{OpenError, SiblingMemory};
 pub use trace::Trace;
+pub use vvu_device::{DeviceConfig, VvuDevice};
 
 mod claim;
 mod common_config;
 mod config_space;
-mod device;
 mod events;
 mod link;
 mod message_queues;
@@ -23,6 +22,7 @@ mod trace;
 mod treatment;
 mod visitors;
 mod vrings;
+mod vvu_device;
 
 #[cfg(test)]
 mod hostile_tests;

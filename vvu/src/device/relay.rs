@@ -4,20 +4,20 @@ use virtio_queue::QueueT;
 
 use super::Host;
 use super::common_config::VirtQueue;
-use super::device::Device;
 use super::events::Source;
 use super::link::{LinkEvent, LinkState};
 use super::message_queues::{Placed, QueueError, place, take};
 use super::session::{Session, SessionError};
 use super::treatment::Treatment;
 use super::vrings::{Eventfd, Notification};
+use super::vvu_device::VvuDevice;
 use crate::spec::addr::QueueIndex;
 use crate::spec::virtio::{NO_VECTOR, device_config, isr};
 
 /// Messages moved in one direction before other events get their turn.
 const MESSAGES_PER_TURN: usize = 64;
 
-impl Device {
+impl VvuDevice {
     /// Brings the link in line with what the driver wrote, and moves what can be moved.
     pub(super) fn update_link<H: Host>(&mut self, host: &H) {
         let up = self.link_status & device_config::BACKEND_UP != 0;

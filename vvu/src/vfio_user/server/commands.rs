@@ -7,11 +7,11 @@ use vm_memory::Permissions;
 
 use super::dma::DmaError;
 use super::host::VmmHost;
-use super::socket::Message;
-use crate::proxy::Device;
+use crate::device::VvuDevice;
 use crate::spec::addr::Iova;
 use crate::spec::pci::{Region, SHARED_MEMORY_BAR};
-use crate::spec::vfio_user::{
+use crate::vfio_user::protocol::socket::Message;
+use crate::vfio_user::protocol::{
     Capabilities, Command, DEVICE_PCI, DEVICE_RESET, DMA_READ, DMA_UNMAP_ALL, DMA_WRITE, DeviceInfo, DmaMap,
     DmaUnmap, IRQ_COUNT, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, IRQ_ERR, IRQ_EVENTFD, IRQ_MSIX, IRQ_TRIGGER,
     IrqInfo, MessageError, REGION_CAPS, REGION_COUNT, REGION_MMAP, REGION_READ_WRITE, RegionAccess,
@@ -92,7 +92,7 @@ impl Session {
         &mut self,
         mut message: Message,
         host: &mut VmmHost,
-        device: &mut Device,
+        device: &mut VvuDevice,
     ) -> Result<Answer, Refusal> {
         let header = message.header;
         let fds = std::mem::take(&mut message.fds);
@@ -183,7 +183,7 @@ fn device_info(payload: &[u8]) -> Result<Answer, Refusal> {
     Ok(Answer::payload(info.to_bytes()))
 }
 
-fn region_info(payload: &[u8], device: &Device) -> Result<Answer, Refusal> {
+fn region_info(payload: &[u8], device: &VvuDevice) -> Result<Answer, Refusal> {
     let (request, _) = RegionInfo::parse(payload)?;
     check_argsz(request.argsz, RegionInfo::SIZE)?;
     if request.index >= REGION_COUNT {
@@ -214,7 +214,7 @@ fn region_info(payload: &[u8], device: &Device) -> Result<Answer, Refusal> {
     Ok(Answer { payload: [&info.to_bytes()[..], &area.to_bytes()].concat(), fds: vec![file] })
 }
 
-fn irq_info(payload: &[u8], device: &Device) -> Result<Answer, Refusal> {
+fn irq_info(payload: &[u8], device: &VvuDevice) -> Result<Answer, Refusal> {
     let (request, _) = IrqInfo::parse(payload)?;
     check_argsz(request.argsz, IrqInfo::SIZE)?;
     if request.index >= IRQ_COUNT {
@@ -253,7 +253,7 @@ fn set_irqs(payload: &[u8], eventfds: Vec<OwnedFd>, host: &mut VmmHost) -> Resul
 }
 
 /// The region and length of an access that lies wholly inside.
-fn checked_access(access: RegionAccess, device: &Device) -> Result<(Region, usize), Refusal> {
+fn checked_access(access: RegionAccess, device: &VvuDevice) -> Result<(Region, usize), Refusal> {
     let region = region_at(access.region);
     let size = region.map_or(0, |region| device.region_size(region));
     let inside = access.offset.checked_add(access.count.into()).is_some_and(|end| end <= size);
@@ -261,7 +261,7 @@ fn checked_access(access: RegionAccess, device: &Device) -> Result<(Region, usiz
     region.zip(count).ok_or(Refusal::Access { access, size })
 }
 
-fn region_read(payload: &[u8], device: &mut Device) -> Result<Answer, Refusal> {
+fn region_read(payload: &[u8], device: &mut VvuDevice) -> Result<Answer, Refusal> {
     let (access, _) = RegionAccess::parse(payload)?;
     let (region, count) = checked_access(access, device)?;
     let mut reply = access.to_bytes().to_vec();
@@ -270,7 +270,7 @@ fn region_read(payload: &[u8], device: &mut Device) -> Result<Answer, Refusal> {
     Ok(Answer::payload(reply))
 }
 
-fn region_write(payload: &[u8], host: &VmmHost, device: &mut Device) -> Result<Answer, Refusal> {
+fn region_write(payload: &[u8], host: &VmmHost, device: &mut VvuDevice) -> Result<Answer, Refusal> {
     let (access, data) = RegionAccess::parse(payload)?;
     let (region, count) = checked_access(access, device)?;
     let short = MessageError::PayloadSize { got: payload.len(), want: RegionAccess::SIZE + count };

@@ -14,15 +14,16 @@ use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::device::{DeviceConfig, SiblingMemory, VvuDevice};
 use crate::driver::pci_device::{DeviceError, PciDevice};
-use crate::driver::vfio_user::VfioUserDevice;
 use crate::driver::{Driver, Incoming};
-use crate::proxy::{Device, DeviceConfig, SiblingMemory};
 use crate::spec::pci::{self, Region};
-use crate::spec::vfio_user::{
+use crate::spec::vhost_user;
+use crate::vfio_user::client::VfioUserDevice;
+use crate::vfio_user::protocol::socket::{Message, MessageSocket};
+use crate::vfio_user::protocol::{
     Capabilities, Command, DeviceInfo, FDS_MAX, Header, MESSAGE_SIZE_MAX, RegionAccess, SetIrqs, Version,
 };
-use crate::spec::vhost_user;
 
 const MEMORY: u64 = 3 << 20;
 /// Bounds every wait, so that a failure ends.
@@ -41,7 +42,7 @@ impl Rig {
         let memory = SiblingMemory::create(MEMORY).expect("memfd");
         let listener = UnixListener::bind(dir.path().join("sibling")).expect("bind");
         let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
-        let mut device = Device::new(config).expect("device");
+        let mut device = VvuDevice::new(config).expect("device");
         let listener = UnixListener::bind(dir.path().join("vmm")).expect("bind");
         let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
         let mut server = Server::new(listener, stop.try_clone().expect("dup")).expect("server");

@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{Device, DeviceConfig, Host, SiblingMemory};
+use super::{DeviceConfig, Host, SiblingMemory, VvuDevice};
 use crate::message_socket::{Message, MessageSocket};
 use crate::spec::pci::{self, Region};
 use crate::spec::virtio::{common, device_config, status};
@@ -62,7 +62,7 @@ impl Ring {
 #[derive(Debug)]
 pub struct Rig {
     /// The device.
-    pub device: Device,
+    pub device: VvuDevice,
     /// Its host.
     pub host: TestHost,
     /// The receive and the transmit queue.
@@ -85,7 +85,7 @@ impl Rig {
         let listener = UnixListener::bind(dir.path().join("s")).expect("bind");
         let memory = SiblingMemory::create(0x10000).expect("memory");
         let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
-        let device = Device::new(config).expect("device");
+        let device = VvuDevice::new(config).expect("device");
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
         let host = TestHost { memory, signals: RefCell::default() };
         let ring = |base| Ring { base, next_avail: 0, next_used: 0 };

@@ -1,7 +1,7 @@
 //! The socket of a vfio-user client or server.
 
 use crate::framed_socket::{self, FramedSocket, Framing};
-use crate::spec::vfio_user::{FDS_MAX, HEADER_SIZE, Header, MessageError, RegionAccess};
+use crate::vfio_user::protocol::{FDS_MAX, HEADER_SIZE, Header, MessageError, RegionAccess};
 
 /// A complete vfio-user message.
 pub type Message = framed_socket::Message<Header>;
@@ -43,7 +43,7 @@ mod tests {
 
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-    use crate::spec::vfio_user::Command;
+    use crate::vfio_user::protocol::Command;
 
     /// One call of a peer.
     fn send(peer: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) {

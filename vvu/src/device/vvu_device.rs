@@ -33,7 +33,7 @@ pub struct DeviceConfig {
 
 /// A vvu device.
 #[derive(Debug)]
-pub struct Device {
+pub struct VvuDevice {
     pub(super) queues: u16,
     pub(super) uuid: [u8; 16],
     pub(super) memory: SiblingMemory,
@@ -54,7 +54,7 @@ pub struct Device {
     pub(super) trace: Option<Trace>,
 }
 
-impl Device {
+impl VvuDevice {
     /// Most vhost queues of a device: call and error doorbells are addressed by eight bits of index.
     pub const QUEUES_MAX: u16 = 128;
 

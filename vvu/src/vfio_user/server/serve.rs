@@ -10,9 +10,9 @@ use rustix::io::Errno;
 
 use super::commands::Session;
 use super::host::VmmHost;
-use super::socket::{Message, MessageSocket, SocketError};
-use crate::proxy::Device;
-use crate::spec::vfio_user::MessageError;
+use crate::device::VvuDevice;
+use crate::vfio_user::protocol::MessageError;
+use crate::vfio_user::protocol::socket::{Message, MessageSocket, SocketError};
 
 /// Why the server cannot go on. What clients do is never a reason.
 #[derive(Debug, thiserror::Error)]
@@ -79,14 +79,14 @@ impl Server {
     ///
     /// # Errors
     /// [`ServeError`].
-    pub fn serve(&mut self, device: &mut Device) -> Result<(), ServeError> {
+    pub fn serve(&mut self, device: &mut VvuDevice) -> Result<(), ServeError> {
         let mut host = VmmHost::new(device.vector_count());
         let result = self.serve_clients(device, &mut host);
         device.reset();
         result
     }
 
-    fn serve_clients(&mut self, device: &mut Device, host: &mut VmmHost) -> Result<(), ServeError> {
+    fn serve_clients(&mut self, device: &mut VvuDevice, host: &mut VmmHost) -> Result<(), ServeError> {
         let poll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&poll, &self.stop, Source::Stop.data(), EventFlags::IN)?;
         epoll::add(&poll, device.events(), Source::Device.data(), EventFlags::IN)?;
@@ -164,7 +164,7 @@ impl Client {
 
     /// Goes on with the reply that the client has yet to take, or else with its next message. A
     /// client that takes no replies is not listened to, so at most one reply waits.
-    fn step(&mut self, host: &mut VmmHost, device: &mut Device) -> Result<(), SocketError> {
+    fn step(&mut self, host: &mut VmmHost, device: &mut VvuDevice) -> Result<(), SocketError> {
         if self.socket.is_congested() {
             return self.socket.flush();
         }
