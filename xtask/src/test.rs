@@ -5,10 +5,12 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
-
-use crate::e2e::{self, Coverage, Matrix, Needs, NestedSetup, Setup, SetupOptions};
-use crate::progress::Progress;
-use crate::scenario;
+use vvu_artifacts::workspace;
+use vvu_process::progress::Progress;
+use vvu_scenario::format;
+use vvu_scenario::matrix::{Coverage, Matrix};
+use vvu_testvm::outer::NestedSetup;
+use vvu_testvm::setup::{Setup, SetupOptions};
 
 /// Tells the scenario tests which xtask to run.
 const XTASK: &str = "VVU_XTASK";
@@ -37,15 +39,15 @@ pub(crate) fn main(options: &Options) -> Result<()> {
         // Here and not in the first test that needs it, where it would count against that test's time.
         let progress = Progress::new(false);
         let options = SetupOptions::default();
-        let dir = e2e::workspace().join("scenarios");
-        let scenarios = scenario::list(&dir)?;
+        let dir = workspace().join("scenarios");
+        let scenarios = format::list(&dir)?;
         let (_, cells) = Matrix::load(&dir, "block", Coverage::Pairs)?;
         let all = scenarios.values().chain(cells.iter().map(|cell| &cell.scenario));
-        Setup::obtain(&options, &Needs::of(all), &progress)?;
+        Setup::obtain(&options, &format::needs(all), &progress)?;
         NestedSetup::obtain(&options, &progress)?;
     }
     let mut nextest = Command::new(&cargo);
-    nextest.current_dir(e2e::workspace()).args(["nextest", "run", "--workspace"]).args(&options.nextest);
+    nextest.current_dir(workspace()).args(["nextest", "run", "--workspace"]).args(&options.nextest);
     nextest.env(XTASK, std::env::current_exe().context("cannot find this program")?);
     // Replaced rather than waited for: signals then go to nextest, which ends its tests by itself.
     Err(nextest.exec()).context("cannot run cargo nextest")

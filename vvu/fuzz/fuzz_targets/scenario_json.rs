@@ -6,6 +6,6 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     if let Ok(text) = std::str::from_utf8(data) {
-        let _ = xtask::is_scenario(text);
+        let _ = vvu_scenario::is_scenario(text);
     }
 });

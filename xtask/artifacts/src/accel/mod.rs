@@ -1,0 +1,283 @@
+//! Which accelerator the VMs run on.
+//!
+//! That /dev/kvm opens proves nothing: there are hosts whose KVM creates VMs, runs firmware and then hangs in an
+//! ordinary kernel. So KVM counts only if it takes a piece of 64-bit kernel code through its steps at the speed of
+//! the host.
+
+mod guest;
+mod probe;
+
+use std::fmt;
+use std::io::{self, Read, Seek};
+use std::mem;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
+
+use vvu_process::children;
+
+/// First argument of the process in which the probe runs; see [`serve_probe`].
+pub const PROBE_COMMAND: &str = "accel-probe";
+
+/// A usable KVM answers within a fraction of this.
+const DEADLINE: Duration = Duration::from_secs(3);
+
+/// How long a killed probe may take to be gone before it is left to the kernel.
+const DYING: Duration = Duration::from_secs(1);
+
+/// Least speed of a usable KVM as a fraction of the host's: hardware has about 1, emulation below 0.1.
+const LEAST_SPEED: f64 = 0.5;
+
+/// How the reason begins when KVM is used without proof.
+pub const UNPROVEN: &str = "asked for by --accel kvm, although";
+
+/// What a user asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Request {
+    /// KVM if it is proven, else TCG.
+    #[default]
+    Auto,
+    /// KVM, whatever the proof says.
+    Kvm,
+    /// QEMU's own emulation.
+    Tcg,
+}
+
+/// An accelerator as QEMU names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Hardware virtualisation.
+    Kvm,
+    /// QEMU's own emulation.
+    Tcg,
+}
+
+/// The accelerator to use, and why.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Accelerator {
+    /// What runs the VMs.
+    pub kind: Kind,
+    /// Why, in a sentence for people.
+    pub reason: String,
+    /// What the probe has shown; none if it did not have to run.
+    pub evidence: Option<Evidence>,
+}
+
+/// What the probe has shown about KVM.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Evidence {
+    /// Whether KVM runs ordinary kernels at the host's speed.
+    pub usable: bool,
+    /// What the guest code did without fault.
+    pub steps_passed: Vec<String>,
+    /// Speed of ring 0 code as a fraction of the host's.
+    pub speed: Option<f64>,
+    /// What went wrong, if anything.
+    pub failure: Option<String>,
+}
+
+/// What the probing process writes, a line each.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Finding {
+    /// It begins a step; those before have passed.
+    Trying(String),
+    /// The guest's speed as a fraction of the host's.
+    Speed(f64),
+    /// All steps have passed.
+    Passed,
+    /// It cannot go on.
+    Failed(String),
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        })
+    }
+}
+
+/// Chooses the accelerator.
+///
+/// # Errors
+///
+/// The probe cannot be run, which says nothing about KVM.
+pub fn choose(request: Request) -> Result<Accelerator> {
+    if request == Request::Tcg {
+        let reason = "asked for by --accel tcg".to_owned();
+        return Ok(Accelerator { kind: Kind::Tcg, reason, evidence: None });
+    }
+    let program = std::env::current_exe().context("cannot find this program to run the KVM probe with")?;
+    let mut probe = Command::new(program);
+    probe.arg(PROBE_COMMAND);
+    let evidence = examine(probe, DEADLINE)?;
+    let verdict = evidence.verdict();
+    let (kind, reason) = match (request, evidence.usable) {
+        (_, true) => (Kind::Kvm, verdict),
+        (Request::Kvm, false) => (Kind::Kvm, format!("{UNPROVEN} {verdict}")),
+        (_, false) => (Kind::Tcg, verdict),
+    };
+    Ok(Accelerator { kind, reason, evidence: Some(evidence) })
+}
+
+/// The other side of [`choose`]: what `xtask accel-probe` does.
+///
+/// # Errors
+///
+/// Standard output is closed.
+pub fn serve_probe() -> Result<()> {
+    probe::run(&mut io::stdout().lock())
+}
+
+/// Runs the probe in a process that can be killed, since nothing else can interrupt a KVM that hangs.
+fn examine(mut command: Command, deadline: Duration) -> Result<Evidence> {
+    // A file rather than a pipe: reading it never waits for a process that cannot be killed.
+    let mut output = tempfile::tempfile().context("cannot create a temporary file")?;
+    command.stdin(Stdio::null()).stderr(Stdio::null()).stdout(output.try_clone()?);
+    let mut running = children::spawn(command).context("cannot start the KVM probe")?;
+    let end = match running.wait_timeout(deadline)? {
+        Some(status) => format!("ended early ({status})"),
+        None => {
+            if let Some(group) = i32::try_from(running.id()).ok().and_then(Pid::from_raw) {
+                // It is not reaped yet, so the group's number is still its own.
+                let _ = rustix::process::kill_process_group(group, Signal::KILL);
+            }
+            let dead = running.wait_timeout(DYING)?.is_some();
+            if !dead {
+                // Dropping it would wait for ever; it goes away when KVM lets it.
+                mem::forget(running);
+            }
+            format!("hung for {deadline:?}{}", if dead { "" } else { " and cannot be killed" })
+        }
+    };
+    let mut text = String::new();
+    output.rewind()?;
+    output.read_to_string(&mut text).context("cannot read what the KVM probe found")?;
+    Ok(Evidence::of(text.lines().map_while(|line| serde_json::from_str(line).ok()), &end))
+}
+
+impl Evidence {
+    /// Sums the findings up; `end` tells how the probe ended if they do not.
+    fn of(findings: impl Iterator<Item = Finding>, end: &str) -> Self {
+        let mut evidence = Self::default();
+        let mut trying: Option<String> = None;
+        for finding in findings {
+            match finding {
+                Finding::Trying(step) => evidence.steps_passed.extend(trying.replace(step)),
+                Finding::Speed(speed) => evidence.speed = Some(speed),
+                Finding::Passed => {
+                    evidence.steps_passed.extend(trying.take());
+                    evidence.usable = evidence.speed.is_some_and(|speed| speed >= LEAST_SPEED);
+                    return evidence;
+                }
+                Finding::Failed(failure) => {
+                    evidence.failure = Some(failure);
+                    return evidence;
+                }
+            }
+        }
+        let step = trying.as_deref().unwrap_or("setting a VM up");
+        evidence.failure = Some(format!("{step}: the probe {end}"));
+        evidence
+    }
+
+    fn verdict(&self) -> String {
+        let speed = self.speed.map(|speed| {
+            let digits = if speed < 0.01 { 5 } else { 2 };
+            format!("runs kernel code at {speed:.digits$} of the host's speed")
+        });
+        match (speed, &self.failure) {
+            (Some(speed), None) if self.usable => format!("KVM {speed}"),
+            (Some(speed), None) => format!("KVM {speed}: it is emulated"),
+            (Some(speed), Some(failure)) => {
+                format!("KVM cannot run an ordinary kernel: {failure}; it {speed}")
+            }
+            (None, failure) => {
+                let failure = failure.as_deref().unwrap_or("its speed is unknown");
+                format!("KVM cannot run an ordinary kernel: {failure}")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn evidence(findings: &[Finding]) -> Evidence {
+        Evidence::of(findings.iter().cloned(), "hung for 3 s")
+    }
+
+    fn trying(step: &str) -> Finding {
+        Finding::Trying(step.into())
+    }
+
+    #[test]
+    fn a_fast_kvm_is_usable_and_a_slow_one_is_not() {
+        let fast = evidence(&[trying("a"), Finding::Speed(0.97), trying("b"), Finding::Passed]);
+        assert!(fast.usable);
+        assert_eq!(fast.steps_passed, ["a", "b"]);
+        assert_eq!(fast.verdict(), "KVM runs kernel code at 0.97 of the host's speed");
+        let slow = evidence(&[trying("a"), Finding::Speed(0.0012), Finding::Passed]);
+        assert!(!slow.usable);
+        assert_eq!(slow.verdict(), "KVM runs kernel code at 0.00120 of the host's speed: it is emulated");
+    }
+
+    #[test]
+    fn a_probe_that_hangs_or_dies_says_where() {
+        let hung = evidence(&[trying("a"), trying("b")]);
+        assert!(!hung.usable);
+        assert_eq!(hung.steps_passed, ["a"]);
+        assert_eq!(hung.verdict(), "KVM cannot run an ordinary kernel: b: the probe hung for 3 s");
+        let at_once = evidence(&[]);
+        assert_eq!(at_once.failure.as_deref(), Some("setting a VM up: the probe hung for 3 s"));
+    }
+
+    #[test]
+    fn fast_code_is_no_use_if_a_step_fails() {
+        let findings =
+            [trying("a"), Finding::Speed(1.0), trying("b"), Finding::Failed("b: triple fault".into())];
+        let failed = evidence(&findings);
+        assert_eq!((failed.usable, failed.steps_passed.as_slice()), (false, ["a".to_owned()].as_slice()));
+        assert_eq!(
+            failed.verdict(),
+            "KVM cannot run an ordinary kernel: b: triple fault; it runs kernel code at 1.00 of the host's speed"
+        );
+        assert!(!evidence(&[trying("a"), Finding::Passed]).usable);
+    }
+
+    #[test]
+    fn findings_are_lines_both_sides_read() {
+        for finding in [trying("a"), Finding::Speed(0.5), Finding::Passed, Finding::Failed("x".into())] {
+            let line = serde_json::to_string(&finding).expect("writes");
+            assert!(!line.contains('\n'));
+            assert_eq!(serde_json::from_str::<Finding>(&line).expect("reads"), finding);
+        }
+    }
+
+    #[test]
+    fn a_probing_process_that_hangs_is_killed_and_one_that_dies_is_noticed() {
+        let probe = |script: &str, deadline| {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", script]);
+            examine(shell, deadline).expect("sh runs").failure.expect("no verdict")
+        };
+        let said = r#"echo '{"trying":"x"}';"#;
+        let deadline = Duration::from_millis(200);
+        assert_eq!(probe(&format!("{said} sleep 1000"), deadline), "x: the probe hung for 200ms");
+        let failure = probe(&format!("{said} kill -SEGV $$"), Duration::from_secs(60));
+        assert!(failure.starts_with("x: the probe ended early (signal: 11"), "{failure}");
+    }
+
+    #[test]
+    fn tcg_needs_no_proof() {
+        let accelerator = choose(Request::Tcg).expect("no probe");
+        assert_eq!((accelerator.kind, accelerator.evidence), (Kind::Tcg, None));
+    }
+}

@@ -1,0 +1,361 @@
+//! Debian packages without root: apt with a state of its own in the cache.
+//!
+//! Mirror, proxy, credentials and keys are the machine's own, read from its apt configuration each time; signatures
+//! are checked by apt as always.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache::Cache;
+use vvu_process::logged;
+use vvu_process::progress::Stage;
+
+/// Debian's keys, by the names the package debian-archive-keyring gave them over time.
+const KEYRINGS: [&str; 2] =
+    ["/usr/share/keyrings/debian-archive-keyring.pgp", "/usr/share/keyrings/debian-archive-keyring.gpg"];
+
+/// Which part of the Debian archive to look in.
+#[derive(Debug, Clone, Copy)]
+pub enum Suites<'a> {
+    /// The suites this machine itself uses, with their security updates.
+    Machine,
+    /// The same, with source packages.
+    MachineSources,
+    /// These suites of the machine's mirror, whatever the machine itself uses; the last is preferred.
+    Named(&'a [&'a str]),
+}
+
+/// An apt whose lists and downloads live in a directory of their own, used by one run at a time.
+///
+/// Dropping it removes the directory: what is to stay must be unpacked or moved away before.
+pub struct Apt<'a> {
+    dir: PathBuf,
+    log: PathBuf,
+    stage: &'a Stage,
+    _lock: File,
+}
+
+impl Drop for Apt<'_> {
+    fn drop(&mut self) {
+        // What cannot be removed now is used again, and removed, by the next run.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// One configured package index of the machine.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Index {
+    uri: String,
+    release: String,
+    component: String,
+}
+
+impl<'a> Apt<'a> {
+    /// Prepares the state and fetches the package lists.
+    ///
+    /// # Errors
+    ///
+    /// The machine has no apt or no Debian mirror, the mirror cannot be reached, or a signature does not fit.
+    pub fn open(cache: &Cache, stage: &'a Stage, suites: Suites<'_>) -> Result<Self> {
+        let name = match suites {
+            Suites::Machine => "machine".to_owned(),
+            Suites::MachineSources => "machine-sources".to_owned(),
+            Suites::Named(names) => names.join("+"),
+        };
+        let dir = cache.dir("apt")?.join(&name);
+        let lock = cache.lock(&format!("apt/{name}"))?;
+        cache.dir(&format!("apt/{name}/lists/partial"))?;
+        stage.update("reading the machine's apt configuration");
+        let sources = sources(suites, &machine_indexes()?)?;
+        // The status file says what is installed: nothing, so that dependencies come along.
+        for (name, text) in
+            [("sources.list", sources), ("apt.conf", config(&dir, suites)?), ("status", String::new())]
+        {
+            let path = dir.join(name);
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        let apt = Self { dir, log: cache.dir("logs")?.join(format!("apt-{name}.log")), stage, _lock: lock };
+        apt.get("fetching package lists", &apt.dir, &["update"]).map_err(|error| explain(&error))?;
+        Ok(apt)
+    }
+
+    /// The names of the packages that start with `prefix`.
+    ///
+    /// # Errors
+    ///
+    /// apt fails.
+    pub fn names(&self, prefix: &str) -> Result<Vec<String>> {
+        let text = capture(self.command("apt-cache").args(["pkgnames", prefix]))?;
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
+    /// Downloads packages and everything they depend on.
+    ///
+    /// # Errors
+    ///
+    /// A package does not exist, or the download fails.
+    pub fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        self.fetch(&["install", "--download-only", "--no-install-recommends"], packages)
+    }
+
+    /// Downloads packages without what they depend on.
+    ///
+    /// # Errors
+    ///
+    /// A package does not exist, or the download fails.
+    pub fn download(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        self.fetch(&["download"], packages)
+    }
+
+    /// Downloads the files of a source package (needs [`Suites::MachineSources`]); unpacking them is the caller's.
+    ///
+    /// # Errors
+    ///
+    /// The package does not exist, or the download fails.
+    pub fn source(&self, package: &str) -> Result<Vec<PathBuf>> {
+        self.fetch(&["source", "--download-only"], &[package])
+    }
+
+    /// Runs one download into a directory of its own; the files there afterwards are what was asked for.
+    fn fetch(&self, action: &[&str], packages: &[&str]) -> Result<Vec<PathBuf>> {
+        let dir = self.dir.join(format!("files-{}", packages.join("+")));
+        fs::create_dir_all(dir.join("partial")).with_context(|| format!("cannot make {}", dir.display()))?;
+        self.get("downloading", &dir, &[action, packages].concat())?;
+        let paths = fs::read_dir(&dir).and_then(|entries| {
+            entries.map(|entry| entry.map(|entry| entry.path())).collect::<std::io::Result<Vec<_>>>()
+        });
+        let mut paths = paths.with_context(|| format!("cannot list {}", dir.display()))?;
+        paths.retain(|path| path.is_file() && !path.ends_with("lock"));
+        paths.sort();
+        if paths.is_empty() {
+            bail!("apt downloaded nothing for {}", packages.join(" "));
+        }
+        Ok(paths)
+    }
+
+    fn get(&self, what: &str, dir: &Path, args: &[&str]) -> Result<()> {
+        self.stage.update(what);
+        let mut command = self.command("apt-get");
+        // `download` and `source` write into the current directory, `install` into the archive directory.
+        let archives = format!("Dir::Cache::archives={}", dir.display());
+        command.current_dir(dir).args(["-q", "-y", "-o", "APT::Status-Fd=1", "-o", &archives]).args(args);
+        logged::run_filtered(command, &self.log, |line| {
+            let percent = download_percent(line);
+            if let Some(percent) = percent {
+                self.stage.update(format!("{what} {percent:>3} %"));
+            }
+            percent.is_none()
+        })
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("APT_CONFIG", self.dir.join("apt.conf")).env("LC_ALL", "C");
+        command
+    }
+}
+
+/// Unpacks a `.deb` into `dir`.
+///
+/// # Errors
+///
+/// dpkg-deb is missing or fails.
+pub fn unpack(deb: &Path, dir: &Path) -> Result<()> {
+    capture(Command::new("dpkg-deb").arg("-x").arg(deb).arg(dir)).map(drop)
+}
+
+fn capture(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .env("LC_ALL", "C")
+        .output()
+        .with_context(|| format!("cannot run {name}; Debian's package tools are needed for this"))?;
+    if !output.status.success() {
+        let (said, errors) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        bail!("{name} failed ({}): {}\n{}", output.status, errors.trim(), said.trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The package indexes of the Debian archive that the machine's apt is configured for.
+fn machine_indexes() -> Result<BTreeSet<Index>> {
+    const FORMAT: &str = "$(ORIGIN)|$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)";
+    let known = capture(Command::new("apt-get").args(["indextargets", "--format", FORMAT]))?;
+    let indexes = parse_indexes(&known, |origin, _| origin == "Debian");
+    if !indexes.is_empty() {
+        return Ok(indexes);
+    }
+    // Lists never fetched (or removed to save space): nothing says whose archive it is but the release names.
+    let os = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
+    let field =
+        |name: &str| os.lines().find_map(|line| line.strip_prefix(name)).map(|text| text.trim_matches('"'));
+    if field("ID=") == Some("debian") {
+        let codename = field("VERSION_CODENAME=").unwrap_or("stable");
+        let releases = [codename, "stable", "oldstable", "testing"];
+        let all =
+            capture(Command::new("apt-get").args(["indextargets", "--no-release-info", "--format", FORMAT]))?;
+        let indexes = parse_indexes(&all, |_, index| {
+            let release = index.release.split(['-', '/']).next().unwrap_or_default();
+            releases.contains(&release) && index.component == "main"
+        });
+        if !indexes.is_empty() {
+            return Ok(indexes);
+        }
+    }
+    bail!("this machine's apt has no Debian mirror configured, so nothing can be downloaded with it")
+}
+
+fn parse_indexes(text: &str, is_debian: impl Fn(&str, &Index) -> bool) -> BTreeSet<Index> {
+    text.lines()
+        .filter_map(|line| {
+            let [origin, "Packages", uri, release, component] = line.split('|').collect::<Vec<_>>()[..]
+            else {
+                return None;
+            };
+            let index =
+                Index { uri: uri.to_owned(), release: release.to_owned(), component: component.to_owned() };
+            is_debian(origin, &index).then_some(index)
+        })
+        .collect()
+}
+
+/// The lines of sources.list.
+fn sources(suites: Suites<'_>, indexes: &BTreeSet<Index>) -> Result<String> {
+    let options = KEYRINGS
+        .iter()
+        .find(|path| Path::new(path).is_file())
+        .map_or(String::new(), |path| format!("[signed-by={path}] "));
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let mut line = |kind: &str, uri: &str, release: &str, component: &str| {
+        let _ = writeln!(text, "{kind} {options}{uri} {release} {component}");
+    };
+    match suites {
+        Suites::Machine | Suites::MachineSources => {
+            for Index { uri, release, component } in indexes {
+                line("deb", uri, release, component);
+                if matches!(suites, Suites::MachineSources) {
+                    line("deb-src", uri, release, component);
+                }
+            }
+        }
+        Suites::Named(names) => {
+            let archive = indexes
+                .iter()
+                .find(|index| index.component == "main" && !index.release.contains("security"))
+                .context("this machine's apt is configured for Debian's security updates only")?;
+            for name in names {
+                line("deb", &archive.uri, name, "main");
+            }
+        }
+    }
+    Ok(text)
+}
+
+/// The private configuration: how the machine reaches its mirror, and none of its hooks.
+fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
+    let machine = capture(Command::new("apt-config").arg("dump"))?;
+    let mut text = String::new();
+    for line in
+        machine.lines().filter(|line| line.starts_with("Acquire::") && !line.contains("::IndexTargets"))
+    {
+        text.push_str(line);
+        text.push('\n');
+    }
+    let dir = dir.to_str().context("the cache's path is not UTF-8, which apt.conf needs")?;
+    if dir.contains('"') {
+        bail!("the cache's path {dir} has a quotation mark, which apt.conf cannot hold");
+    }
+    let user = if rustix::process::geteuid().is_root() { "root" } else { "_apt" };
+    let own = [
+        ("Dir::Etc::parts", "/dev/null"),
+        ("Dir::Etc::main", "/dev/null"),
+        ("Dir::Etc::preferences", "/dev/null"),
+        ("Dir::Etc::preferencesparts", "/dev/null"),
+        ("Dir::Etc::sourcelist", &format!("{dir}/sources.list")),
+        ("Dir::Etc::sourceparts", "/dev/null"),
+        ("Dir::State", dir),
+        ("Dir::State::status", &format!("{dir}/status")),
+        ("Dir::Cache", dir),
+        ("Dir::Log", dir),
+        ("APT::Architecture", "amd64"),
+        ("APT::Architectures", "amd64"),
+        ("APT::Install-Recommends", "false"),
+        // The cache is private to the user, so apt's own unprivileged user could not write to it.
+        ("APT::Sandbox::User", user),
+        // Without this a mirror that cannot be reached is but a warning.
+        ("APT::Update::Error-Mode", "any"),
+        ("Acquire::Languages", "none"),
+        ("Acquire::Retries", "3"),
+        ("Acquire::http::Timeout", "30"),
+        ("Acquire::https::Timeout", "30"),
+    ];
+    for (name, value) in own {
+        let _ = writeln!(text, "{name} \"{value}\";");
+    }
+    // Backports are otherwise taken only where named one by one.
+    if let Suites::Named([.., preferred]) = suites {
+        let _ = writeln!(text, "APT::Default-Release \"{preferred}\";");
+    }
+    Ok(text)
+}
+
+/// What a line of apt's status output says about a download: `dlstatus:ITEM:PERCENT:TEXT`.
+fn download_percent(line: &str) -> Option<&str> {
+    line.strip_prefix("dlstatus:")?.split(':').nth(1)?.split('.').next()
+}
+
+fn explain(error: &anyhow::Error) -> anyhow::Error {
+    let text = format!("{error:#}");
+    let remedy = if text.contains("NO_PUBKEY") {
+        "the key of that release is not known here; run: apt-get install --only-upgrade debian-archive-keyring"
+    } else {
+        "is this machine's Debian mirror reachable? (`apt-get update` must work)"
+    };
+    anyhow::anyhow!("cannot fetch Debian's package lists: {remedy}\n{text}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TARGETS: &str = "\
+Debian|Packages|http://mirror.example/debian/|bookworm|main
+Debian|DEP-11|http://mirror.example/debian/|bookworm|main
+Debian|Packages|http://mirror.example/debian-security/|bookworm-security|main
+Other|Packages|http://other.example/|bookworm|main
+";
+
+    #[test]
+    fn only_debian_package_indexes_count() {
+        let indexes = parse_indexes(TARGETS, |origin, _| origin == "Debian");
+        let releases: Vec<&str> = indexes.iter().map(|index| index.release.as_str()).collect();
+        assert_eq!(releases, ["bookworm-security", "bookworm"]);
+    }
+
+    #[test]
+    fn sources_come_from_the_machines_mirror() {
+        let indexes = parse_indexes(TARGETS, |origin, _| origin == "Debian");
+        let named = sources(Suites::Named(&["trixie", "trixie-backports"]), &indexes).expect("has a mirror");
+        assert_eq!(named.lines().count(), 2);
+        assert!(named.contains("http://mirror.example/debian/ trixie main\n"), "{named}");
+        assert!(!named.contains("security") && !named.contains("trusted"), "{named}");
+        let own = sources(Suites::MachineSources, &indexes).expect("has a mirror");
+        assert_eq!(own.lines().filter(|line| line.starts_with("deb-src ")).count(), 2);
+        let security = indexes.into_iter().filter(|index| index.release.contains("security")).collect();
+        sources(Suites::Named(&["trixie"]), &security).expect_err("no archive");
+    }
+
+    #[test]
+    fn status_lines_tell_percent() {
+        let line = "dlstatus:1:41.7391:Retrieving file 3 of 92 (12s remaining)";
+        assert_eq!(download_percent(line), Some("41"));
+        assert_eq!(download_percent("Get:1 x"), None);
+    }
+}

@@ -1,0 +1,341 @@
+//! Content-keyed directories under `$XDG_CACHE_HOME/vvu`, safe to share between runs.
+//!
+//! An entry lives at `<kind>/<key>/` as `files/` (what its users see) and `manifest.json`. It is built in
+//! `<kind>/<key>.tmp` and renamed into place, under the lock `<kind>/<key>.lock`; so a `.tmp` whose lock is free
+//! belongs to a run that died. Lock files are never removed: another run may be waiting on one.
+
+mod key;
+mod manifest;
+
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, TryLockError};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+
+pub use self::key::{Key, hex, sha256_file};
+use self::manifest::{FILES, MANIFEST, scan, verify, write_manifest};
+use vvu_process::interrupt;
+use vvu_process::progress::Progress;
+
+/// How long a failed build waits for the removal of what it leaves.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Entries nobody used for so long are removed.
+const UNUSED_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// How often to look whether another run is done.
+const LOCK_PERIOD: Duration = Duration::from_millis(100);
+
+/// The cache directory.
+#[derive(Clone)]
+pub struct Cache {
+    root: PathBuf,
+    progress: Progress,
+}
+
+/// A verified directory in the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Where its files are. Read only: a change makes the next run rebuild the entry.
+    pub path: PathBuf,
+}
+
+impl Cache {
+    /// Opens `$XDG_CACHE_HOME/vvu` (or `~/.cache/vvu`), removing what dead runs and old keys left.
+    ///
+    /// # Errors
+    ///
+    /// No home directory is known, or the directory cannot be made.
+    pub fn open(progress: &Progress) -> Result<Self> {
+        Self::open_at(place()?, progress)
+    }
+
+    /// Opens a cache at `root`.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be made.
+    pub fn open_at(root: PathBuf, progress: &Progress) -> Result<Self> {
+        make_dir(&root)?;
+        let cache = Self { root, progress: progress.clone() };
+        cache.sweep()?;
+        Ok(cache)
+    }
+
+    /// A directory for what is not an entry (downloads); its users see to their own locking with [`Cache::lock`].
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be made.
+    pub fn dir(&self, name: &str) -> Result<PathBuf> {
+        let path = self.root.join(name);
+        make_dir(&path)?;
+        Ok(path)
+    }
+
+    /// Waits for the named lock, saying so each second when another run holds it. Dropping the file releases it.
+    ///
+    /// # Errors
+    ///
+    /// The lock file cannot be made.
+    pub fn lock(&self, name: &str) -> Result<File> {
+        let path = self.root.join(format!("{name}.lock"));
+        let file = File::options()
+            .create(true)
+            .write(true)
+            .truncate(false)
+            .open(&path)
+            .with_context(|| format!("cannot open the lock {}", path.display()))?;
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+            }
+        }
+        let what = Path::new(name).components().next().map(|part| part.as_os_str().to_string_lossy());
+        let stage = self.progress.stage("waiting");
+        let what = what.as_deref().unwrap_or(name);
+        stage.update(format!("for another run that is making the same {what}"));
+        // The wait is as long as the other run works. A blocking lock would not end at Ctrl-C, which is handled
+        // in another thread.
+        while let Err(error) = file.try_lock() {
+            if let TryLockError::Error(error) = error {
+                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+            }
+            interrupt::check()?;
+            std::thread::sleep(LOCK_PERIOD);
+        }
+        stage.done(format!("for another run's {what}"));
+        Ok(file)
+    }
+
+    /// The entry `key` of `kind`: verified if it is there, else filled by `build`, which gets an empty directory.
+    ///
+    /// # Errors
+    ///
+    /// What `build` says, or the cache cannot be written.
+    pub fn entry(&self, kind: &str, key: &Key, build: impl FnOnce(&Path) -> Result<()>) -> Result<Entry> {
+        let name = key.name();
+        let dir = self.dir(kind)?;
+        let _lock = self.lock(&format!("{kind}/{name}"))?;
+        let place = dir.join(&name);
+        let entry = Entry { path: place.join(FILES) };
+        if place.exists() {
+            match verify(&place) {
+                Ok(()) => return Ok(entry),
+                Err(damage) => {
+                    self.progress.note(format!("cache: {kind} is damaged ({damage:#}); it is made again"));
+                }
+            }
+        }
+
+        let temp = dir.join(format!("{name}.tmp"));
+        remove(&temp)?;
+        let files = temp.join(FILES);
+        make_dir(&files)?;
+        let result = build(&files).and_then(|()| write_manifest(&temp, &scan(&files)?));
+        if let Err(error) = result {
+            // The build's error is what matters; what is not removed in time is left to the next run.
+            if let Ok(removed) = self.discard(&temp) {
+                let stage = self.progress.stage("tidy");
+                stage.update(format!("removing the unfinished {kind}"));
+                match removed.recv_timeout(PATIENCE) {
+                    Err(RecvTimeoutError::Timeout) => {
+                        stage.done(format!("the next run removes what is left of {kind}"))
+                    }
+                    _ => stage.done(format!("the unfinished {kind} is removed")),
+                }
+            }
+            return Err(error);
+        }
+        remove(&place)?;
+        fs::rename(&temp, &place).with_context(|| format!("cannot rename into {}", place.display()))?;
+        Ok(entry)
+    }
+
+    /// Removes a large tree without making the caller wait.
+    ///
+    /// The channel closes when that is done. What is not yet removed when this process ends is left to the next one.
+    ///
+    /// # Errors
+    ///
+    /// `tree` is not on the cache's file system, or the cache cannot be written.
+    pub fn discard(&self, tree: &Path) -> Result<Receiver<()>> {
+        let trash = self.dir("trash")?;
+        let name = Key::new().part("path", tree.as_os_str().as_encoded_bytes()).name();
+        let lock = self.lock(&format!("trash/{name}"))?;
+        let place = trash.join(format!("{name}.tmp"));
+        remove(&place)?;
+        fs::rename(tree, &place).with_context(|| format!("cannot move {}", tree.display()))?;
+        Ok(remove_aside(place, lock))
+    }
+
+    /// Removes everything that no other run is making at the moment; returns the bytes freed.
+    ///
+    /// # Errors
+    ///
+    /// Something cannot be removed.
+    pub fn clean(&self) -> Result<u64> {
+        let mut freed = 0;
+        for kind in list(&self.root)? {
+            if !kind.is_dir() {
+                continue;
+            }
+            for path in list(&kind)? {
+                if path.extension() == Some(OsStr::new("lock")) {
+                    continue;
+                }
+                // Only directories are made under a lock.
+                let lock = if path.is_dir() { try_lock_for(&path)? } else { None };
+                if lock.is_some() || path.is_file() {
+                    freed += size(&path)?;
+                    remove(&path)?;
+                } else {
+                    self.progress
+                        .note(format!("cache: {} is being made by another run; kept", path.display()));
+                }
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Removes the temporary directories of dead runs and the entries nobody used for a month.
+    fn sweep(&self) -> Result<()> {
+        for kind in list(&self.root)?.into_iter().filter(|path| path.is_dir()) {
+            for path in list(&kind)? {
+                let stale = path.extension() == Some(OsStr::new("tmp")) || is_unused(&path);
+                if stale && let Some(lock) = try_lock_for(&path)? {
+                    remove_aside(path, lock);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes a tree in a thread of its own, which holds `lock` meanwhile; the channel closes when it is done.
+fn remove_aside(path: PathBuf, lock: File) -> Receiver<()> {
+    let (done, closed) = mpsc::channel();
+    std::thread::spawn(move || {
+        // What cannot be removed is found again by the next run's sweep.
+        let _ = remove(&path);
+        drop(lock);
+        drop(done);
+    });
+    closed
+}
+
+/// Where the cache is, or is going to be: `$XDG_CACHE_HOME/vvu` or `~/.cache/vvu`.
+///
+/// # Errors
+///
+/// No home directory is known.
+pub fn place() -> Result<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_CACHE_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+        .context("no place for the cache: set HOME or XDG_CACHE_HOME to an absolute path")?;
+    Ok(base.join("vvu"))
+}
+
+/// An entry as [`survey`] finds it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Surveyed {
+    /// Its kind, such as `kernel`.
+    pub kind: String,
+    /// Where its files are.
+    pub files: PathBuf,
+    /// What is wrong with it.
+    pub damage: Option<String>,
+}
+
+/// Looks at every entry of the cache at `root`, and changes nothing but what the entries remember of their files'
+/// times.
+///
+/// # Errors
+///
+/// The cache cannot be read; that it is absent is no error.
+pub fn survey(root: &Path) -> Result<Vec<Surveyed>> {
+    let mut found = Vec::new();
+    if !root.exists() {
+        return Ok(found);
+    }
+    for kind in list(root)?.into_iter().filter(|path| path.is_dir()) {
+        for place in list(&kind)?.into_iter().filter(|path| path.join(FILES).is_dir()) {
+            // One that is being made is none yet.
+            if place.extension() == Some(OsStr::new("tmp")) {
+                continue;
+            }
+            found.push(Surveyed {
+                kind: kind.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+                files: place.join(FILES),
+                damage: verify(&place).err().map(|damage| format!("{damage:#}")),
+            });
+        }
+    }
+    Ok(found)
+}
+
+fn is_unused(entry: &Path) -> bool {
+    let used = fs::metadata(entry.join(MANIFEST)).and_then(|meta| meta.modified());
+    used.is_ok_and(|used| SystemTime::now().duration_since(used).is_ok_and(|age| age > UNUSED_FOR))
+}
+
+/// The lock of an entry or of its temporary directory, if no run holds it.
+fn try_lock_for(path: &Path) -> Result<Option<File>> {
+    let lock = path.with_extension("lock");
+    let file = File::options().create(true).write(true).truncate(false).open(&lock);
+    let file = file.with_context(|| format!("cannot open the lock {}", lock.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", lock.display()))
+        }
+    }
+}
+
+fn make_dir(path: &Path) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot make the directory {}", path.display()))
+}
+
+fn list(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(dir).and_then(|entries| {
+        entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()
+    });
+    let mut paths = entries.with_context(|| format!("cannot list {}", dir.display()))?;
+    paths.sort();
+    Ok(paths)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let result = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.with_context(|| format!("cannot remove {}", path.display())),
+    }
+}
+
+fn size(path: &Path) -> Result<u64> {
+    let meta = fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    if !meta.is_dir() {
+        return Ok(meta.len());
+    }
+    list(path)?.iter().map(|path| size(path)).sum()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,99 @@
+//! Our own programs in the guests: PID 1, `vvu` and `vvu-load`, static.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use vvu_process::logged;
+use vvu_process::progress::{Progress, Stage};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+const PROFILE: &str = "guest";
+
+/// The programs, built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestBinaries {
+    /// PID 1.
+    pub init: PathBuf,
+    /// The `vvu` program, which runs on the host as well: the proxy.
+    pub vvu: PathBuf,
+    /// I/O load for a guest's disk.
+    pub load: PathBuf,
+}
+
+impl GuestBinaries {
+    /// Builds them with the cargo that runs us. Needs nothing but the source, so it can run beside anything.
+    ///
+    /// # Errors
+    ///
+    /// Cargo fails.
+    pub fn build(progress: &Progress) -> Result<Self> {
+        let stage = progress.stage("guest build");
+        let packages = ["vvu-init", "vvu", "vvu-load"].map(|package| ["--package", package]);
+        let built = build(&stage, &[packages.as_flattened(), &["--bins"]].concat())?;
+        stage.done("static vvu-init, vvu and vvu-load");
+        Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu"), load: built.join("vvu-load") })
+    }
+}
+
+/// Builds this program as it can run in a guest, and tells where it is.
+///
+/// # Errors
+///
+/// Cargo fails.
+pub fn build_xtask(progress: &Progress) -> Result<PathBuf> {
+    let stage = progress.stage("xtask build");
+    let built = build(&stage, &["--package", "xtask", "--bins"])?;
+    stage.done("static xtask");
+    Ok(built.join("xtask"))
+}
+
+/// Builds an example of `vvu` as it can run in a guest, and tells where it is.
+///
+/// # Errors
+///
+/// Cargo fails.
+pub(super) fn build_example(stage: &Stage, name: &str) -> Result<PathBuf> {
+    let built = build(stage, &["--package", "vvu", "--example", name])?;
+    Ok(built.join("examples").join(name))
+}
+
+/// Builds what cargo's words `wanted` name and returns the directory it is in.
+fn build(stage: &Stage, wanted: &[&str]) -> Result<PathBuf> {
+    let root = crate::workspace();
+    // A directory of its own: other flags would throw the developer's build away.
+    let target = root.join("target").join(PROFILE);
+    fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command
+        .current_dir(root)
+        .arg("build")
+        .args(wanted)
+        .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
+        .arg(&target)
+        .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
+        .env("CARGO_TERM_COLOR", "never");
+    logged::run(command, &target.join("build.log"), |line| stage.update(line.trim()))?;
+    Ok(target.join(TARGET).join(PROFILE))
+}
+
+/// Static, and without the places of the source in panic messages, so that checkouts give the same bytes.
+fn flags(root: &Path) -> OsString {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
+    let mut flags = OsString::from("-Ctarget-feature=+crt-static");
+    for (from, to) in [(Some(root.to_owned()), "/vvu"), (home, "/cargo")] {
+        if let Some(from) = from {
+            // CARGO_ENCODED_RUSTFLAGS separates by this character.
+            flags.push("\u{1f}--remap-path-prefix=");
+            flags.push(from);
+            flags.push("=");
+            flags.push(to);
+        }
+    }
+    flags
+}

@@ -1,0 +1,316 @@
+//! What a built kernel tells about itself: its version, its configuration, and whether it has a PVH entry.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use memchr::memmem;
+
+use super::config::{self, Config};
+
+/// Decompressed kernels larger than this are refused.
+const MAX_SIZE: u64 = 1 << 30;
+/// `XEN_ELFNOTE_PHYS32_ENTRY`: where a PVH loader enters the kernel.
+const PHYS32_ENTRY: u32 = 18;
+const PT_NOTE: u32 = 4;
+const EM_X86_64: u16 = 62;
+
+/// A kernel image that QEMU can start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Image {
+    /// Its release, such as `6.12.57`: the first word of what it prints at boot.
+    pub version: String,
+    /// Its configuration, unless it was built without `CONFIG_IKCONFIG` and no file beside it has it.
+    pub config: Option<Config>,
+}
+
+/// Reads a vmlinux or bzImage.
+///
+/// # Errors
+///
+/// The file is neither, is a vmlinux without PVH entry, or is compressed in a way this machine cannot undo.
+pub(super) fn inspect(path: &Path) -> Result<Image> {
+    let size = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
+    if size > MAX_SIZE {
+        bail!("{} has {size} bytes, more than any kernel", path.display());
+    }
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut image =
+        inspect_bytes(&bytes).with_context(|| format!("{} cannot be used as kernel", path.display()))?;
+    if image.config.is_none() {
+        let dir = path.parent().unwrap_or(Path::new("."));
+        let beside = [dir.join(format!("config-{}", image.version)), dir.join(".config")];
+        image.config =
+            beside.iter().find_map(|path| fs::read_to_string(path).ok()).map(|text| config::parse(&text));
+    }
+    Ok(image)
+}
+
+fn inspect_bytes(bytes: &[u8]) -> Result<Image> {
+    if bytes.starts_with(b"\x7fELF") {
+        if !has_pvh_note(bytes) {
+            bail!(
+                "it is an ELF file without PVH entry; build it with CONFIG_PVH=y, or give its bzImage instead"
+            );
+        }
+        return inspect_vmlinux(bytes);
+    }
+    let payload = bzimage_payload(bytes).context(
+        "it is neither an x86-64 vmlinux (ELF) nor a bzImage; both come out of a kernel build (arch/x86/boot/bzImage)",
+    )?;
+    inspect_vmlinux(&decompress(payload)?)
+}
+
+fn inspect_vmlinux(bytes: &[u8]) -> Result<Image> {
+    let version = find_version(bytes).context("no \"Linux version\" in it; is it a kernel?")?;
+    let config = match ikconfig(bytes) {
+        None => None,
+        Some(packed) => {
+            let text = filter("gzip", packed).context("its embedded configuration is damaged")?;
+            Some(config::parse(&String::from_utf8_lossy(&text)))
+        }
+    };
+    Ok(Image { version, config })
+}
+
+fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    field(bytes, at).map(u16::from_le_bytes)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    field(bytes, at).map(u32::from_le_bytes)
+}
+
+fn usize_at(bytes: &[u8], at: usize) -> Option<usize> {
+    field(bytes, at).map(u64::from_le_bytes)?.try_into().ok()
+}
+
+/// Whether an ELF-64 file for x86-64 has the note that QEMU's PVH loader looks for.
+fn has_pvh_note(elf: &[u8]) -> bool {
+    note_segments(elf).is_some_and(|segments| segments.iter().any(|segment| has_entry_note(segment)))
+}
+
+fn note_segments(elf: &[u8]) -> Option<Vec<&[u8]>> {
+    const CLASS_64_LITTLE_ENDIAN: [u8; 2] = [2, 1];
+    if field(elf, 4)? != CLASS_64_LITTLE_ENDIAN || u16_at(elf, 18)? != EM_X86_64 {
+        return None;
+    }
+    let (offset, size, count) = (usize_at(elf, 32)?, usize::from(u16_at(elf, 54)?), u16_at(elf, 56)?);
+    let mut segments = Vec::new();
+    for index in 0..usize::from(count) {
+        let header = offset.checked_add(index * size)?;
+        let header = elf.get(header..)?;
+        if u32_at(header, 0)? == PT_NOTE {
+            let (start, length) = (usize_at(header, 8)?, usize_at(header, 32)?);
+            segments.push(elf.get(start..start.checked_add(length)?)?);
+        }
+    }
+    Some(segments)
+}
+
+fn has_entry_note(mut notes: &[u8]) -> bool {
+    let padded = |size: u32| usize::try_from(size).ok()?.checked_next_multiple_of(4);
+    while let (Some(name_size), Some(size), Some(kind)) =
+        (u32_at(notes, 0), u32_at(notes, 4), u32_at(notes, 8))
+    {
+        if kind == PHYS32_ENTRY && notes.get(12..16) == Some(b"Xen\0") && name_size == 4 {
+            return true;
+        }
+        let next = padded(name_size)
+            .zip(padded(size))
+            .and_then(|(name, desc)| name.checked_add(desc)?.checked_add(12));
+        let Some(rest) = next.and_then(|next| notes.get(next..)) else { return false };
+        notes = rest;
+    }
+    false
+}
+
+/// The compressed kernel in a bzImage, found by its setup header (Documentation/arch/x86/boot.rst).
+fn bzimage_payload(bytes: &[u8]) -> Option<&[u8]> {
+    const MAGIC: usize = 0x202;
+    if field(bytes, MAGIC)? != *b"HdrS" || u16_at(bytes, 0x206)? < 0x208 {
+        return None;
+    }
+    let setup_sectors = match *bytes.get(0x1f1)? {
+        0 => 4,
+        sectors => usize::from(sectors),
+    };
+    let start = ((setup_sectors + 1) * 512).checked_add(usize::try_from(u32_at(bytes, 0x248)?).ok()?)?;
+    let length = usize::try_from(u32_at(bytes, 0x24c)?).ok()?;
+    bytes.get(start..start.checked_add(length)?)
+}
+
+fn decompress(payload: &[u8]) -> Result<Vec<u8>> {
+    const FORMATS: [(&[u8], &str); 5] = [
+        (b"\x1f\x8b", "gzip"),
+        (b"\xfd7zXZ", "xz"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"\x02\x21\x4c\x18", "lz4"),
+        (b"BZh", "bzip2"),
+    ];
+    let Some((_, program)) = FORMATS.iter().find(|(magic, _)| payload.starts_with(magic)) else {
+        bail!("the bzImage is compressed in an unknown way; give the vmlinux it was made from");
+    };
+    filter(program, payload).context("give the vmlinux that the bzImage was made from")
+}
+
+/// Runs `bytes` through `PROGRAM -dc`.
+///
+/// The exit status does not count: a bzImage's payload has four bytes after the end of the compressed stream.
+fn filter(program: &str, bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut child = Command::new(program)
+        .arg("-dc")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot run {program} to decompress it"))?;
+    let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+    let output = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // A program that stopped reading has said all it will say.
+            let _ = stdin.map(|mut stdin| stdin.write_all(bytes));
+        });
+        let mut output = Vec::new();
+        let result = stdout.map_or(Ok(0), |stdout| stdout.take(MAX_SIZE).read_to_end(&mut output));
+        result.map(|_| output)
+    });
+    // Ends it should it have more to say than MAX_SIZE.
+    let _ = child.kill();
+    child.wait().with_context(|| format!("cannot wait for {program}"))?;
+    let output = output.with_context(|| format!("cannot read from {program}"))?;
+    if output.is_empty() {
+        bail!("{program} made nothing of it");
+    }
+    Ok(output)
+}
+
+/// The gzip stream that `CONFIG_IKCONFIG` puts between two markers.
+fn ikconfig(bytes: &[u8]) -> Option<&[u8]> {
+    let start = memmem::find(bytes, b"IKCFG_ST\x1f\x8b")? + b"IKCFG_ST".len();
+    let length = memmem::find(bytes.get(start..)?, b"IKCFG_ED")?;
+    bytes.get(start..start + length)
+}
+
+fn find_version(bytes: &[u8]) -> Option<String> {
+    const MARK: &[u8] = b"Linux version ";
+    // The first hit may be a format string.
+    memmem::find_iter(bytes, MARK).find_map(|at| {
+        let text = bytes.get(at + MARK.len()..)?;
+        let text = text.get(..text.len().min(64))?;
+        let end = text.iter().position(|byte| *byte <= b' ')?;
+        let text = std::str::from_utf8(&text[..end]).ok()?;
+        text.starts_with(|c: char| c.is_ascii_digit()).then(|| text.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("x");
+        fs::write(&path, bytes).expect("written");
+        Command::new("gzip").arg("-c").arg(&path).output().expect("gzip runs").stdout
+    }
+
+    /// An ELF file with one program header for the note given, followed by `rest`.
+    fn elf(name: &[u8; 4], kind: u32, rest: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; 64 + 56];
+        bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        bytes[18] = 62;
+        bytes[32] = 64;
+        bytes[54] = 56;
+        bytes[56] = 1;
+        bytes[64] = 4;
+        bytes[72] = 120;
+        bytes[96] = 2 * 12 + 4 + 8 + 4 + 4;
+        // A note to step over, then the one asked for.
+        for (name, kind, desc) in [(b"GNU\0", 1, &[0; 8][..]), (name, kind, &[0; 4])] {
+            for word in [4, u32::try_from(desc.len()).expect("small"), kind] {
+                bytes.extend(word.to_le_bytes());
+            }
+            bytes.extend(name);
+            bytes.extend(desc);
+        }
+        bytes.extend(rest);
+        bytes
+    }
+
+    fn kernel() -> Vec<u8> {
+        let mut rest = b"Linux version %s\0Linux version 6.1.2-vvu (a@b) #1\n\0".to_vec();
+        rest.extend(b"IKCFG_ST");
+        rest.extend(gzip(b"CONFIG_PVH=y\n# CONFIG_X is not set\n"));
+        rest.extend(b"IKCFG_ED tail");
+        rest
+    }
+
+    fn bzimage(payload: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; 0x400];
+        bytes[0x1f1] = 1;
+        bytes[0x202..0x206].copy_from_slice(b"HdrS");
+        bytes[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
+        let length = u32::try_from(payload.len()).expect("small");
+        bytes[0x24c..0x250].copy_from_slice(&length.to_le_bytes());
+        bytes.extend(payload);
+        bytes
+    }
+
+    #[test]
+    fn a_vmlinux_tells_version_and_config() {
+        let image = inspect_bytes(&elf(b"Xen\0", PHYS32_ENTRY, &kernel())).expect("good");
+        assert_eq!(image.version, "6.1.2-vvu");
+        let config = image.config.expect("embedded");
+        assert_eq!(config.get("CONFIG_PVH").map(String::as_str), Some("y"));
+        assert_eq!(config.len(), 1);
+    }
+
+    #[test]
+    fn a_bzimage_is_unpacked_first() {
+        let mut payload = gzip(&elf(b"Xen\0", PHYS32_ENTRY, &kernel()));
+        payload.extend(1234_u32.to_le_bytes());
+        let image = inspect_bytes(&bzimage(&payload)).expect("good");
+        assert!(image.config.is_some());
+        let error = inspect_bytes(&bzimage(b"what?")).expect_err("unknown").to_string();
+        assert!(error.contains("give the vmlinux"), "{error}");
+    }
+
+    #[test]
+    fn pvh_needs_the_very_note() {
+        assert!(has_pvh_note(&elf(b"Xen\0", PHYS32_ENTRY, b"")));
+        assert!(!has_pvh_note(&elf(b"Xen\0", 17, b"")));
+        assert!(!has_pvh_note(&elf(b"GNU\0", PHYS32_ENTRY, b"")));
+        let error = inspect_bytes(&elf(b"Xen\0", 17, &kernel())).expect_err("refused").to_string();
+        assert!(error.contains("CONFIG_PVH=y"), "{error}");
+    }
+
+    #[test]
+    fn cut_and_odd_files_are_refused_without_a_panic() {
+        let whole = elf(b"Xen\0", PHYS32_ENTRY, b"");
+        for end in 0..whole.len() {
+            let mut cut = whole[..end].to_vec();
+            assert!(!has_pvh_note(&cut) || end >= whole.len() - 4);
+            // Sizes that point past the end.
+            cut.extend([0xff; 16]);
+            inspect_bytes(&cut).expect_err("no kernel in it");
+        }
+        inspect_bytes(b"").expect_err("empty");
+    }
+
+    #[test]
+    fn the_config_may_lie_beside() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("vmlinux");
+        fs::write(&path, elf(b"Xen\0", PHYS32_ENTRY, b"Linux version 5.10.1 (x)\n")).expect("written");
+        assert_eq!(inspect(&path).expect("good").config, None);
+        fs::write(dir.path().join("config-5.10.1"), "CONFIG_A=y\n").expect("written");
+        assert_eq!(inspect(&path).expect("good").config.expect("beside").len(), 1);
+    }
+}

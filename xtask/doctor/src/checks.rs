@@ -1,0 +1,360 @@
+//! The requirements, each with what was seen, what follows and what helps.
+
+use vvu_artifacts::accel::Kind;
+use vvu_artifacts::kernel;
+use vvu_artifacts::packages::{Brings, Package};
+use vvu_artifacts::qemu::{NEEDED_DEVICE, Origin, PROGRAM, Qemu};
+use vvu_testvm::memory::needed_mib;
+
+use super::host::{Host, Place};
+use super::{Requirement, Status};
+
+/// What the guests' programs are built for.
+pub(super) const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// RAM of the VMs of the scenario `block` in MiB, and their number.
+const BLOCK: (u64, usize) = (1024, 2);
+/// Room for a kernel's source and objects, in MiB, and for everything else in the cache.
+const BUILD_ROOM_MIB: u64 = 3 << 10;
+/// Room for the images and logs of a few runs, and for what cargo builds, in MiB.
+const RUN_ROOM_MIB: u64 = 1 << 10;
+/// Devices of QEMU that scenarios use beside [`NEEDED_DEVICE`].
+const DEVICES: [&str; 2] = ["virtio-iommu-pci", "vhost-user-blk-pci"];
+/// What getting anything from Debian takes.
+const APT: [&str; 2] = ["apt-get", "dpkg-deb"];
+
+/// All of them, in the order in which a person sees to them.
+pub(super) fn all(host: &Host) -> Vec<Requirement> {
+    let mut all = vec![machine(host), rust(host), target(host), nextest(host)];
+    all.extend(kernel::PACKAGES.iter().map(|package| self::package(host, package)));
+    all.extend([libc_static(host), apt(host), qemu(host)]);
+    all.extend([kernel(host), guest_tools(host), cache(host), cache_room(host), run_room(host)]);
+    all.extend([accelerator(host), kvm_permission(host), memory(host), shared_memory(host), limits(host)]);
+    all
+}
+
+fn met(id: impl Into<String>, evidence: impl Into<String>) -> Requirement {
+    Requirement { id: id.into(), status: Status::Ok, evidence: evidence.into(), consequence: None, fix: None }
+}
+
+fn unmet(
+    id: impl Into<String>,
+    status: Status,
+    evidence: impl Into<String>,
+    consequence: impl Into<String>,
+    fix: impl Into<String>,
+) -> Requirement {
+    let fix = Some(fix.into()).filter(|fix: &String| !fix.is_empty());
+    Requirement { status, consequence: Some(consequence.into()), fix, ..met(id, evidence) }
+}
+
+fn machine(host: &Host) -> Requirement {
+    if host.arch == "x86_64" {
+        return met("machine", host.arch);
+    }
+    unmet("machine", Status::Missing, host.arch, "the guests are x86-64 PCs", "use an x86-64 machine")
+}
+
+fn rust(host: &Host) -> Requirement {
+    let want = env!("CARGO_PKG_RUST_VERSION");
+    let consequence = "nothing can be built";
+    let fix = format!("install Rust {want} or later with rustup");
+    let Some(version) = host.answer("rustc", &["--version"]) else {
+        return unmet("rust", Status::Missing, "no rustc answers", consequence, fix);
+    };
+    let evidence = format!("{version}, want {want}");
+    if parse_version(&version) >= parse_version(&format!("rustc {want}")) {
+        met("rust", evidence)
+    } else {
+        unmet("rust", Status::Missing, evidence, consequence, fix)
+    }
+}
+
+/// Major and minor version of `rustc 1.95.0 (...)`.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.split_whitespace().nth(1)?.split('.').map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+/// Whether Rust has the standard library for [`TARGET`].
+pub(super) fn has_target(host: &Host) -> bool {
+    let dir = host.answer("rustc", &["--print", "target-libdir", "--target", TARGET]);
+    dir.is_some_and(|dir| std::path::Path::new(&dir).is_dir())
+}
+
+fn target(host: &Host) -> Requirement {
+    if has_target(host) {
+        return met("rust-target", TARGET);
+    }
+    let command = format!("rustup target add {TARGET}");
+    let status = if host.program("rustup").is_some() { Status::Unfinished } else { Status::Missing };
+    let consequence = "the programs of the guests cannot be built";
+    unmet("rust-target", status, format!("no standard library for {TARGET}"), consequence, command)
+}
+
+/// Whether `cargo nextest` runs.
+pub(super) fn has_nextest(host: &Host) -> bool {
+    host.answer("cargo-nextest", &["nextest", "--version"]).is_some()
+}
+
+fn nextest(host: &Host) -> Requirement {
+    if let Some(version) = host.answer("cargo-nextest", &["nextest", "--version"]) {
+        return met("nextest", version.lines().next().unwrap_or_default());
+    }
+    unmet(
+        "nextest",
+        Status::Worse,
+        "cargo-nextest is not installed",
+        "`cargo xtask test` cannot run; `cargo xtask e2e` can",
+        "cargo install cargo-nextest --locked, or doctor --fix",
+    )
+}
+
+fn package(host: &Host, package: &Package) -> Requirement {
+    let id = format!("package-{}", package.name);
+    let brings = match package.brings {
+        Brings::Program(name) => name,
+        Brings::File(path) => path,
+    };
+    if host.has(package.brings) {
+        return met(id, format!("{brings} is there"));
+    }
+    let (status, fix) = install(host, package.name);
+    unmet(id, status, format!("{brings} is not there"), "no kernel can be built", fix)
+}
+
+/// Who can install a package, and how.
+fn install(host: &Host, name: &str) -> (Status, String) {
+    let command = format!("apt-get install --no-install-recommends {name}");
+    if host.installs {
+        (Status::Unfinished, command)
+    } else if host.program("apt-get").is_some() {
+        (Status::Missing, format!("sudo {command}"))
+    } else {
+        (Status::Missing, format!("install {name} by the name your distribution has for it"))
+    }
+}
+
+/// The programs of the guests, busybox apart, are linked statically.
+fn libc_static(host: &Host) -> Requirement {
+    let path = host.answer("cc", &["-print-file-name=libc.a"]);
+    // A compiler that does not know the file answers with its bare name.
+    match path.filter(|path| path.contains('/') && std::path::Path::new(path).is_file()) {
+        Some(path) => met("libc-static", path),
+        None => {
+            let (status, fix) = install(host, "libc6-dev");
+            let consequence = "the programs of the guests cannot be linked";
+            unmet("libc-static", status, "the C compiler knows no libc.a", consequence, fix)
+        }
+    }
+}
+
+fn apt(host: &Host) -> Requirement {
+    let missing: Vec<_> = APT.into_iter().filter(|name| host.program(name).is_none()).collect();
+    if missing.is_empty() {
+        return met("apt", APT.join(" and "));
+    }
+    unmet(
+        "apt",
+        Status::Worse,
+        format!("no {}", missing.join(", no ")),
+        "nothing can be taken from Debian: QEMU, kernel source and missing packages",
+        "name what you have with --qemu and --kernel",
+    )
+}
+
+/// The files of the cache's sound entries of a kind.
+fn cached<'a>(host: &'a Host, kind: &'a str) -> impl Iterator<Item = &'a std::path::Path> {
+    let sound = host.cache.content.iter().filter(move |entry| entry.kind == kind && entry.damage.is_none());
+    sound.map(|entry| entry.files.as_path())
+}
+
+/// What can be had from Debian, or not.
+fn from_debian(host: &Host, fix: &str) -> (Status, String) {
+    if APT.into_iter().all(|name| host.program(name).is_some()) {
+        (
+            Status::Unfinished,
+            "the next run gets it from this machine's Debian mirror, or doctor --fix".to_owned(),
+        )
+    } else {
+        (Status::Missing, fix.to_owned())
+    }
+}
+
+fn qemu(host: &Host) -> Requirement {
+    let mut seen = Vec::new();
+    let system = host.program(PROGRAM).map(|path| Qemu::plain(path, Origin::System));
+    let unpacked = cached(host, "qemu").map(Qemu::from_root);
+    for qemu in system.into_iter().chain(unpacked) {
+        match qemu {
+            Err(error) => seen.push(format!("{error:#}")),
+            Ok(qemu) => {
+                let missing: Vec<_> = [NEEDED_DEVICE]
+                    .into_iter()
+                    .chain(DEVICES)
+                    .filter(|device| !qemu.probe_device(device))
+                    .collect();
+                let origin =
+                    if qemu.origin == Origin::System { "the system's" } else { "unpacked into the cache" };
+                if missing.is_empty() {
+                    let devices = DEVICES.join(", ");
+                    return met(
+                        "qemu",
+                        format!("QEMU {}, {origin}, has {NEEDED_DEVICE}, {devices}", qemu.version),
+                    );
+                }
+                seen.push(format!("QEMU {}, {origin}, has no {}", qemu.version, missing.join(", no ")));
+            }
+        }
+    }
+    if seen.is_empty() {
+        seen.push(format!("no {PROGRAM}, and none in the cache"));
+    }
+    let (status, fix) = from_debian(host, "install QEMU 10.1 or later, or name one with --qemu");
+    unmet("qemu", status, seen.join("; "), "no VM can be started", fix)
+}
+
+fn kernel(host: &Host) -> Requirement {
+    match cached(host, "kernel").count() {
+        0 => {
+            let (status, fix) =
+                from_debian(host, "name one with --kernel, or its source with --kernel-source");
+            unmet("kernel", status, "none is built", "the first run takes some minutes longer", fix)
+        }
+        count => met("kernel", format!("{count} in the cache")),
+    }
+}
+
+fn guest_tools(host: &Host) -> Requirement {
+    if cached(host, "guest-tools").next().is_some() {
+        return met("guest-tools", "busybox and lspci are in the cache");
+    }
+    let (status, fix) = from_debian(host, "run this once on a machine with apt and copy its cache");
+    unmet("guest-tools", status, "not in the cache", "no initramfs can be made", fix)
+}
+
+fn cache(host: &Host) -> Requirement {
+    let Place { path, writable, content, .. } = &host.cache;
+    if !writable {
+        return unmet(
+            "cache",
+            Status::Missing,
+            format!("{} cannot be written", path.display()),
+            "nothing can be kept",
+            "XDG_CACHE_HOME names another place",
+        );
+    }
+    let damaged: Vec<String> = content
+        .iter()
+        .filter_map(|entry| entry.damage.as_ref().map(|damage| format!("{}: {damage}", entry.kind)))
+        .collect();
+    if damaged.is_empty() {
+        let state = if content.is_empty() {
+            "empty".to_owned()
+        } else {
+            format!("{} entries, verified", content.len())
+        };
+        return met("cache", format!("{}: {state}", path.display()));
+    }
+    unmet(
+        "cache",
+        Status::Unfinished,
+        format!("{}: damaged: {}", path.display(), damaged.join("; ")),
+        "what is damaged is not used",
+        "the next run makes it again, or doctor --fix; `cargo xtask clean` removes all",
+    )
+}
+
+fn cache_room(host: &Host) -> Requirement {
+    let want = if cached(host, "kernel").next().is_some() { RUN_ROOM_MIB } else { BUILD_ROOM_MIB };
+    let fix = "free some, or let XDG_CACHE_HOME name another place";
+    room("cache-room", &host.cache, want, "kernel and QEMU do not fit", fix)
+}
+
+fn run_room(host: &Host) -> Requirement {
+    let fix = "free some, or let CARGO_TARGET_DIR name another place; `cargo xtask clean` removes old runs";
+    room("run-room", &host.runs, RUN_ROOM_MIB, "the images and logs of a run do not fit", fix)
+}
+
+fn room<T>(id: &str, place: &Place<T>, want_mib: u64, consequence: &str, fix: &str) -> Requirement {
+    let evidence = format!("{} MiB free for {}, want {want_mib} MiB", place.free_mib, place.path.display());
+    if !place.writable {
+        let evidence = format!("{} cannot be written", place.path.display());
+        unmet(id, Status::Missing, evidence, consequence, fix)
+    } else if place.free_mib < want_mib {
+        unmet(id, Status::Missing, evidence, consequence, fix)
+    } else {
+        met(id, evidence)
+    }
+}
+
+fn accelerator(host: &Host) -> Requirement {
+    let consequence = "the VMs are emulated (TCG): every scenario works, some times slower";
+    match &host.accelerator {
+        Ok(chosen) if chosen.kind == Kind::Kvm => met("accelerator", format!("kvm: {}", chosen.reason)),
+        Ok(chosen) => unmet(
+            "accelerator",
+            Status::Worse,
+            format!("tcg: {}", chosen.reason),
+            consequence,
+            "use a machine whose KVM is hardware's; `e2e --nested` tests the KVM path on this one",
+        ),
+        Err(error) => unmet("accelerator", Status::Worse, format!("{error:#}"), consequence, ""),
+    }
+}
+
+fn kvm_permission(host: &Host) -> Requirement {
+    match host.kvm_opens {
+        None => met("kvm-permission", "no /dev/kvm, so none is needed"),
+        Some(true) => met("kvm-permission", "/dev/kvm may be opened"),
+        Some(false) => unmet(
+            "kvm-permission",
+            Status::Worse,
+            "/dev/kvm may not be opened",
+            "KVM cannot be used, or tried",
+            "sudo usermod -aG kvm $USER, then log in again",
+        ),
+    }
+}
+
+fn memory(host: &Host) -> Requirement {
+    let want = needed_mib(BLOCK.0, BLOCK.1);
+    match &host.free_mib {
+        Ok(free) if *free >= want => met("memory", format!("{free} MiB free, want {want} MiB")),
+        Ok(free) => unmet(
+            "memory",
+            Status::Missing,
+            format!("{free} MiB free, want {want} MiB"),
+            "the scenario block does not start",
+            "end other programs, or lower memory_mib in a scenario of your own",
+        ),
+        Err(error) => {
+            unmet("memory", Status::Missing, format!("{error:#}"), "no scenario starts", "mount /proc")
+        }
+    }
+}
+
+fn shared_memory(host: &Host) -> Requirement {
+    match &host.memfd {
+        Ok(()) => met("shared-memory", "memfd of 1 GiB; /dev/shm is not used"),
+        Err(error) => unmet(
+            "shared-memory",
+            Status::Missing,
+            format!("memfd_create: {error:#}"),
+            "the VMs cannot share memory",
+            "allow memfd_create in the sandbox this runs in",
+        ),
+    }
+}
+
+fn limits(host: &Host) -> Requirement {
+    if host.low_limits.is_empty() {
+        return met("limits", "files, file size, address space, processes; no memory is locked on the host");
+    }
+    unmet(
+        "limits",
+        Status::Missing,
+        host.low_limits.join("; "),
+        "VMs may not start",
+        "raise them with ulimit, or in /etc/security/limits.conf",
+    )
+}

@@ -1,0 +1,6 @@
+//! Child processes, interruption and progress of the harness.
+
+pub mod children;
+pub mod interrupt;
+pub mod logged;
+pub mod progress;

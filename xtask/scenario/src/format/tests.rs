@@ -1,0 +1,189 @@
+use super::*;
+use vvu_testvm::vm::Slot;
+
+const MINIMAL: &str = r#"{
+    "name": "one", "description": "d",
+    "vms": {"device": {"memory_mib": 256}, "sibling": {"memory_mib": 256}},
+    "vvu": {"vvu": {}},
+    "disks": {"disk": {"size_mib": 1}},
+    "steps": [{"vm": "device", "run": "lspci -s {bdf}", "expect": {"stdout": "{bdf} (.*)"}, "save": "line"},
+              {"vm": "sibling", "run": "echo {line} {disk} {sha256} {capacity_sectors}"}]
+}"#;
+
+fn parse(text: &str) -> Result<Scenario> {
+    Scenario::parse(text, Path::new("/nonexistent"))
+}
+
+/// `MINIMAL` with `from` replaced by `to` must fail with all of `want` in the message.
+fn refused(from: &str, to: &str, want: &[&str]) {
+    assert!(MINIMAL.contains(from), "{from} is not in the sample");
+    let error = format!("{:#}", parse(&MINIMAL.replace(from, to)).expect_err(to));
+    for want in want {
+        assert!(error.contains(want), "{to}: {error:?} lacks {want:?}");
+    }
+}
+
+#[test]
+fn a_minimal_scenario_gets_its_defaults() {
+    let scenario = parse(MINIMAL).expect("valid");
+    assert_eq!(scenario.vvu["vvu"].addr, Addr::Fixed(Slot::DEFAULT));
+    assert_eq!(scenario.vms["device"].cpus, 1);
+    assert_eq!(scenario.memory_mib(), 512);
+    assert_eq!(scenario.steps[0].expect.exit, 0);
+    assert_eq!(scenario.steps[0].action(), Some(Action::Run("lspci -s {bdf}")));
+}
+
+#[test]
+fn a_vm_may_name_its_qemu_and_a_scenario_its_kernels_source() {
+    let text = MINIMAL
+        .replace(r#""sibling": {"#, r#""sibling": {"qemu": "debian-12", "#)
+        .replace(r#""device": {"#, r#""device": {"qemu": "debian-14", "#)
+        .replace(r#""name": "one""#, r#""name": "one", "kernel_source": "6.1""#);
+    let scenario = parse(&text).expect("valid");
+    assert_eq!(scenario.vms["sibling"].qemu.as_deref(), Some("debian-12"));
+    assert_eq!(scenario.kernel_source.as_deref(), Some("6.1"));
+}
+
+#[test]
+fn errors_name_the_json_path_and_what_is_wanted() {
+    refused(r#""size_mib": 1"#, r#""size_mib": "1""#, &["disks.disk.size_mib"]);
+    refused(r#""memory_mib": 256}, "s"#, r#""memory": 256}, "s"#, &["vms.device", "memory_mib"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"addr": "10.0"}"#, &["vvu.vvu.addr", "00:10.0"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"addr": "00:1f.0"}"#, &["vvu.vvu.addr", "01 to 1e"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"queues": 0}"#, &["vvu.vvu.queues"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"device_vm": "x"}"#, &["vvu.vvu", "\"x\"", "device, sibling"]);
+    refused(r#""vvu": {}"#, r#""vvu": {}, "b": {}"#, &["vvu.vvu.addr", "00:10.0"]);
+    refused(r#""vvu": {}"#, r#""vvu": {"frontend": {"kind": "x"}}"#, &["vvu.vvu.frontend.kind", "console"]);
+    let comma = r#""vvu": {"frontend": {"properties": {"a": "b,c"}}}"#;
+    refused(r#""vvu": {}"#, comma, &["vvu.vvu.frontend", "\"b,c\""]);
+    refused(
+        r#""memory_mib": 256}, "s"#,
+        r#""memory_mib": 256, "programs": ["x"]}, "s"#,
+        &["vms.device", "\"x\""],
+    );
+    let qemu = |name: &str| format!(r#""memory_mib": 256, "qemu": "{name}"}}, "s"#);
+    refused(r#""memory_mib": 256}, "s"#, &qemu("x"), &["vms.device.qemu", "\"x\"", "debian-12"]);
+    let old = qemu("debian-12");
+    refused(r#""memory_mib": 256}, "s"#, &old, &["vms.device.qemu", "vfio-user-pci", "debian-14"]);
+    refused(r#""name": "one""#, r#""kernel_source": "x", "name": "one""#, &["kernel_source", "newest"]);
+    refused(r#""name": "one""#, r#""kernel": ["../x"], "name": "one""#, &["at kernel", "../x"]);
+    refused(r#""size_mib": 1"#, r#""size_mib": 0"#, &["disks.disk", "size_mib"]);
+    refused(r#""size_mib": 1"#, r#""file": "no.img""#, &["disks.disk", "/nonexistent/no.img"]);
+    refused(r#""run": "lspci -s {bdf}""#, r#""run": "lspci {bfd}""#, &["steps[0]", "{bfd}", "{bdf}"]);
+    refused(r#""run": "lspci -s {bdf}""#, r#""run": "x", "start": true"#, &["steps[0]", "exactly one"]);
+    refused(r#""vm": "sibling", "run""#, r#""vm": "sib", "run""#, &["steps[1]", "\"sib\""]);
+    refused(r#""save": "line""#, r#""save": "line", "timeout_s": -1"#, &["steps[0].timeout_s"]);
+    refused("{bdf} (.*)", "(", &["steps[0]", "expect.stdout"]);
+    refused("{line}", "{later}", &["steps[1]", "{later}", "{line}"]);
+    refused(r#""name": "one""#, r#""name": "../one""#, &["at name"]);
+    refused(r#""vm": "sibling", "run""#, r#""run""#, &["steps[1]", "vm: missing"]);
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"kill_proxy": "x"}, {"vm": "sibling", "run""#,
+        &["steps[1]", "\"x\""],
+    );
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"start_proxy": "vvu"}, {"vm": "sibling", "run""#,
+        &["runs already"],
+    );
+    for (step, error) in [
+        (r#"{"trace": "x", "expect": {"stdout": "y"}}"#, "no vvu device is called \"x\""),
+        (r#"{"trace": "vvu"}"#, "want expect.stdout"),
+        (r#"{"trace": "vvu", "vm": "device", "expect": {"stdout": "y"}}"#, "on the host, in no VM"),
+    ] {
+        let with = format!(r#"{step}, {{"vm": "sibling", "run""#);
+        refused(r#"{"vm": "sibling", "run""#, &with, &["steps[1]", error]);
+    }
+    refused(r#""memory_mib": 256"#, r#""memory_mib": 256, "cpu": "max,+x""#, &["cpu: want the name"]);
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"vm": "sibling", "kill_vm": true}, {"vm": "sibling", "run""#,
+        &["steps[2]", "does not run"],
+    );
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"vm": "sibling", "start": true}, {"vm": "sibling", "start": true}, {"vm": "sibling", "run""#,
+        &["steps[2]", "runs already"],
+    );
+    refused(r#""save": "line""#, r#""measure": true"#, &["steps[0]", "measure"]);
+    refused(
+        r#"{"vm": "sibling", "run""#,
+        r#"{"vm": "sibling", "kill": "x", "signal": "STOP"}, {"vm": "sibling", "run""#,
+        &["steps[1].signal", "TERM"],
+    );
+    refused("]\n}", "]\n} x", &["after the scenario"]);
+}
+
+/// `MINIMAL` with a repeat before its last step.
+fn with_repeat(times: u32, steps: &str) -> String {
+    let repeat = format!(r#"{{"check": "c", "repeat": {{"times": {times}, "steps": [{steps}]}}}}, "#);
+    MINIMAL.replace(r#"{"vm": "sibling", "run""#, &format!(r#"{repeat}{{"vm": "sibling", "run""#))
+}
+
+#[test]
+fn a_repeat_is_unrolled() {
+    let text = with_repeat(
+        3,
+        r#"{"vm": "sibling", "run": "echo {round}"}, {"check": "d", "vm": "device", "run": "x"}"#,
+    );
+    let scenario = parse(&text).expect("valid");
+    let steps = scenario.unrolled(u32::MAX);
+    let shape: Vec<_> =
+        steps.iter().map(|placed| (placed.path.as_str(), placed.check, placed.round)).collect();
+    let (one, two) = ("steps[1].repeat.steps[0]", "steps[1].repeat.steps[1]");
+    let rounds = (1..=3).flat_map(|round| [(one, Some("c"), Some(round)), (two, Some("d"), Some(round))]);
+    let mut want = vec![("steps[0]", None, None)];
+    want.extend(rounds);
+    want.push(("steps[2]", None, None));
+    assert_eq!(shape, want);
+    assert_eq!(scenario.unrolled(1).len(), 4);
+}
+
+#[test]
+fn every_round_of_a_repeat_must_be_possible() {
+    let refused = |times, steps: &str, want: &str| {
+        let error = format!("{:#}", parse(&with_repeat(times, steps)).expect_err(steps));
+        assert!(error.contains(want), "{error:?} lacks {want:?}");
+    };
+    parse(&with_repeat(2, r#"{"vm": "device", "kill_vm": true}, {"vm": "device", "start": true}"#))
+        .expect_err("a VM with a start does not run before");
+    refused(2, r#"{"kill_proxy": "vvu"}"#, "at steps[1].repeat.steps[0], round 2");
+    parse(&with_repeat(1, r#"{"kill_proxy": "vvu"}"#)).expect("once");
+    parse(&with_repeat(2, r#"{"kill_proxy": "vvu"}, {"start_proxy": "vvu"}"#)).expect("and again");
+    refused(0, r#"{"vm": "device", "run": "x"}"#, "steps[1].repeat: times: 0");
+    refused(1, "", "steps: want at least one");
+    refused(1, r#"{"repeat": {"times": 1, "steps": []}}"#, "a repeat cannot hold another");
+    let text = MINIMAL.replace("{line} {disk}", "{round}");
+    assert!(format!("{:#}", parse(&text).expect_err("no round")).contains("{round}"));
+}
+
+#[test]
+fn a_disk_file_must_be_a_whole_number_of_sectors() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("odd.img");
+    std::fs::write(&path, [0; 700]).expect("written");
+    let text = MINIMAL.replace(r#""size_mib": 1"#, r#""file": "odd.img""#);
+    let error = format!("{:#}", Scenario::parse(&text, dir.path()).expect_err("odd size"));
+    assert!(error.contains("700 bytes") && error.contains("multiple of 512"), "{error}");
+
+    std::fs::write(&path, [0; 1024]).expect("written");
+    Scenario::parse(&text, dir.path()).expect("two sectors");
+
+    let text = MINIMAL.replace(r#""size_mib": 1"#, r#""file": ".""#);
+    let error = format!("{:#}", Scenario::parse(&text, dir.path()).expect_err("a directory"));
+    assert!(error.contains("not a regular file"), "{error}");
+}
+
+#[test]
+fn an_unknown_scenario_is_answered_with_those_there_are() {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::write(dir.path().join("one.json"), MINIMAL).expect("written");
+    assert_eq!(find(dir.path(), "one").expect("there").name, "one");
+    let error = find(dir.path(), "two").expect_err("not there").to_string();
+    assert!(error.contains("\"two\"") && error.contains("known are one"), "{error}");
+
+    std::fs::write(dir.path().join("other.json"), MINIMAL).expect("written");
+    let error = list(dir.path()).expect_err("misnamed").to_string();
+    assert!(error.contains("other.json") && error.contains("\"one\""), "{error}");
+}

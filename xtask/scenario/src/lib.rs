@@ -1,0 +1,14 @@
+//! End-to-end scenarios: their format, their runs and their reports.
+
+pub mod compatibility;
+pub mod format;
+pub mod matrix;
+pub mod report;
+pub mod run;
+
+/// Whether `text` is a valid scenario file; for the fuzz target.
+#[cfg(fuzzing)]
+#[must_use]
+pub fn is_scenario(text: &str) -> bool {
+    format::Scenario::parse(text, std::path::Path::new(".")).is_ok()
+}

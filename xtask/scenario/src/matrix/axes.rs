@@ -1,0 +1,307 @@
+//! The format of `scenarios/matrix/NAME.json`, and the scenarios that it makes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::cover::Coverage;
+use crate::format::Scenario;
+
+/// Most combinations that a matrix may have: choosing among them takes a while.
+const MAX_COMBINATIONS: usize = 10_000;
+const MAX_NAME: usize = 32;
+
+/// A matrix file.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Matrix {
+    /// Name of the scenario that is varied, and of the file without `.json`.
+    scenario: String,
+    /// In what ways.
+    pub(super) axes: Vec<Axis>,
+    /// What cannot be.
+    #[serde(default)]
+    pub(super) impossible: Vec<Impossible>,
+}
+
+/// Values that cannot be together.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Impossible {
+    /// The values by axis.
+    pub(super) values: BTreeMap<String, String>,
+    /// Why not.
+    pub(super) because: String,
+}
+
+/// One thing that varies.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Axis {
+    /// What it is.
+    pub(super) name: String,
+    /// How it can be; the first is the default.
+    pub(super) values: Vec<Choice>,
+}
+
+/// A value of an axis.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Choice {
+    /// What it is called.
+    pub(super) name: String,
+    /// What it changes in the scenario: a JSON merge patch (RFC 7396).
+    #[serde(default = "no_patch")]
+    patch: Value,
+    /// Steps that it puts before the scenario's.
+    #[serde(default)]
+    steps: Vec<Value>,
+}
+
+/// A variant of the scenario.
+pub struct Cell {
+    /// The number of its value of each axis.
+    pub(super) values: Vec<usize>,
+    /// The text of its scenario file.
+    pub(super) text: String,
+    /// The same, checked.
+    pub scenario: Scenario,
+}
+
+impl Matrix {
+    /// Reads the matrix of the scenario `name` and makes its cells, all of them checked. `dir` has the scenarios.
+    ///
+    /// # Errors
+    ///
+    /// The scenario has no matrix, or a file or a cell is not as it must be; the message says which and where.
+    pub fn load(dir: &Path, name: &str, coverage: Coverage) -> Result<(Self, Vec<Cell>)> {
+        // For the message when there is no such scenario.
+        crate::format::find(dir, name)?;
+        let path = dir.join("matrix").join(format!("{name}.json"));
+        let text = fs::read_to_string(&path)
+            .with_context(|| format!("{name} has no matrix: cannot read {}", path.display()))?;
+        let scenario = dir.join(format!("{name}.json"));
+        let base = fs::read_to_string(&scenario)
+            .with_context(|| format!("cannot read the scenario {}", scenario.display()))?;
+        let matrix =
+            Self::parse(&text, name).with_context(|| format!("{} is not a valid matrix", path.display()))?;
+        let cells = matrix.cells(&base, dir, coverage)?;
+        Ok((matrix, cells))
+    }
+
+    fn parse(text: &str, name: &str) -> Result<Self> {
+        let mut json = serde_json::Deserializer::from_str(text);
+        let matrix: Matrix = serde_path_to_error::deserialize(&mut json)
+            .map_err(|error| anyhow!("at {}: {}", error.path(), error.inner()))?;
+        json.end().context("after the matrix")?;
+        ensure!(
+            matrix.scenario == name,
+            "at scenario: {:?}: want {name:?}, as its file is called",
+            matrix.scenario
+        );
+        check_names(matrix.axes.iter().map(|axis| &axis.name)).context("at axes")?;
+        for (index, axis) in matrix.axes.iter().enumerate() {
+            ensure!(!axis.values.is_empty(), "at axes[{index}].values: want at least one");
+            check_names(axis.values.iter().map(|value| &value.name))
+                .with_context(|| format!("at axes[{index}].values"))?;
+            let odd = axis.values.iter().position(|value| !value.patch.is_object());
+            ensure!(
+                odd.is_none(),
+                "at axes[{index}].values[{}].patch: want an object",
+                odd.unwrap_or_default()
+            );
+        }
+        for (index, impossible) in matrix.impossible.iter().enumerate() {
+            matrix
+                .check_impossible(&impossible.values)
+                .with_context(|| format!("at impossible[{index}].values"))?;
+        }
+        let combinations = matrix.sizes().iter().fold(1_usize, |product, size| product.saturating_mul(*size));
+        ensure!(
+            combinations <= MAX_COMBINATIONS,
+            "at axes: {combinations} combinations: want at most {MAX_COMBINATIONS}"
+        );
+        Ok(matrix)
+    }
+
+    fn check_impossible(&self, values: &BTreeMap<String, String>) -> Result<()> {
+        for (name, value) in values {
+            let axis = self.axes.iter().find(|axis| axis.name == *name);
+            let known = axis.is_some_and(|axis| axis.values.iter().any(|choice| choice.name == *value));
+            ensure!(known, "no axis {name:?} has a value {value:?}");
+        }
+        let defaults = vec![0; self.axes.len()];
+        ensure!(!self.all_in(values, &defaults), "the defaults must be possible");
+        Ok(())
+    }
+
+    /// Whether a cell has all of `values`.
+    fn all_in(&self, values: &BTreeMap<String, String>, cell: &[usize]) -> bool {
+        let named = self.axes.iter().zip(self.choices(cell));
+        named.filter(|(axis, choice)| values.get(&axis.name) == Some(&choice.name)).count() == values.len()
+    }
+
+    fn sizes(&self) -> Vec<usize> {
+        self.axes.iter().map(|axis| axis.values.len()).collect()
+    }
+
+    /// The cells of the scenario whose text is `base`.
+    fn cells(&self, base: &str, dir: &Path, coverage: Coverage) -> Result<Vec<Cell>> {
+        let base: Value = serde_json::from_str(base).context("the scenario is no JSON")?;
+        let possible =
+            |cell: &[usize]| !self.impossible.iter().any(|impossible| self.all_in(&impossible.values, cell));
+        let cells = coverage.cells(&self.sizes(), possible).into_iter().enumerate();
+        cells.map(|(index, values)| self.cell(&base, dir, index + 1, values)).collect()
+    }
+
+    fn cell(&self, base: &Value, dir: &Path, number: usize, values: Vec<usize>) -> Result<Cell> {
+        let mut json = base.clone();
+        let mut steps = Vec::new();
+        for choice in self.choices(&values) {
+            json_patch::merge(&mut json, &choice.patch);
+            steps.extend(choice.steps.iter().cloned());
+        }
+        if let Some(own) = json["steps"].as_array() {
+            steps.extend(own.iter().cloned());
+        }
+        let description = self.describe(&values);
+        json["name"] = format!("{}-{number:02}", self.scenario).into();
+        json["description"] = description.as_str().into();
+        json["steps"] = steps.into();
+        let text = serde_json::to_string_pretty(&json).context("cannot write a cell's scenario")?;
+        let scenario = Scenario::parse(&text, dir)
+            .with_context(|| format!("cell {number} ({description}) is not a valid scenario"))?;
+        Ok(Cell { values, text, scenario })
+    }
+
+    fn choices(&self, values: &[usize]) -> impl Iterator<Item = &Choice> {
+        self.axes.iter().zip(values).filter_map(|(axis, value)| axis.values.get(*value))
+    }
+
+    /// A cell's values in a line.
+    fn describe(&self, values: &[usize]) -> String {
+        let named = self.axes.iter().zip(self.choices(values));
+        named.map(|(axis, choice)| format!("{} {}", axis.name, choice.name)).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The names of a cell's values.
+    pub(super) fn names(&self, values: &[usize]) -> Vec<String> {
+        self.choices(values).map(|choice| choice.name.clone()).collect()
+    }
+}
+
+fn no_patch() -> Value {
+    Value::Object(serde_json::Map::new())
+}
+
+fn check_names<'a>(names: impl Iterator<Item = &'a String>) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for name in names {
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_.".contains(&byte);
+        ensure!(
+            (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(plain),
+            "{name:?} is not a name: want lower-case letters, digits, -, _ and ., at most {MAX_NAME}"
+        );
+        ensure!(seen.insert(name), "{name:?} is there twice");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vvu_artifacts::workspace;
+
+    const BASE: &str = r#"{"name": "s", "description": "", "vms": {"one": {"memory_mib": 128, "cpus": 2}},
+        "steps": [{"vm": "one", "power_off": true}]}"#;
+    const MATRIX: &str = r#"{"scenario": "s", "axes": [
+        {"name": "memory", "values": [{"name": "small"},
+            {"name": "large", "patch": {"vms": {"one": {"memory_mib": 256, "cpus": null}}}}]},
+        {"name": "look", "values": [{"name": "no"},
+            {"name": "yes", "steps": [{"check": "looked", "vm": "one", "run": "true"}]}]}]}"#;
+
+    #[test]
+    fn patches_are_merged_and_steps_come_first() {
+        let matrix = Matrix::parse(MATRIX, "s").expect("valid");
+        let cells = matrix.cells(BASE, Path::new("."), Coverage::All).expect("valid");
+        let shape: Vec<_> = cells
+            .iter()
+            .map(|cell| {
+                let vm = &cell.scenario.vms["one"];
+                (cell.scenario.name.as_str(), vm.memory_mib, vm.cpus, cell.scenario.steps.len())
+            })
+            .collect();
+        assert_eq!(
+            shape,
+            [("s-01", 128, 2, 1), ("s-02", 128, 2, 2), ("s-03", 256, 1, 1), ("s-04", 256, 1, 2)]
+        );
+        assert_eq!(cells[3].scenario.description, "memory large, look yes");
+        assert_eq!(cells[3].scenario.steps[0].check.as_deref(), Some("looked"));
+        assert_eq!(matrix.names(&cells[1].values), ["small", "yes"]);
+        Scenario::parse(&cells[3].text, Path::new(".")).expect("its text is a scenario file");
+    }
+
+    #[test]
+    fn what_is_impossible_is_left_out() {
+        let impossible = |values: &str| {
+            let text = format!(r#""impossible": [{{"values": {values}, "because": "x"}}], "axes""#);
+            Matrix::parse(&MATRIX.replace(r#""axes""#, &text), "s")
+        };
+        let matrix = impossible(r#"{"memory": "large", "look": "yes"}"#).expect("valid");
+        assert_eq!(matrix.cells(BASE, Path::new("."), Coverage::All).expect("valid").len(), 3);
+        for (values, want) in
+            [(r#"{"memory": "huge"}"#, "huge"), ("{}", "defaults"), (r#"{"look": "no"}"#, "defaults")]
+        {
+            let error = format!("{:#}", impossible(values).expect_err(values));
+            assert!(error.contains("at impossible[0].values") && error.contains(want), "{error}");
+        }
+    }
+
+    #[test]
+    fn errors_name_the_place() {
+        for (from, to, want) in [
+            (r#""scenario": "s""#, r#""scenario": "t""#, "at scenario"),
+            (r#""name": "look""#, r#""name": "memory""#, "\"memory\" is there twice"),
+            (r#""name": "yes""#, r#""name": "<b>""#, "at axes[1].values: \"<b>\""),
+            (r#""name": "yes", "steps""#, r#""name": "yes", "step""#, "axes[1].values[1]"),
+            (r#""name": "small""#, r#""name": "small", "patch": []"#, "axes[0].values[0].patch"),
+        ] {
+            assert!(MATRIX.contains(from), "{from}");
+            let error = format!("{:#}", Matrix::parse(&MATRIX.replace(from, to), "s").expect_err(to));
+            assert!(error.contains(want), "{to}: {error}");
+        }
+        let matrix = Matrix::parse(&MATRIX.replace("256", "1"), "s").expect("a matrix");
+        let error = matrix.cells(BASE, Path::new("."), Coverage::Pairs).err().expect("no scenario");
+        let error = format!("{error:#}");
+        assert!(error.contains("cell 2 (memory large, look yes)") && error.contains("vms.one"), "{error}");
+        let axis = |number: usize| {
+            let values =
+                (0..8).map(|value| format!(r#"{{"name": "{value}"}}"#)).collect::<Vec<_>>().join(",");
+            format!(r#"{{"name": "{number}", "values": [{values}]}}"#)
+        };
+        let axes = (0..5).map(axis).collect::<Vec<_>>().join(",");
+        let error =
+            Matrix::parse(&format!(r#"{{"scenario": "s", "axes": [{axes}]}}"#), "s").expect_err("large");
+        assert!(format!("{error:#}").contains("32768 combinations"), "{error:#}");
+    }
+
+    #[test]
+    fn every_cell_of_every_matrix_is_a_valid_scenario() {
+        let dir = workspace().join("scenarios");
+        let mut seen = 0;
+        for entry in fs::read_dir(dir.join("matrix")).expect("there") {
+            let path = entry.expect("readable").path();
+            let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+            let (_, cells) = Matrix::load(&dir, &name, Coverage::All).expect("valid");
+            assert!(!cells.is_empty());
+            seen += 1;
+        }
+        assert!(seen > 0);
+        let error = Matrix::load(&dir, "console", Coverage::Pairs).err().expect("it has none");
+        assert!(format!("{error:#}").contains("console has no matrix"), "{error:#}");
+    }
+}

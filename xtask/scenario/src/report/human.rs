@@ -1,0 +1,85 @@
+//! The report for people: a table of checks, then where to look.
+
+use std::fmt::Write;
+
+use vvu_testvm::facts::Outcome;
+
+use super::{CheckResult, Report};
+
+/// Evidence is cut to this many characters; all of it is in `report.json`.
+const EVIDENCE_WIDTH: usize = 96;
+
+/// The checks with their evidence and one line of sums.
+pub fn table(report: &Report) -> String {
+    let width = report.checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for check in &report.checks {
+        let mark = match check.result {
+            CheckResult::Pass => "ok  ",
+            CheckResult::Fail => "FAIL",
+            CheckResult::Skip => "skip",
+        };
+        let failed = check.result == CheckResult::Fail;
+        let evidence = if failed { indented(&check.evidence) } else { shortened(&check.evidence) };
+        line(&mut text, format_args!("  {mark}  {:width$}  {evidence}", check.name));
+    }
+    let mut sums =
+        format!("{} {} in {:.1} s", report.scenario, verdict(report.result), report.totals.seconds);
+    if let Some(seconds) = report.totals.launch_to_vda_seconds {
+        let _ = write!(sums, ", launch to /dev/vda {seconds:.1} s");
+    }
+    if let (Some(bare), Some(ratio)) = (report.totals.bare_boot_seconds, report.totals.ratio_to_bare_boot) {
+        let _ = write!(sums, " = {ratio:.1} bare boots of {bare:.2} s");
+    }
+    if let Some(accelerator) = &report.accelerator {
+        let _ = write!(sums, ", {}", accelerator.used);
+    }
+    for (name, value) in &report.measurements {
+        let _ = write!(sums, ", {name} {value}");
+    }
+    line(&mut text, format_args!("{sums}"));
+    text
+}
+
+/// Several scenarios, each in a line, and their sum.
+pub fn summary(reports: &[Report]) -> String {
+    let width = reports.iter().map(|report| report.scenario.len()).max().unwrap_or(0);
+    let mut text = String::from("\n");
+    for Report { scenario, result, totals, .. } in reports {
+        line(&mut text, format_args!("{scenario:width$}  {:13}  {:6.1} s", verdict(*result), totals.seconds));
+    }
+    let passed = reports.iter().filter(|report| report.result == Outcome::Pass).count();
+    let seconds: f64 = reports.iter().map(|report| report.totals.seconds).sum();
+    line(&mut text, format_args!("{passed} of {} passed in {seconds:.1} s", reports.len()));
+    text
+}
+
+/// An outcome in words.
+pub fn verdict(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Pass => "passed",
+        Outcome::Fail => "FAILED",
+        Outcome::Error => "could not run",
+        Outcome::Interrupted => "interrupted",
+    }
+}
+
+fn line(text: &mut String, line: std::fmt::Arguments<'_>) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "{line}");
+}
+
+/// The last line of `evidence`, which tells most, cut to the width.
+fn shortened(evidence: &str) -> String {
+    let last = evidence.trim().lines().next_back().unwrap_or_default();
+    if last.chars().count() <= EVIDENCE_WIDTH {
+        return last.to_owned();
+    }
+    let cut: String = last.chars().take(EVIDENCE_WIDTH - 2).collect();
+    format!("{cut} …")
+}
+
+/// All of `evidence`, its further lines set in.
+fn indented(evidence: &str) -> String {
+    evidence.trim().replace('\n', "\n        ")
+}

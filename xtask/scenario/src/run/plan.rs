@@ -1,0 +1,186 @@
+//! A scenario with every address and path settled, before anything is started.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::format::{Action, Scenario};
+use vvu_testvm::rundir::{RunDir, SocketDir};
+use vvu_testvm::vm::args::{Config, Device};
+use vvu_testvm::vm::{Addr, Iommu, ProxyPlan, Slot};
+
+/// What is going to be started.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// The proxies by vvu device.
+    pub proxies: BTreeMap<String, ProxyPlan>,
+    /// The VMs by name.
+    pub vms: BTreeMap<String, Config>,
+}
+
+impl Plan {
+    /// Settles addresses and paths of `scenario`.
+    ///
+    /// # Errors
+    ///
+    /// A device VM has more devices than its bus has slots.
+    pub(super) fn new(scenario: &Scenario, run: &RunDir, sockets: &SocketDir) -> Result<Self> {
+        let slots = settle(scenario)?;
+        let mut proxies = BTreeMap::new();
+        for (name, vvu) in &scenario.vvu {
+            let sibling = &vvu.sibling_vm;
+            let first = scenario.vvu_of_sibling(sibling).next().map_or(name.as_str(), |(first, _)| first);
+            let memory_mib = scenario.vms.get(sibling).map_or(0, |vm| vm.memory_mib);
+            let proxy = ProxyPlan {
+                slot: slots[name.as_str()],
+                vfio_user: sockets.socket(&format!("{name}.vfio")),
+                vhost_user: sockets.socket(&format!("{name}.vhost")),
+                memory_link: sockets.socket(&format!("{first}.mem")),
+                memory_mib: (first == name).then_some(memory_mib),
+                huge_pages: scenario.vms.get(sibling).is_some_and(|vm| vm.huge_pages),
+                trace: Some(run.file(&format!("trace-{name}.jsonl"))),
+                queues: vvu.frontend.vhost_queues(vvu.queues),
+            };
+            proxies.insert(name.clone(), proxy);
+        }
+        let mut vms = BTreeMap::new();
+        for (name, spec) in &scenario.vms {
+            let back_ends: Vec<_> = scenario.vvu_of_device(name).collect();
+            let front_ends: Vec<_> = scenario.vvu_of_sibling(name).collect();
+            // VFIO in a device VM needs an IOMMU.
+            let iommu = spec.iommu.or((!back_ends.is_empty()).then_some(Iommu::Virtio));
+            let vvu = back_ends.iter().map(|(vvu, _)| Device::Vvu {
+                slot: proxies[*vvu].slot,
+                socket: text(&proxies[*vvu].vfio_user),
+            });
+            let mut siblings = Vec::new();
+            for (vvu, spec) in &front_ends {
+                let taken: Vec<_> = back_ends.iter().map(|(vvu, _)| proxies[*vvu].slot).collect();
+                let slot = Slot::first_free(|slot| {
+                    taken.contains(&slot) || siblings.iter().any(|device: &Device| device.slot() == slot)
+                });
+                siblings.push(Device::VhostUser {
+                    slot: slot.with_context(|| format!("no PCI slot of {name:?} is left for {vvu:?}"))?,
+                    socket: text(&proxies[*vvu].vhost_user),
+                    frontend: spec.frontend.clone(),
+                    queues: spec.queues,
+                    reconnect_ms: spec.reconnect_ms,
+                });
+            }
+            let config = Config {
+                name: name.clone(),
+                qemu: spec.qemu.clone(),
+                memory_mib: spec.memory_mib,
+                cpus: spec.cpus,
+                cpu_model: spec.cpu.clone(),
+                memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
+                iommu,
+                devices: vvu.chain(siblings).collect(),
+                cmdline: spec.cmdline.clone(),
+                reboots: scenario.has(name, Action::Reboot),
+            };
+            vms.insert(name.clone(), config);
+        }
+        Ok(Self { proxies, vms })
+    }
+
+    /// Every path that must be gone after the run.
+    pub(super) fn transient(&self) -> Vec<PathBuf> {
+        let sockets = self.proxies.values().flat_map(|proxy| [&proxy.vfio_user, &proxy.vhost_user]);
+        let makers = self.proxies.values().filter(|proxy| proxy.memory_mib.is_some());
+        sockets.chain(makers.map(|proxy| &proxy.memory_link)).cloned().collect()
+    }
+}
+
+/// A slot for each vvu device.
+fn settle(scenario: &Scenario) -> Result<BTreeMap<&str, Slot>> {
+    let mut slots = BTreeMap::new();
+    let mut taken = BTreeSet::new();
+    // Fixed addresses first, so that "auto" does not take one away.
+    for (name, vvu) in &scenario.vvu {
+        if let Addr::Fixed(slot) = vvu.addr {
+            slots.insert(name.as_str(), slot);
+            taken.insert((vvu.device_vm.as_str(), slot));
+        }
+    }
+    for (name, vvu) in &scenario.vvu {
+        if vvu.addr == Addr::Auto {
+            let vm = vvu.device_vm.as_str();
+            let slot = Slot::first_free(|slot| taken.contains(&(vm, slot)))
+                .with_context(|| format!("no PCI slot of {vm:?} is left for {name:?}"))?;
+            slots.insert(name, slot);
+            taken.insert((vm, slot));
+        }
+    }
+    Ok(slots)
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vvu_testvm::vm::Frontend;
+
+    fn plan(text: &str) -> Plan {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("s.json");
+        std::fs::write(&file, text).expect("written");
+        let scenario = Scenario::load(&file).expect("valid");
+        let run = RunDir::create(dir.path(), "s").expect("a run directory");
+        Plan::new(&scenario, &run, &SocketDir::for_run(&run).expect("a directory")).expect("settled")
+    }
+
+    #[test]
+    fn proxies_and_vms_of_several_devices_fit_together() {
+        let plan = plan(
+            r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 512, "iommu": "amd-iommu"},
+                "one": {"memory_mib": 1024}, "two": {"memory_mib": 128}, "bare": {"memory_mib": 64}},
+                "vvu": {"a": {"sibling_vm": "one", "addr": "auto"}, "b": {"sibling_vm": "two", "queues": 2}},
+                "steps": [{"vm": "bare", "power_off": true}]}"#,
+        );
+        assert_eq!(plan.proxies["b"].slot, Slot::DEFAULT);
+        assert_eq!(plan.proxies["a"].slot.to_string(), "0000:00:11.0");
+        assert_eq!(plan.proxies["a"].memory_mib, Some(1024));
+        let link = plan.proxies["a"].memory_link.display().to_string();
+        assert_eq!(plan.vms["one"].memory_file, Some(link.clone()));
+        assert_eq!(plan.vms["one"].iommu, None);
+        assert_eq!(plan.vms["bare"].memory_file, None);
+        assert_eq!(plan.vms["device"].iommu, Some(Iommu::Amd));
+        assert_eq!(plan.vms["device"].devices.len(), 2);
+        let socket = plan.proxies["b"].vhost_user.display().to_string();
+        let frontend = Frontend::default();
+        let want = Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, queues: 2, reconnect_ms: 0 };
+        assert_eq!(plan.vms["two"].devices, [want]);
+        assert_eq!(plan.transient().len(), 6);
+        let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");
+        assert!(words.starts_with("/v/vvu proxy --vfio-user /"), "{words}");
+        assert!(
+            words.contains(&format!("--memory-size 1024M --memory-link {link} --queues 1 --trace ")),
+            "{words}"
+        );
+    }
+
+    #[test]
+    fn devices_of_one_sibling_share_its_memory_file() {
+        let plan = plan(
+            r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 512}, "sibling": {"memory_mib": 256}},
+                "vvu": {"a": {}, "b": {"addr": "auto", "queues": 2, "frontend": {"kind": "net"}}},
+                "steps": [{"vm": "device", "power_off": true}]}"#,
+        );
+        let (a, b) = (&plan.proxies["a"], &plan.proxies["b"]);
+        assert_eq!((a.memory_mib, b.memory_mib), (Some(256), None));
+        assert_eq!(a.memory_link, b.memory_link);
+        let words = b.words(Path::new("vvu")).join(" ");
+        assert!(
+            words.contains(&format!("--memory {} --queues 4 --trace /", a.memory_link.display())),
+            "{words}"
+        );
+        let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().qemu()).collect();
+        assert_eq!(slots, ["10.0", "11.0"]);
+        assert_eq!(plan.transient().len(), 5);
+    }
+}

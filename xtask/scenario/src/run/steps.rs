@@ -1,0 +1,366 @@
+//! Carries out a scenario's steps on its running VMs.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Error, Result, bail};
+use regex::Regex;
+use vvu_init::protocol::{End, Exit};
+
+use crate::format::{Action, Placed, ROUND, Scenario, Step, Values};
+use crate::report::{Check, CheckResult};
+use vvu_process::interrupt;
+use vvu_process::progress::{Progress, Stage};
+use vvu_testvm::vm::proxy::Proxy;
+use vvu_testvm::vm::{Vm, ending, printed};
+
+/// The check whose time is in the report's sums.
+const VDA_CHECK: &str = "vda-appears";
+
+/// The measurement that counts what was taken away by force.
+const FAULTS: &str = "faults_injected";
+
+/// Starts, or finds, what has this name.
+pub(super) type Launch<'a, T> = Box<dyn Fn(&str) -> Result<T> + 'a>;
+
+/// Numbers for the report, by name.
+pub(super) type Measurements = BTreeMap<String, f64>;
+
+/// Everything that runs.
+pub(super) struct Running<'a> {
+    /// The VMs by name; one that has ended is gone.
+    pub vms: BTreeMap<String, Vm>,
+    /// The proxies by vvu device; one that was killed is gone.
+    pub proxies: BTreeMap<String, Proxy>,
+    /// Starts a VM.
+    pub launch: Launch<'a, Vm>,
+    /// Starts the proxy of a vvu device and waits until it listens.
+    pub launch_proxy: Launch<'a, Proxy>,
+    /// Reads the messages of a vvu device so far.
+    pub trace: Launch<'a, String>,
+    /// When the first VM was started.
+    pub launched: Option<Instant>,
+    /// The placeholders' values.
+    pub values: Values,
+    /// What was measured so far.
+    pub measurements: Measurements,
+    /// How much longer than at native speed things may take.
+    pub slowness: u32,
+}
+
+/// What came of the steps.
+#[derive(Debug, Default)]
+pub(super) struct Done {
+    /// One for each check of the scenario.
+    pub checks: Vec<Check>,
+    /// From the launch of the first VM to the check `vda-appears`, in seconds.
+    pub launch_to_vda: Option<f64>,
+    /// Why a step that belongs to no check failed.
+    pub error: Option<Error>,
+}
+
+/// Carries out all steps until one fails. `before_end` is called before the VMs that are left are shut down.
+pub(super) fn carry_out(
+    scenario: &Scenario,
+    running: &mut Running<'_>,
+    progress: &Progress,
+    before_end: &mut dyn FnMut(&mut Running<'_>) -> Result<()>,
+) -> Done {
+    let steps = scenario.unrolled(u32::MAX);
+    let is_work = |placed: &Placed<'_>| placed.step.action() != Some(Action::PowerOff);
+    let end = steps.iter().rposition(is_work).map_or(0, |last| last + 1);
+    let mut done = Done { checks: planned(&steps), ..Done::default() };
+    let mut stage: Option<(&str, Stage)> = None;
+    for (index, placed) in steps.iter().enumerate() {
+        if index == end {
+            if let Some((last, stage)) = stage.take() {
+                stage.done(evidence_of(&done.checks, last));
+            }
+            done.error = before_end(running).err();
+            if done.error.is_some() {
+                return done;
+            }
+        }
+        let name = placed.check.unwrap_or("boot");
+        stage = match stage {
+            Some((last, stage)) if last == name => Some((last, stage)),
+            last => {
+                if let Some((last, stage)) = last {
+                    stage.done(evidence_of(&done.checks, last));
+                }
+                Some((name, progress.stage(name)))
+            }
+        };
+        running.enter(placed.round);
+        if let (Some((_, stage)), Some(action)) = (&stage, placed.step.action()) {
+            let text = action.to_string();
+            let place = placed.step.vm.as_deref().unwrap_or("host");
+            stage.update(format!("{place}: {}", running.values.fill(&text).unwrap_or(text)));
+        }
+        let result = running.step(placed.step).with_context(|| match placed.round {
+            Some(round) => format!("{}, round {round}", placed.path),
+            None => placed.path.clone(),
+        });
+        if name == VDA_CHECK && result.is_ok() {
+            done.launch_to_vda = running.launched.map(|launched| launched.elapsed().as_secs_f64());
+        }
+        let last_of_check = steps[index + 1..].iter().all(|later| later.check != placed.check);
+        if let Err(error) = record(&mut done.checks, placed.check, last_of_check, result) {
+            done.error = Some(error);
+        }
+        let failed = done.checks.iter().any(|check| check.result == CheckResult::Fail);
+        if failed || done.error.is_some() {
+            // Dropping the stage says that it failed.
+            return done;
+        }
+    }
+    if let Some((last, stage)) = stage {
+        stage.done(evidence_of(&done.checks, last));
+    }
+    if end == steps.len() {
+        done.error = before_end(running).err();
+    }
+    done
+}
+
+/// The scenario's checks in order, none of them made yet.
+fn planned(steps: &[Placed<'_>]) -> Vec<Check> {
+    let mut checks: Vec<Check> = Vec::new();
+    for name in steps.iter().filter_map(|placed| placed.check) {
+        if checks.iter().all(|check| check.name != name) {
+            checks.push(Check { name: name.to_owned(), ..Check::default() });
+        }
+    }
+    checks
+}
+
+/// Writes a step's result into its check. A failed step without a check comes back as an error.
+fn record(checks: &mut [Check], name: Option<&str>, last: bool, result: Result<String>) -> Result<()> {
+    let Some(check) = checks.iter_mut().find(|check| Some(check.name.as_str()) == name) else {
+        return result.map(drop);
+    };
+    match result {
+        Ok(evidence) => {
+            if !evidence.is_empty() {
+                let separator = if check.evidence.is_empty() { "" } else { "\n" };
+                check.evidence.push_str(separator);
+                check.evidence.push_str(&evidence);
+            }
+            if last {
+                check.result = CheckResult::Pass;
+            }
+        }
+        Err(error) => {
+            check.result = CheckResult::Fail;
+            check.evidence = format!("{error:#}");
+        }
+    }
+    Ok(())
+}
+
+fn evidence_of(checks: &[Check], name: &str) -> String {
+    let evidence = checks.iter().find(|check| check.name == name).map_or("", |check| check.evidence.as_str());
+    evidence.lines().next_back().unwrap_or_default().chars().take(80).collect()
+}
+
+impl Running<'_> {
+    /// Sets the placeholder that tells the round of a repeat.
+    fn enter(&mut self, round: Option<u32>) {
+        match round {
+            Some(round) => self.values.set(ROUND, round.to_string()),
+            None => self.values.unset(ROUND),
+        }
+    }
+
+    /// Carries out one step and returns the evidence.
+    fn step(&mut self, step: &Step) -> Result<String> {
+        interrupt::check()?;
+        let action = step.action().context("a checked step has one action")?;
+        let evidence = match &step.vm {
+            None => self.act_on_host(step, action),
+            Some(vm) if action == Action::Start => self.start(vm).map(|()| String::new()),
+            Some(vm) => self.act_in_vm(vm, step, action),
+        }?;
+        if action.is_fault() {
+            *self.measurements.entry(FAULTS.to_owned()).or_default() += 1.0;
+        }
+        Ok(evidence)
+    }
+
+    /// Starts a VM.
+    pub(super) fn start(&mut self, name: &str) -> Result<()> {
+        let vm = (self.launch)(name)?;
+        self.launched.get_or_insert(vm.launched());
+        self.vms.insert(name.to_owned(), vm);
+        Ok(())
+    }
+
+    fn act_on_host(&mut self, step: &Step, action: Action<'_>) -> Result<String> {
+        match action {
+            Action::KillProxy(name) => {
+                let proxy = self.proxies.remove(name);
+                proxy.with_context(|| format!("the proxy {name} does not run"))?.end();
+                Ok(format!("the proxy {name} was killed"))
+            }
+            Action::StartProxy(name) => {
+                self.proxies.insert(name.to_owned(), (self.launch_proxy)(name)?);
+                Ok(format!("the proxy {name} runs again"))
+            }
+            Action::Trace(name) => {
+                let pattern = self.values.pattern(step.expect.stdout.as_deref().unwrap_or_default())?;
+                let trace = (self.trace)(name)?;
+                let (found, line) = shown(name, &trace, &pattern)?;
+                self.save(step, found)?;
+                Ok(line)
+            }
+            action => bail!("{action} needs a VM"),
+        }
+    }
+
+    fn act_in_vm(&mut self, name: &str, step: &Step, action: Action<'_>) -> Result<String> {
+        // Taken out, so that the others can be looked at while this one is waited for.
+        let mut vm = self.vms.remove(name).with_context(|| format!("the VM {name} does not run"))?;
+        if action == Action::KillVm {
+            vm.end();
+            return Ok(format!("the VM {name} was killed"));
+        }
+        let result = self.act(&mut vm, step, action);
+        if action != Action::PowerOff || result.is_err() {
+            self.vms.insert(name.to_owned(), vm);
+        }
+        result
+    }
+
+    fn act(&mut self, vm: &mut Vm, step: &Step, action: Action<'_>) -> Result<String> {
+        let seconds = step.timeout_s.unwrap_or(default_timeout(action)).saturating_mul(self.slowness.into());
+        let limit = Duration::from_secs(seconds.min(86_400));
+        let deadline = Instant::now() + limit;
+        let Self { vms, proxies, values, .. } = self;
+        let mut look = || {
+            interrupt::check()?;
+            proxies.values_mut().try_for_each(Proxy::look)?;
+            vms.values_mut().try_for_each(Vm::look)
+        };
+        if !matches!(action, Action::Console(_)) {
+            vm.ready(deadline, &mut look)?;
+        }
+        let (found, evidence) = match action {
+            Action::Run(command) => {
+                let command = values.fill(command)?;
+                let exit = vm.run(&command, limit, &mut look)?;
+                judge(vm.name(), &command, &exit, step, values)?
+            }
+            Action::Spawn { name, command } => {
+                let command = values.fill(command)?;
+                vm.spawn(name, &command, step.expect.exit, deadline, &mut look)?;
+                (None, String::new())
+            }
+            Action::Kill { name, signal } => {
+                let end = vm.kill(name, signal.number(), deadline, &mut look)?;
+                (None, format!("{name} ended with {} after {signal}", ending(end)))
+            }
+            Action::Wait(name) => {
+                let end = vm.wait_for_end(name, deadline, &mut look)?;
+                (None, format!("{name} ended with {}", ending(end)))
+            }
+            Action::Console(pattern) => {
+                let found = vm.wait_for(&values.pattern(pattern)?, deadline, &mut look)?;
+                (Some(found.value), found.line)
+            }
+            Action::Reboot => {
+                vm.reboot(deadline, &mut look)?;
+                (None, format!("{} rebooted", vm.name()))
+            }
+            Action::PowerOff => {
+                vm.power_off(deadline, &mut look)?;
+                (None, format!("{} powered off, QEMU ended with exit code 0", vm.name()))
+            }
+            Action::Start
+            | Action::KillVm
+            | Action::KillProxy(_)
+            | Action::StartProxy(_)
+            | Action::Trace(_) => {
+                bail!("{action} has nothing to wait for")
+            }
+        };
+        self.save(step, found)?;
+        Ok(evidence)
+    }
+
+    /// Keeps what a step found, if it is to be kept.
+    fn save(&mut self, step: &Step, found: Option<String>) -> Result<()> {
+        let (Some(name), Some(value)) = (&step.save, found) else { return Ok(()) };
+        if step.measure {
+            let number: f64 =
+                value.trim().parse().with_context(|| format!("{name} is no number: {value:?}"))?;
+            *self.measurements.entry(name.clone()).or_default() += number;
+        }
+        self.values.set(name, value);
+        Ok(())
+    }
+}
+
+/// What a step looks for in a trace: the value to save, and the first line of what was found.
+fn shown(name: &str, trace: &str, pattern: &Regex) -> Result<(Option<String>, String)> {
+    let Some(found) = pattern.captures(trace) else {
+        bail!(
+            "no messages of {name} match /{pattern}/ among {}; `vvu trace` prints them",
+            trace.lines().count()
+        );
+    };
+    let value = found.get(1).or_else(|| found.get(0)).map(|found| found.as_str().to_owned());
+    let line = found.get(0).and_then(|found| found.as_str().lines().next()).unwrap_or_default().to_owned();
+    Ok((value, line))
+}
+
+/// What a command gave, if it is as wanted: the value to save, and the evidence.
+fn judge(
+    vm: &str,
+    command: &str,
+    exit: &Exit,
+    step: &Step,
+    values: &Values,
+) -> Result<(Option<String>, String)> {
+    let want = step.expect.exit;
+    if exit.end != End::Code(want) {
+        let printed = printed(&exit.output);
+        bail!("{vm}: `{command}` ended with {}, want exit code {want}{printed}", ending(exit.end));
+    }
+    let stdout = exit.output.stdout.trim_end();
+    let mut value = None;
+    if let Some(pattern) = &step.expect.stdout {
+        let pattern = values.pattern(pattern)?;
+        let Some(found) = pattern.captures(stdout) else {
+            let printed = printed(&exit.output);
+            bail!("{vm}: `{command}` printed nothing that matches /{pattern}/{printed}");
+        };
+        value = found.get(1).or_else(|| found.get(0)).map(|found| found.as_str().to_owned());
+    }
+    let evidence =
+        if stdout.is_empty() { format!("`{command}` gave exit code {want}") } else { stdout.to_owned() };
+    Ok((value, evidence))
+}
+
+/// Seconds allowed at native speed unless the scenario says otherwise.
+fn default_timeout(action: Action<'_>) -> u64 {
+    match action {
+        Action::Run(_) | Action::PowerOff => 20,
+        Action::Console(_) | Action::Reboot | Action::Wait(_) => 30,
+        _ => 10,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_shows_a_match_across_its_lines_or_says_that_it_does_not() {
+        let trace = "{\"size\":1}\n{\"size\":2}\n";
+        let look = |pattern: &str| shown("vvu", trace, &Values::default().pattern(pattern).expect("regular"));
+        let found = look("\"size\":1(?s:.*)\"size\":(2)").expect("shown");
+        assert_eq!(found, (Some("2".to_owned()), "\"size\":1}".to_owned()));
+        let error = look("\"size\":3").expect_err("not there").to_string();
+        assert!(error.contains("no messages of vvu match") && error.contains("among 2"), "{error}");
+    }
+}

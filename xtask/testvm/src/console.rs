@@ -1,0 +1,292 @@
+//! A VM's serial console: what the kernel and user space print is the evidence.
+//!
+//! QEMU writes the log itself; here the same bytes are read through an rexpect session, so that every wait has
+//! patterns that mean success, patterns that mean failure, the end of the stream and a deadline.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Sink};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use regex::Regex;
+use rexpect::error::Error as ExpectError;
+use rexpect::reader::Options;
+use rexpect::session::{ReadUntil, StreamSession};
+
+/// What no healthy guest prints.
+const FAILURES: &str =
+    r"Kernel panic|BUG: |Oops: |general protection fault|Out of memory|emulation failure|vvu-init: failed";
+/// Lines of the console that an error shows.
+const TAIL_LINES: usize = 30;
+/// A longer line is cut in the tail.
+const MAX_LINE: usize = 500;
+/// A guest that prints more than this is out of control; its console is then treated as ended.
+const MAX_BYTES: u64 = 64 << 20;
+/// How often a wait looks at what gives no notice: the VM's end, Ctrl-C.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// The console of one VM.
+pub struct Console {
+    session: StreamSession<Sink>,
+    shared: Arc<Shared>,
+    failures: Regex,
+}
+
+/// What the reading side shares with the waiting side.
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    delivered: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Counts deliveries to the session.
+    generation: u64,
+    bytes: u64,
+    lines: VecDeque<String>,
+    line: String,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A tail with a line missing is still a tail.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Passes the console to the session, keeps its last lines and wakes the waiting side.
+struct Tap<R> {
+    stream: R,
+    shared: Arc<Shared>,
+}
+
+impl<R: Read> Read for Tap<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // The session asks for more only after it has passed on all it had.
+        let mut state = self.shared.lock();
+        state.generation += 1;
+        let flooded = state.bytes > MAX_BYTES;
+        drop(state);
+        self.shared.delivered.notify_all();
+        if flooded {
+            return Ok(0);
+        }
+        // The session would ask for ever after an error; to it a broken stream is an ended one.
+        let read = loop {
+            match self.stream.read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result.unwrap_or(0),
+            }
+        };
+        self.shared.lock().keep(&buffer[..read]);
+        Ok(read)
+    }
+}
+
+impl<R> Drop for Tap<R> {
+    /// The session has passed on the end of the stream.
+    fn drop(&mut self) {
+        self.shared.lock().generation += 1;
+        self.shared.delivered.notify_all();
+    }
+}
+
+impl State {
+    fn keep(&mut self, bytes: &[u8]) {
+        self.bytes += bytes.len() as u64;
+        for &byte in bytes {
+            if byte == b'\n' {
+                if self.lines.len() == TAIL_LINES {
+                    self.lines.pop_front();
+                }
+                let line = std::mem::take(&mut self.line);
+                self.lines.push_back(line.trim_end_matches('\r').to_owned());
+            } else if self.line.len() < MAX_LINE {
+                self.line.push(char::from(byte));
+            }
+        }
+    }
+}
+
+/// What a wait found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// The line, without its end.
+    pub line: String,
+    /// The first capture group of the pattern, or all that it matched.
+    pub value: String,
+}
+
+impl Console {
+    /// Reads the console at the other end of `stream`.
+    ///
+    /// # Errors
+    ///
+    /// None that a caller can cause.
+    pub fn new(stream: impl Read + Send + 'static) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let tap = Tap { stream, shared: Arc::clone(&shared) };
+        // A session has one timeout for its life. With none to wait, the deadline can be each wait's own.
+        let options = Options::new().timeout_ms(Some(0));
+        let failures = Regex::new(&format!("(?m)[^\n]*(?:{FAILURES})[^\n]*(?:\n|$)"))?;
+        Ok(Self { session: StreamSession::new(tap, io::sink(), options), shared, failures })
+    }
+
+    /// Waits until a whole line matches `pattern`; lines before it are consumed.
+    ///
+    /// `look` is called at least five times a second and ends the wait with its error.
+    ///
+    /// # Errors
+    ///
+    /// The guest printed a failure, the console ended, `look` failed, or `deadline` passed.
+    pub fn wait(
+        &mut self,
+        pattern: &Regex,
+        deadline: Instant,
+        mut look: impl FnMut() -> Result<()>,
+    ) -> Result<Found> {
+        let line = Regex::new(&format!("(?m)(?:{pattern})[^\n]*\n"))?;
+        loop {
+            let generation = self.shared.lock().generation;
+            if let Some(text) = self.poll(&line)? {
+                let line = text.trim_end();
+                let captures = pattern.captures(line).context("a line that matched matches no more")?;
+                let value = captures.get(1).or_else(|| captures.get(0)).map_or("", |value| value.as_str());
+                return Ok(Found { line: line.to_owned(), value: value.to_owned() });
+            }
+            look()?;
+            let now = Instant::now();
+            if now >= deadline {
+                bail!("no line matched /{pattern}/ in time");
+            }
+            self.sleep(generation, LOOK.min(deadline - now));
+        }
+    }
+
+    /// Fails if the guest has printed a failure since the last wait.
+    ///
+    /// # Errors
+    ///
+    /// The line that tells the failure.
+    pub fn check(&mut self) -> Result<()> {
+        let failures = self.failures.clone();
+        match self.session.exp_any(vec![ReadUntil::Regex(failures)]) {
+            Ok((_, failure)) => Err(anyhow!("the guest failed: {}", failure.trim())),
+            Err(ExpectError::Timeout { .. } | ExpectError::EOF { .. }) => Ok(()),
+            Err(error) => Err(error).context("cannot read the console"),
+        }
+    }
+
+    /// The last lines, for a person to read.
+    pub fn tail(&self) -> Vec<String> {
+        let state = self.shared.lock();
+        let partial = (!state.line.is_empty()).then(|| state.line.clone());
+        state.lines.iter().cloned().chain(partial).collect()
+    }
+
+    /// One look at what has arrived: the match of `line`, or `None` if it is not there yet.
+    fn poll(&mut self, line: &Regex) -> Result<Option<String>> {
+        let needles = vec![ReadUntil::Regex(self.failures.clone()), ReadUntil::Regex(line.clone())];
+        match self.session.exp_any(needles) {
+            Ok((_, text)) if self.failures.is_match(&text) => bail!("the guest failed: {}", text.trim()),
+            Ok((_, text)) => Ok(Some(text)),
+            Err(ExpectError::Timeout { .. }) => Ok(None),
+            Err(ExpectError::EOF { .. }) => bail!("the console ended"),
+            Err(error) => Err(error).context("cannot read the console"),
+        }
+    }
+
+    /// Waits until more than `generation` was delivered, or for `limit`.
+    fn sleep(&self, generation: u64, limit: Duration) {
+        let state = self.shared.lock();
+        let _unused = self
+            .shared
+            .delivered
+            .wait_timeout_while(state, limit, |state| state.generation == generation)
+            .unwrap_or_else(PoisonError::into_inner);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{PipeWriter, Write};
+
+    fn console() -> (Console, PipeWriter) {
+        let (host, guest) = io::pipe().expect("a pipe");
+        (Console::new(host).expect("a console"), guest)
+    }
+
+    fn wait(console: &mut Console, pattern: &str) -> Result<Found> {
+        let pattern = Regex::new(&format!("(?mR:{pattern})"))?;
+        console.wait(&pattern, Instant::now() + Duration::from_secs(20), || Ok(()))
+    }
+
+    #[test]
+    fn a_line_is_found_with_its_value_even_when_it_comes_in_pieces() {
+        let (mut console, mut guest) = console();
+        let writer = std::thread::spawn(move || {
+            for piece in
+                ["noise\r\nvirtio_blk: [vda] 131", "072 512-byte logical blocks (67", " MB)\r\nmore\r\n"]
+            {
+                guest.write_all(piece.as_bytes()).expect("written");
+            }
+            guest
+        });
+        let found = wait(&mut console, r"\[vda\] (\d+) 512-byte").expect("found");
+        assert_eq!(found.line, "[vda] 131072 512-byte logical blocks (67 MB)");
+        assert_eq!(found.value, "131072");
+        assert_eq!(wait(&mut console, "^more$").expect("the next line").value, "more");
+        drop(writer.join().expect("no panic"));
+    }
+
+    #[test]
+    fn a_panic_ends_the_wait_at_once_with_its_line() {
+        let (mut console, mut guest) = console();
+        guest.write_all(b"[ 1.0] Kernel panic - not syncing: no init\r\nready\r\n").expect("written");
+        let error = wait(&mut console, "ready").expect_err("panicked").to_string();
+        assert_eq!(error, "the guest failed: [ 1.0] Kernel panic - not syncing: no init");
+    }
+
+    #[test]
+    fn a_failure_between_waits_is_seen_by_a_check() {
+        let (mut console, mut guest) = console();
+        guest.write_all(b"ready\nfine\n").expect("written");
+        wait(&mut console, "ready").expect("found");
+        console.check().expect("nothing wrong");
+        guest.write_all(b"Oops: 0002 [#1]\nend\n").expect("written");
+        let error = wait(&mut console, "end").expect_err("failed").to_string();
+        assert!(error.contains("Oops: 0002"), "{error}");
+    }
+
+    #[test]
+    fn the_end_of_the_stream_a_deadline_and_a_look_each_end_the_wait() {
+        let (mut console, guest) = console();
+        let pattern = Regex::new("never").expect("a pattern");
+        let error = console.wait(&pattern, Instant::now(), || Ok(())).expect_err("late").to_string();
+        assert!(error.contains("/never/"), "{error}");
+        let far = Instant::now() + Duration::from_secs(60);
+        let error = console.wait(&pattern, far, || bail!("QEMU ended")).expect_err("looked").to_string();
+        assert_eq!(error, "QEMU ended");
+        drop(guest);
+        assert_eq!(wait(&mut console, "never").expect_err("ended").to_string(), "the console ended");
+    }
+
+    #[test]
+    fn the_tail_keeps_the_last_lines_and_the_unfinished_one() {
+        let (mut console, mut guest) = console();
+        for number in 0..TAIL_LINES + 2 {
+            writeln!(guest, "line {number}").expect("written");
+        }
+        guest.write_all(b"end\nprompt# ").expect("written");
+        drop(guest);
+        wait(&mut console, "end").expect("found");
+        wait(&mut console, "never").expect_err("ended");
+        let tail = console.tail();
+        assert_eq!(tail.len(), TAIL_LINES + 1);
+        assert_eq!(tail.first().map(String::as_str), Some("line 3"));
+        assert_eq!(tail.last().map(String::as_str), Some("prompt# "));
+    }
+}

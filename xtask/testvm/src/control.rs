@@ -1,0 +1,233 @@
+//! Commands to a guest and their results, over its second serial port.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use vvu_init::protocol::{Action, Answer, End, Event, Identity, MAX_ANSWER, Message, Outcome, Request, line};
+
+/// How often a wait looks at what gives no notice: the VM's end, Ctrl-C.
+const LOOK: Duration = Duration::from_millis(200);
+/// A guest that takes nothing for this long is stuck.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Messages that may wait to be looked at.
+const BACKLOG: usize = 64;
+
+/// The host's end of a guest's control port.
+pub struct Control {
+    stream: UnixStream,
+    messages: Receiver<Result<Message>>,
+    last_id: u64,
+    ready: Option<Identity>,
+    ended: Vec<(String, End)>,
+}
+
+impl Control {
+    /// Speaks to the guest at the other end of `stream`.
+    ///
+    /// # Errors
+    ///
+    /// The stream cannot be set up.
+    pub fn new(stream: UnixStream) -> Result<Self> {
+        stream.set_write_timeout(Some(WRITE_TIMEOUT)).context("cannot set up the control port")?;
+        let reader = stream.try_clone().context("cannot clone the control port")?;
+        let (sender, messages) = sync_channel(BACKLOG);
+        thread::spawn(move || read(reader, &sender));
+        Ok(Self { stream, messages, last_id: 0, ready: None, ended: Vec::new() })
+    }
+
+    /// Waits until the guest serves requests.
+    ///
+    /// # Errors
+    ///
+    /// The port ended, `look` failed, or `deadline` passed.
+    pub fn ready(&mut self, deadline: Instant, mut look: impl FnMut() -> Result<()>) -> Result<&Identity> {
+        while self.ready.is_none() {
+            // Nothing was asked, so whatever comes is an event.
+            self.receive(deadline, &mut look).context("the guest did not get ready")?;
+        }
+        self.ready.as_ref().context("the guest is not ready")
+    }
+
+    /// Expects the guest to get ready once more.
+    pub fn restarting(&mut self) {
+        self.ready = None;
+    }
+
+    /// Waits until the guest sends something of its own accord, which [`Control::ended`] then tells.
+    ///
+    /// # Errors
+    ///
+    /// As [`Control::request`].
+    pub fn wait(&mut self, deadline: Instant, mut look: impl FnMut() -> Result<()>) -> Result<()> {
+        self.receive(deadline, &mut look).map(drop)
+    }
+
+    /// Asks the guest for something and waits for the answer.
+    ///
+    /// `look` is called at least five times a second and ends the wait with its error.
+    ///
+    /// # Errors
+    ///
+    /// The guest refused, the port ended, `look` failed, or `deadline` passed.
+    pub fn request(
+        &mut self,
+        action: Action,
+        deadline: Instant,
+        mut look: impl FnMut() -> Result<()>,
+    ) -> Result<Outcome> {
+        self.last_id += 1;
+        let id = self.last_id;
+        self.stream.write_all(&line(&Request { id, action })).context("cannot write to the control port")?;
+        loop {
+            match self.receive(deadline, &mut look)? {
+                // The answer to a request whose wait was given up.
+                Some(answer) if answer.id != id => {}
+                Some(Answer { outcome: Outcome::Error(error), .. }) => bail!("the guest refused: {error}"),
+                Some(Answer { outcome, .. }) => return Ok(outcome),
+                None => {}
+            }
+        }
+    }
+
+    /// Spawned commands that have ended since the last call, and how.
+    pub fn ended(&mut self) -> Result<Vec<(String, End)>> {
+        while let Ok(message) = self.messages.try_recv() {
+            self.sort(message?);
+        }
+        Ok(std::mem::take(&mut self.ended))
+    }
+
+    /// Waits for one message and returns it if it is an answer.
+    fn receive(
+        &mut self,
+        deadline: Instant,
+        look: &mut impl FnMut() -> Result<()>,
+    ) -> Result<Option<Answer>> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.messages.recv_timeout(LOOK.min(left)) {
+                Ok(message) => return Ok(self.sort(message?)),
+                Err(RecvTimeoutError::Disconnected) => bail!("the control port ended"),
+                Err(RecvTimeoutError::Timeout) => {
+                    look()?;
+                    if left.is_zero() {
+                        bail!("no answer in time");
+                    }
+                }
+            }
+        }
+    }
+
+    fn sort(&mut self, message: Message) -> Option<Answer> {
+        match message {
+            Message::Answer(answer) => return Some(answer),
+            Message::Event(Event::Ready(identity)) => self.ready = Some(identity),
+            Message::Event(Event::Exited { name, end }) => self.ended.push((name, end)),
+            // The answer that is missed for it ends in a timeout; the guest tells the rest on its console.
+            Message::Event(Event::BadRequest { .. }) => {}
+        }
+        None
+    }
+}
+
+/// Passes messages on until the port ends or nobody listens.
+fn read(stream: UnixStream, messages: &SyncSender<Result<Message>>) {
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = Vec::new();
+        // A port that breaks is one that ends.
+        let read = reader.by_ref().take(MAX_ANSWER as u64 + 1).read_until(b'\n', &mut line).unwrap_or(0);
+        if read == 0 {
+            return;
+        }
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let message = if line.ends_with(b"\n") {
+            Message::parse(&line).with_context(|| format!("not a message of the guest: {}", excerpt(&line)))
+        } else {
+            Err(anyhow::anyhow!("a line of the guest has no end: {}", excerpt(&line)))
+        };
+        let stop = message.is_err();
+        if messages.send(message).is_err() || stop {
+            return;
+        }
+    }
+}
+
+fn excerpt(line: &[u8]) -> String {
+    String::from_utf8_lossy(&line[..line.len().min(200)]).trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vvu_init::protocol::{Empty, Exit, Output};
+
+    fn far() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
+
+    fn guest(talk: impl FnOnce(UnixStream, BufReader<UnixStream>) + Send + 'static) -> Control {
+        let (host, guest) = UnixStream::pair().expect("a pair");
+        thread::spawn(move || {
+            let reader = BufReader::new(guest.try_clone().expect("cloned"));
+            talk(guest, reader);
+        });
+        Control::new(host).expect("a control port")
+    }
+
+    fn send(stream: &mut UnixStream, message: &Message) {
+        stream.write_all(&line(message)).expect("written");
+    }
+
+    fn next(reader: &mut BufReader<UnixStream>) -> Request {
+        let mut line = Vec::new();
+        reader.read_until(b'\n', &mut line).expect("a line");
+        Request::parse(&line).expect("a request")
+    }
+
+    #[test]
+    fn a_request_gets_its_own_answer_and_events_are_kept() {
+        let mut control = guest(|mut stream, mut reader| {
+            let identity = Identity { kernel: "6.12".into(), init: "0.1".into() };
+            send(&mut stream, &Message::Event(Event::Ready(identity)));
+            let id = next(&mut reader).id;
+            let late = Outcome::Killed(Empty {});
+            send(&mut stream, &Message::Answer(Answer { id: id + 100, outcome: late }));
+            send(&mut stream, &Message::Event(Event::Exited { name: "backend".into(), end: End::Signal(9) }));
+            let exit = Exit { end: End::Code(3), output: Output::default() };
+            send(&mut stream, &Message::Answer(Answer { id, outcome: Outcome::Exit(exit) }));
+            let id = next(&mut reader).id;
+            send(&mut stream, &Message::Answer(Answer { id, outcome: Outcome::Error("no".into()) }));
+        });
+        assert_eq!(control.ready(far(), || Ok(())).expect("ready").kernel, "6.12");
+        let outcome = control.request(Action::Hello(Empty {}), far(), || Ok(())).expect("answered");
+        assert!(matches!(outcome, Outcome::Exit(Exit { end: End::Code(3), .. })));
+        assert_eq!(control.ended().expect("readable"), [("backend".to_owned(), End::Signal(9))]);
+        let error = control.request(Action::Hello(Empty {}), far(), || Ok(())).expect_err("refused");
+        assert_eq!(error.to_string(), "the guest refused: no");
+    }
+
+    #[test]
+    fn noise_silence_and_the_end_are_errors() {
+        let mut control = guest(|mut stream, _| stream.write_all(b"\r\nlogin:\n").expect("written"));
+        let error = format!("{:#}", control.ready(far(), || Ok(())).expect_err("noise"));
+        assert!(error.contains("not a message of the guest: login:"), "{error}");
+
+        let mut control = guest(|_, _| ());
+        let error = format!("{:#}", control.ready(far(), || Ok(())).expect_err("ended"));
+        assert!(error.contains("the control port ended"), "{error}");
+
+        let (host, _guest) = UnixStream::pair().expect("a pair");
+        let mut control = Control::new(host).expect("a control port");
+        let error = format!("{:#}", control.ready(Instant::now(), || Ok(())).expect_err("late"));
+        assert!(error.contains("no answer in time"), "{error}");
+        let error = format!("{:#}", control.ready(far(), || bail!("QEMU ended")).expect_err("looked"));
+        assert!(error.contains("QEMU ended"), "{error}");
+    }
+}

@@ -1,0 +1,325 @@
+//! The run directory: everything one run of a scenario leaves for a person to look at.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+use tempfile::TempDir;
+
+use crate::facts::Outcome;
+
+/// Passed runs of a scenario that are kept.
+const KEPT: usize = 10;
+/// Of these, the newest that keep their initramfs too; it is large, and `replay.sh` needs it.
+const KEPT_WITH_IMAGES: usize = 2;
+/// Longest path of a unix socket in bytes: `sun_path` holds 108 with the terminating zero.
+pub const MAX_SOCKET_PATH: usize = 107;
+/// Longest file name that a run puts into its socket directory.
+const MAX_SOCKET_NAME: usize = 40;
+
+/// The directory of one run, `<scenario>-<UTC time>`.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    id: String,
+    /// It lies within another one, which is kept or removed as a whole.
+    part: bool,
+}
+
+impl RunDir {
+    /// Makes a directory under `parent` and points `latest` beside it to it.
+    ///
+    /// # Errors
+    ///
+    /// The directory or the link cannot be made.
+    pub fn create(parent: &Path, scenario: &str) -> Result<Self> {
+        fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+        let parent = parent.canonicalize().with_context(|| format!("cannot resolve {}", parent.display()))?;
+        let stem = format!("{scenario}-{}", utc(SystemTime::now()));
+        let mut path = parent.join(&stem);
+        // Runs that begin within the same second get numbers.
+        let mut number = 2;
+        while let Err(error) = fs::create_dir(&path) {
+            ensure!(
+                error.kind() == io::ErrorKind::AlreadyExists && number < 1000,
+                "cannot make {}: {error}",
+                path.display()
+            );
+            path = parent.join(format!("{stem}-{number}"));
+            number += 1;
+        }
+        point_latest(&parent, &path)?;
+        let id = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self { path, id, part: false })
+    }
+
+    /// Makes a directory for a run that is part of this one.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be made.
+    pub fn part(&self, name: &str) -> Result<Self> {
+        let path = self.path.join(name);
+        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self { path, id: format!("{}-{name}", self.id), part: true })
+    }
+
+    /// Where it is; absolute.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its name, which no other run has.
+    pub fn id(&self) -> String {
+        self.id.clone()
+    }
+
+    /// The path of a file in it.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Writes a file in it.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> Result<()> {
+        let path = self.file(name);
+        fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Writes an executable file in it.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn write_script(&self, name: &str, text: &str) -> Result<()> {
+        self.write(name, text)?;
+        let path = self.file(name);
+        fs::set_permissions(&path, Permissions::from_mode(0o755))
+            .with_context(|| format!("cannot make {} executable", path.display()))
+    }
+
+    /// Removes all but the newest passed runs of `scenario`, whose report is in `file`; failed runs stay until
+    /// `cargo xtask clean`. Of a part of another run only its initramfs goes.
+    pub fn prune(&self, scenario: &str, file: &str) {
+        if self.part {
+            return remove_images(&self.path);
+        }
+        let Some(parent) = self.path.parent() else { return };
+        let mut passed: Vec<PathBuf> = fs::read_dir(parent)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| !path.is_symlink() && has_passed(&path.join(file), scenario))
+            .collect();
+        // The time in the name orders them.
+        passed.sort();
+        // The newest first. Another run may be removing the same; what stays is removed next time.
+        for (age, path) in passed.iter().rev().enumerate() {
+            if age >= KEPT {
+                let _ = fs::remove_dir_all(path);
+            } else if age >= KEPT_WITH_IMAGES {
+                remove_images(path);
+            }
+        }
+    }
+}
+
+fn remove_images(run: &Path) {
+    for path in fs::read_dir(run).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        if path.extension().is_some_and(|extension| extension == "cpio") {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// What reports of all kinds tell.
+#[derive(Deserialize)]
+struct Verdict {
+    scenario: String,
+    result: Outcome,
+}
+
+fn has_passed(report: &Path, scenario: &str) -> bool {
+    fs::read(report)
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<Verdict>(&bytes).ok())
+        .is_some_and(|report| report.scenario == scenario && report.result == Outcome::Pass)
+}
+
+/// Where the run directories are.
+#[must_use]
+pub fn runs() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    vvu_artifacts::workspace().join(target).join("e2e")
+}
+
+/// Points the link `latest` in `parent` to `path`, in one step so that it exists at every moment.
+fn point_latest(parent: &Path, path: &Path) -> Result<()> {
+    let name = path.file_name().context("a run directory has a name")?;
+    let link = parent.join("latest");
+    let fresh = parent.join(format!(".latest-{}", name.to_string_lossy()));
+    std::os::unix::fs::symlink(name, &fresh)
+        .and_then(|()| fs::rename(&fresh, &link))
+        .with_context(|| format!("cannot point {} to this run", link.display()))
+}
+
+/// Where a run's sockets are: beside its logs if their paths fit, else in a short private directory.
+#[derive(Debug)]
+pub struct SocketDir {
+    path: PathBuf,
+    /// Removed with all in it at the end.
+    _short: Option<TempDir>,
+}
+
+impl SocketDir {
+    /// Chooses or makes the directory for `run`.
+    ///
+    /// # Errors
+    ///
+    /// No directory with a path short enough can be made.
+    pub fn for_run(run: &RunDir) -> Result<Self> {
+        if fits(run.path()) {
+            return Ok(Self { path: run.path().to_owned(), _short: None });
+        }
+        let candidates = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).into_iter();
+        let mut private = tempfile::Builder::new();
+        private.prefix("vvu-").permissions(Permissions::from_mode(0o700));
+        for parent in candidates.chain([std::env::temp_dir(), PathBuf::from("/tmp")]) {
+            if let Ok(dir) = private.tempdir_in(parent)
+                && fits(dir.path())
+            {
+                return Ok(Self { path: dir.path().to_owned(), _short: Some(dir) });
+            }
+        }
+        anyhow::bail!(
+            "{} is too long a path for unix sockets, which may have {MAX_SOCKET_PATH} bytes, and no short directory \
+             can be made instead: set XDG_RUNTIME_DIR or TMPDIR to one",
+            run.path().display()
+        )
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The path of a socket in it.
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+}
+
+fn fits(dir: &Path) -> bool {
+    dir.as_os_str().len() + 1 + MAX_SOCKET_NAME <= MAX_SOCKET_PATH
+}
+
+/// `time` as `YYYYMMDD-HHMMSS` in UTC.
+fn utc(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (days, seconds) = (seconds / 86400, seconds % 86400);
+    // The Gregorian calendar repeats every 400 years; counted from 1 March, the leap day comes last.
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (year, month) = if month < 10 { (year, month + 3) } else { (year + 1, month - 9) };
+    format!(
+        "{:04}{month:02}{day:02}-{:02}{:02}{:02}",
+        era * 400 + year,
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn at(seconds: u64) -> String {
+        utc(UNIX_EPOCH + Duration::from_secs(seconds))
+    }
+
+    #[test]
+    fn times_are_civil() {
+        assert_eq!(at(0), "19700101-000000");
+        assert_eq!(at(951_827_696), "20000229-123456");
+        assert_eq!(at(1_735_689_599), "20241231-235959");
+        assert_eq!(at(1_740_787_200), "20250301-000000");
+    }
+
+    #[test]
+    fn runs_of_the_same_second_get_directories_of_their_own() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let runs: Vec<_> =
+            (0..3).map(|_| RunDir::create(parent.path(), "block").expect("a run directory")).collect();
+        let mut ids: Vec<_> = runs.iter().map(RunDir::id).collect();
+        ids.dedup();
+        assert_eq!(ids.len(), 3);
+        let latest = parent.path().join("latest").canonicalize().expect("a link");
+        assert_eq!(latest, runs[2].path());
+    }
+
+    #[test]
+    fn only_passed_runs_of_the_scenario_are_pruned() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let run = |name: &str, scenario: &str, result| {
+            let path = parent.path().join(name);
+            fs::create_dir(&path).expect("made");
+            let report = serde_json::json!({"scenario": scenario, "result": result, "checks": []});
+            fs::write(path.join("report.json"), report.to_string()).expect("written");
+            fs::write(path.join("device.cpio"), "").expect("written");
+        };
+        for number in 0..KEPT + 2 {
+            run(&format!("block-2000010{number:02}"), "block", Outcome::Pass);
+        }
+        run("block-1999", "block", Outcome::Fail);
+        run("block-large-1999", "block-large", Outcome::Pass);
+        let now = RunDir::create(parent.path(), "block").expect("a run directory");
+        now.prune("block", "report.json");
+        let exists = |name: &str| parent.path().join(name).exists();
+        assert!(!exists("block-200001000") && !exists("block-200001001") && exists("block-200001002"));
+        assert!(!exists("block-200001009/device.cpio") && exists("block-200001010/device.cpio"));
+        assert!(exists("block-1999/device.cpio") && exists("block-large-1999/device.cpio"));
+    }
+
+    #[test]
+    fn a_part_has_a_name_of_its_own_and_loses_its_images_only() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let whole = RunDir::create(parent.path(), "matrix").expect("a run directory");
+        let part = whole.part("01").expect("a run directory");
+        assert_eq!(part.id(), format!("{}-01", whole.id()));
+        for name in ["device.cpio", "report.json"] {
+            part.write(name, "").expect("written");
+        }
+        part.prune("block", "report.json");
+        assert!(!part.file("device.cpio").exists() && part.file("report.json").exists());
+    }
+
+    #[test]
+    fn sockets_of_a_deep_run_directory_go_to_a_short_private_one() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let shallow = RunDir::create(parent.path(), "x").expect("a run directory");
+        let sockets = SocketDir::for_run(&shallow).expect("a directory");
+        assert_eq!(sockets.socket("a"), shallow.file("a"));
+
+        let deep = RunDir::create(&parent.path().join("d".repeat(90)), "x").expect("a run directory");
+        let sockets = SocketDir::for_run(&deep).expect("a directory");
+        let path = sockets.path.clone();
+        assert!(fits(&path));
+        assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o700);
+        drop(sockets);
+        assert!(!path.exists());
+    }
+}

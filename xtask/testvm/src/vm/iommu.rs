@@ -1,0 +1,21 @@
+//! The IOMMU of a VM.
+
+use serde::Deserialize;
+
+/// How a VM's devices reach its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+pub enum Iommu {
+    /// virtio-iommu; it does not remap interrupts, so the guest kernel gets
+    /// `vfio_iommu_type1.allow_unsafe_interrupts=1`.
+    #[serde(rename = "virtio-iommu")]
+    #[value(name = "virtio-iommu")]
+    Virtio,
+    /// Intel VT-d with interrupt remapping.
+    #[serde(rename = "intel-iommu")]
+    #[value(name = "intel-iommu")]
+    Intel,
+    /// AMD-Vi with interrupt remapping.
+    #[serde(rename = "amd-iommu")]
+    #[value(name = "amd-iommu")]
+    Amd,
+}
