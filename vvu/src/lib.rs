@@ -9,6 +9,7 @@ pub mod backend;
 pub mod bridge;
 pub mod device;
 pub mod driver;
+pub mod event;
 pub mod framed_socket;
 pub mod listening_socket;
 pub mod message_socket;

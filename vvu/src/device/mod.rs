@@ -17,7 +17,6 @@ mod peer;
 mod relay;
 mod session;
 mod sibling_memory;
-mod signaller;
 mod trace;
 mod treatment;
 mod visitors;

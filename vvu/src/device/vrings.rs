@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 
-use super::signaller::Signaller;
+use crate::event::signaller::Signaller;
 use crate::spec::addr::QueueIndex;
 use crate::spec::virtio::NO_VECTOR;
 
