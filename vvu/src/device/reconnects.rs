@@ -1,8 +1,9 @@
-//! Front-ends that come when there is no back-end.
+//! The front-ends that connect, and which of them have to try again later.
 //!
-//! One that a VMM makes when it starts may wait: its guest does not run yet. One that comes back because the back-end
-//! left may not: its guest runs, and a VMM that waits for an answer on the new connection (QEMU does so with its big
-//! lock held) stops it. It is hung up on, so that it tries again later.
+//! While there is no back-end, a front-end that connects for the first time may wait: its guest does
+//! not run yet. A front-end that reconnects because its back-end left may not wait: its guest runs, and
+//! a VMM that waits for an answer on the new connection stops the guest (QEMU waits with its big lock
+//! held). The device hangs up on such a front-end until the driver is ready, so that it tries again.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
@@ -13,51 +14,60 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
 
 use super::peer::Peer;
 
-/// Most connections that wait outside of the socket's backlog.
+/// Most front-ends that wait outside of the socket's backlog.
 const WAITING_MAX: usize = 8;
 
-/// A front-end that may be served, and its process if that can be told.
-pub(crate) type Visitor = (UnixStream, Option<Peer>);
+/// An accepted front-end, and its process if the kernel can name it.
+pub(super) type Accepted = (UnixStream, Option<Peer>);
 
-#[derive(Debug, Default)]
-pub(crate) struct Visitors {
-    waiting: VecDeque<Visitor>,
-    /// The process whose session ended because the driver went.
-    bereft: Option<Peer>,
+#[derive(Debug)]
+pub(super) struct Reconnects {
+    listener: UnixListener,
+    /// Front-ends that wait for a back-end.
+    waiting: VecDeque<Accepted>,
+    /// The process whose connection ended because the driver left.
+    turned_away: Option<Peer>,
 }
 
-impl Visitors {
-    /// From now on `peer` is hung up on until the driver is ready; with `None`, nobody is.
-    pub(crate) fn set_bereft(&mut self, peer: Option<Peer>) {
-        self.bereft = peer;
+impl Reconnects {
+    /// `listener` must be in non-blocking mode.
+    pub(super) fn new(listener: UnixListener) -> Self {
+        Self { listener, waiting: VecDeque::new(), turned_away: None }
+    }
+
+    /// From now on, hangs up on connections of `peer` while there is no back-end; with `None`, on nobody.
+    pub(super) fn turn_away(&mut self, peer: Option<Peer>) {
+        self.turned_away = peer;
     }
 
     /// The next front-end to serve, or `None` if there is none.
-    pub(crate) fn next(&mut self, listener: &UnixListener) -> io::Result<Option<Visitor>> {
+    pub(super) fn next(&mut self) -> io::Result<Option<Accepted>> {
         match self.waiting.pop_front() {
-            Some(visitor) => Ok(Some(visitor)),
-            None => accept(listener),
+            Some(accepted) => Ok(Some(accepted)),
+            None => accept(&self.listener),
         }
     }
 
-    /// Looks at one of those that came; false if there is none, or no need to look.
-    pub(crate) fn sort(&mut self, listener: &UnixListener) -> io::Result<bool> {
+    /// Accepts one front-end and lets it wait or hangs up on it; false if none connected, if nobody is
+    /// to be turned away, or if there is no room.
+    pub(super) fn sort(&mut self) -> io::Result<bool> {
         if self.waiting.len() == WAITING_MAX {
             self.waiting.retain(|(stream, _)| !has_left(stream));
         }
-        if self.bereft.is_none() || self.waiting.len() == WAITING_MAX {
+        if self.turned_away.is_none() || self.waiting.len() == WAITING_MAX {
             return Ok(false);
         }
-        let Some(visitor) = accept(listener)? else { return Ok(false) };
-        if visitor.1 == self.bereft {
-            log::debug!("hung up on a front-end that came back before the back-end did");
+        let Some(accepted) = accept(&self.listener)? else { return Ok(false) };
+        if accepted.1 == self.turned_away {
+            log::debug!("hung up on a front-end that reconnected before the back-end did");
         } else {
-            self.waiting.push_back(visitor);
+            self.waiting.push_back(accepted);
         }
         Ok(true)
     }
 }
 
+/// Whether the other end of `stream` is closed.
 fn has_left(stream: &UnixStream) -> bool {
     let mut byte = [0];
     let mut parts = [IoSliceMut::new(&mut byte)];
@@ -68,7 +78,7 @@ fn has_left(stream: &UnixStream) -> bool {
     }
 }
 
-fn accept(listener: &UnixListener) -> io::Result<Option<Visitor>> {
+fn accept(listener: &UnixListener) -> io::Result<Option<Accepted>> {
     match listener.accept() {
         Ok((stream, _)) => {
             let peer = Peer::of(&stream)?;
@@ -83,36 +93,34 @@ fn accept(listener: &UnixListener) -> io::Result<Option<Visitor>> {
 mod tests {
     use super::*;
 
-    /// A listener and a peer that is not this process.
-    fn setup() -> (tempfile::TempDir, UnixListener, Option<Peer>) {
+    /// The directory of the socket `s`, those who connect to it, and a peer that is not this process.
+    fn setup() -> (tempfile::TempDir, Reconnects, Option<Peer>) {
         let dir = tempfile::tempdir().expect("directory");
         let listener = UnixListener::bind(dir.path().join("s")).expect("bind");
         listener.set_nonblocking(true).expect("non-blocking");
         let other = Peer::of(&UnixStream::pair().expect("pair").0).expect("credentials").map(Peer::other);
-        (dir, listener, other)
+        (dir, Reconnects::new(listener), other)
     }
 
     #[test]
     fn strangers_wait_in_order_and_the_dead_make_room() {
-        let (dir, listener, bereft) = setup();
-        let mut visitors = Visitors::default();
-        visitors.set_bereft(bereft);
+        let (dir, mut reconnects, other) = setup();
+        reconnects.turn_away(other);
         let connect = || UnixStream::connect(dir.path().join("s")).expect("connect");
         let mut alive: Vec<_> = (0..WAITING_MAX + 1).map(|_| connect()).collect();
-        (0..WAITING_MAX).for_each(|_| assert!(visitors.sort(&listener).expect("sorted")));
-        assert!(!visitors.sort(&listener).expect("no room"));
+        (0..WAITING_MAX).for_each(|_| assert!(reconnects.sort().expect("sorted")));
+        assert!(!reconnects.sort().expect("no room"));
         drop(alive.remove(0));
-        assert!(visitors.sort(&listener).expect("room"));
-        let count = std::iter::from_fn(|| visitors.next(&listener).expect("accepted")).count();
+        assert!(reconnects.sort().expect("room"));
+        let count = std::iter::from_fn(|| reconnects.next().expect("accepted")).count();
         assert_eq!(count, WAITING_MAX);
     }
 
     #[test]
-    fn without_anybody_bereft_all_stay_in_the_backlog() {
-        let (dir, listener, _) = setup();
-        let mut visitors = Visitors::default();
+    fn without_anybody_to_turn_away_all_stay_in_the_backlog() {
+        let (dir, mut reconnects, _) = setup();
         let _one = UnixStream::connect(dir.path().join("s")).expect("connect");
-        assert!(!visitors.sort(&listener).expect("sorted"));
-        assert!(visitors.next(&listener).expect("accepted").is_some());
+        assert!(!reconnects.sort().expect("sorted"));
+        assert!(reconnects.next().expect("accepted").is_some());
     }
 }
