@@ -1,36 +1,37 @@
-//! Which file descriptors a message of the front-end had, and so needs again.
-
-use vhost::vhost_user::message::FrontendReq;
+//! Decides which file descriptors a message needs on its way to the back-end.
+//!
+//! The front-end attached file descriptors to its messages; the device carries only the bytes. The
+//! table of requests says what was attached, and the bridge attaches its counterpart in this VM.
 
 use crate::message_socket::Message;
 use crate::spec::addr::{BarOffset, QueueIndex};
 use crate::spec::vhost_user::{
-    InflightArea, MemoryRegion, MessageError, VRING_INDEX_MASK, VRING_NO_FD, parse_memory_table,
-    parse_single_region, parse_u64,
+    Fds, InflightArea, MemoryRegion, MessageError, Request, VringEventfd, parse_memory_table,
+    parse_single_region,
 };
 
-/// What to attach to a message on its way to the back-end.
+/// What to attach to a message for the back-end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Attachments {
     None,
-    /// The shared memory, once for each of so many regions.
+    /// The shared memory BAR's file, once for each of so many regions.
     Memory(usize),
-    /// The eventfd that the device signals for a kick of a queue.
+    /// The eventfd that the device signals for a kick of the queue.
     Kick(QueueIndex),
-    /// The eventfd tied to the call doorbell of a queue.
+    /// The eventfd tied to the call doorbell of the queue.
     Call(QueueIndex),
-    /// The eventfd tied to the error doorbell of a queue.
+    /// The eventfd tied to the error doorbell of the queue.
     Err(QueueIndex),
     /// One end of a socket pair for requests of the back-end.
     BackendChannel,
 }
 
-/// Why a message cannot be given to the back-end.
+/// Why a message cannot be passed to the back-end.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Refusal {
+pub(super) enum AttachmentError {
     #[error(transparent)]
     Message(#[from] MessageError),
-    #[error("request {request} for vhost queue {index}: the device carries {queues}")]
+    #[error("request {request} is for vhost queue {index}: the device carries {queues}")]
     Queue { request: u32, index: QueueIndex, queues: u16 },
     #[error("memory region of {size:#x} bytes at {offset}: the shared memory BAR has {bar:#x} bytes")]
     OutsideBar { offset: BarOffset, size: u64, bar: u64 },
@@ -50,63 +51,55 @@ pub(super) struct Limits {
 }
 
 impl Attachments {
-    /// What goes with a request of the front-end.
-    pub(super) fn of(message: &Message, limits: Limits) -> Result<Self, Refusal> {
-        use FrontendReq as Req;
+    /// Returns what a request of the front-end needs. A request that the table does not have needs
+    /// nothing: the back-end may know it.
+    ///
+    /// # Errors
+    /// [`AttachmentError`] when the request does not fit the device.
+    pub(super) fn of(message: &Message, limits: Limits) -> Result<Self, AttachmentError> {
         let request = message.header.request;
         let payload = message.payload();
-        let vring = |attach: fn(QueueIndex) -> Self| {
-            let value = parse_u64(request, payload)?;
-            let index = QueueIndex(u16::try_from(value & VRING_INDEX_MASK).unwrap_or(u16::MAX));
-            match value & VRING_NO_FD {
-                _ if index.0 >= limits.queues => {
-                    Err(Refusal::Queue { request, index, queues: limits.queues })
-                }
-                0 => Ok(attach(index)),
-                _ => Ok(Self::None),
+        let eventfd = |attach: fn(QueueIndex) -> Self| {
+            let VringEventfd { queue, attached } = VringEventfd::parse(request, payload)?;
+            let index = QueueIndex(u16::try_from(queue).unwrap_or(u16::MAX));
+            if index.0 >= limits.queues {
+                return Err(AttachmentError::Queue { request, index, queues: limits.queues });
             }
+            Ok(if attached { attach(index) } else { Self::None })
         };
-        // A request that this crate has no name for needs no descriptor that is known of.
-        match Req::try_from(request) {
-            Ok(Req::SET_MEM_TABLE) => {
+        match Request::of_frontend(request).map_or(Fds::None, |row| row.fds) {
+            Fds::None | Fds::OfRegionOptional => Ok(Self::None),
+            Fds::PerRegion => {
                 let regions = parse_memory_table(payload)?;
                 regions.iter().try_for_each(|region| limits.check(region.offset, region.size))?;
                 Ok(Self::Memory(regions.len()))
             }
-            Ok(Req::ADD_MEM_REG) => {
+            Fds::OfRegion => {
                 let MemoryRegion { offset, size, .. } = parse_single_region(request, payload)?;
                 limits.check(offset, size)?;
                 Ok(Self::Memory(1))
             }
             // The device has put the in-flight region into the shared memory.
-            Ok(Req::SET_INFLIGHT_FD) => {
+            Fds::OfInflight => {
                 let InflightArea { offset, size } = InflightArea::parse(request, payload)?;
                 limits.check(offset, size)?;
                 Ok(Self::Memory(1))
             }
-            Ok(Req::SET_VRING_KICK) => vring(Self::Kick),
-            Ok(Req::SET_VRING_CALL) => vring(Self::Call),
-            Ok(Req::SET_VRING_ERR) => vring(Self::Err),
-            Ok(Req::SET_BACKEND_REQ_FD) => Ok(Self::BackendChannel),
-            Ok(
-                Req::SET_LOG_BASE
-                | Req::SET_LOG_FD
-                | Req::GPU_SET_SOCKET
-                | Req::POSTCOPY_ADVISE
-                | Req::GET_SHARED_OBJECT
-                | Req::SET_DEVICE_STATE_FD,
-            ) => Err(Refusal::NotCarried { request }),
-            _ => Ok(Self::None),
+            Fds::Kick => eventfd(Self::Kick),
+            Fds::Call => eventfd(Self::Call),
+            Fds::Err => eventfd(Self::Err),
+            Fds::BackendChannel => Ok(Self::BackendChannel),
+            Fds::Foreign(_) => Err(AttachmentError::NotCarried { request }),
         }
     }
 }
 
 impl Limits {
     /// Checks that a piece of memory lies inside the shared memory BAR.
-    fn check(self, offset: BarOffset, size: u64) -> Result<(), Refusal> {
+    fn check(self, offset: BarOffset, size: u64) -> Result<(), AttachmentError> {
         match offset.0.checked_add(size) {
             Some(end) if end <= self.shared_memory => Ok(()),
-            _ => Err(Refusal::OutsideBar { offset, size, bar: self.shared_memory }),
+            _ => Err(AttachmentError::OutsideBar { offset, size, bar: self.shared_memory }),
         }
     }
 }
@@ -120,7 +113,7 @@ mod tests {
 
     const LIMITS: Limits = Limits { queues: 4, shared_memory: 0x4000 };
 
-    fn of(request: u32, payload: &[u8]) -> Result<Attachments, Refusal> {
+    fn of(request: u32, payload: &[u8]) -> Result<Attachments, AttachmentError> {
         let size = u32::try_from(payload.len()).expect("small payload");
         Attachments::of(&Message::new(Header { request, flags: 1, size }, payload), LIMITS)
     }
@@ -136,9 +129,9 @@ mod tests {
         assert_eq!(vring(13, 2), Ok(Attachments::Call(QueueIndex(2))));
         assert_eq!(vring(14, 0), Ok(Attachments::Err(QueueIndex(0))));
         assert_eq!(vring(13, 0x102), Ok(Attachments::None));
-        assert!(matches!(vring(12, 4), Err(Refusal::Queue { queues: 4, .. })));
-        assert!(matches!(vring(12, 0x104), Err(Refusal::Queue { .. })));
-        assert!(matches!(of(12, &[0; 7]), Err(Refusal::Message(MessageError::PayloadSize { .. }))));
+        assert!(matches!(vring(12, 4), Err(AttachmentError::Queue { queues: 4, .. })));
+        assert!(matches!(vring(12, 0x104), Err(AttachmentError::Queue { .. })));
+        assert!(matches!(of(12, &[0; 7]), Err(AttachmentError::Message(MessageError::PayloadSize { .. }))));
     }
 
     #[test]
@@ -148,16 +141,16 @@ mod tests {
             table(&[region(0, 0, 0x1000), region(0x10000, 0x2000, 0x2000)]),
             Ok(Attachments::Memory(2))
         );
-        assert!(matches!(table(&[region(0, 0x3000, 0x2000)]), Err(Refusal::OutsideBar { .. })));
+        assert!(matches!(table(&[region(0, 0x3000, 0x2000)]), Err(AttachmentError::OutsideBar { .. })));
         let single = |request, region: MemoryRegion| of(request, &[&[0; 8], &region.to_bytes()[..]].concat());
         assert_eq!(single(37, region(0, 0x3000, 0x1000)), Ok(Attachments::Memory(1)));
-        assert!(matches!(single(37, region(0, 0x4000, 0x1000)), Err(Refusal::OutsideBar { .. })));
+        assert!(matches!(single(37, region(0, 0x4000, 0x1000)), Err(AttachmentError::OutsideBar { .. })));
         assert_eq!(single(38, region(0, 0x3000, 0x1000)), Ok(Attachments::None));
         let inflight = |request, size: u64, offset: u64| {
             of(request, &[size.to_le_bytes(), offset.to_le_bytes(), [1; 8]].concat())
         };
         assert_eq!(inflight(32, 0x1000, 0x3000), Ok(Attachments::Memory(1)));
-        assert!(matches!(inflight(32, 0x1001, 0x3000), Err(Refusal::OutsideBar { .. })));
+        assert!(matches!(inflight(32, 0x1001, 0x3000), Err(AttachmentError::OutsideBar { .. })));
         assert_eq!(inflight(31, 0, 0), Ok(Attachments::None));
     }
 
@@ -167,7 +160,7 @@ mod tests {
         assert_eq!(of(1000, &[1, 2, 3]), Ok(Attachments::None));
         assert_eq!(of(21, &[]), Ok(Attachments::BackendChannel));
         for request in [6, 7, 28, 33, 41, 42] {
-            assert_eq!(of(request, &[0; 16]), Err(Refusal::NotCarried { request }));
+            assert_eq!(of(request, &[0; 16]), Err(AttachmentError::NotCarried { request }));
         }
     }
 

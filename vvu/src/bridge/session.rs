@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use vhost::vhost_user::message::FrontendReq;
 
-use super::attachments::{Attachments, Limits, Refusal};
+use super::attachments::{AttachmentError, Attachments, Limits};
 use super::{BridgeError, wait};
 use crate::driver::pci_device::PciDevice;
 use crate::driver::{Driver, DriverError, Incoming, eventfd};
@@ -236,7 +236,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
         };
         let request = message.header.request;
         if !message.header.is_reply() {
-            return Err(Refusal::Direction { request }.into());
+            return Err(AttachmentError::Direction { request }.into());
         }
         // The one that comes with an in-flight region is not needed: the device replaces the region.
         if !message.fds.is_empty() && request != u32::from(FrontendReq::GET_INFLIGHT_FD) {
@@ -294,8 +294,8 @@ impl From<End> for Halt {
     }
 }
 
-impl From<Refusal> for Halt {
-    fn from(refusal: Refusal) -> Self {
+impl From<AttachmentError> for Halt {
+    fn from(refusal: AttachmentError) -> Self {
         Self::Session(End::Refused(refusal.to_string()))
     }
 }

@@ -1,32 +1,36 @@
-//! The state of the link between the guest driver and the sibling's front-end.
+//! The link between the guest driver and the sibling's front-end.
 
-/// Where the link is.
+use std::mem;
+
+use super::frontend_connection::FrontendConnection;
+
+/// State of the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LinkState {
-    /// The guest driver does not ask for a front-end. One that connects waits in the backlog.
+    /// The guest driver does not ask for a front-end. A front-end that connects stays in the backlog.
     Down,
     /// The guest driver waits for a front-end.
     Waiting,
     /// A front-end is connected; messages flow.
     Connected,
-    /// The front-end is gone; the mark of its end waits for a receive buffer.
+    /// The front-end has left; the device waits for a receive buffer to mark the end of the connection.
     Leaving,
     /// The guest driver broke the protocol; only a reset helps.
     Broken,
 }
 
-/// What can happen to the link.
+/// Something that may change the state of the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LinkEvent {
     /// The driver is ready: `DRIVER_OK`, bus mastering and `BACKEND_UP` are all set.
     DriverReady,
-    /// One of these is not set (any longer).
+    /// The driver is not ready: one of these is not set.
     DriverGone,
-    /// A front-end was accepted.
+    /// The device accepted a front-end.
     FrontendConnected,
-    /// The front-end closed its end, or was disconnected for what it sent.
+    /// The front-end closed its socket, or the device disconnected it.
     FrontendLeft,
-    /// The driver has a receive buffer that marks the end of the session.
+    /// The device put a buffer of length 0, which marks the end of the connection, into the receive queue.
     EndMarked,
     /// The driver broke the protocol.
     DriverViolation,
@@ -38,7 +42,7 @@ impl LinkState {
     /// All states, for walks over the table.
     pub const ALL: [Self; 5] = [Self::Down, Self::Waiting, Self::Connected, Self::Leaving, Self::Broken];
 
-    /// The state after `event`. An event that means nothing in a state leaves it as it is.
+    /// The state after `event`. An event that means nothing in a state does not change it.
     #[must_use]
     pub fn after(self, event: LinkEvent) -> Self {
         use LinkEvent as E;
@@ -54,6 +58,12 @@ impl LinkState {
             (state, _) => state,
         }
     }
+
+    /// Whether the driver sees `FRONTEND_UP`. It keeps seeing it until the end of the connection is marked.
+    #[must_use]
+    pub fn is_frontend_up(self) -> bool {
+        matches!(self, Self::Connected | Self::Leaving)
+    }
 }
 
 impl LinkEvent {
@@ -67,6 +77,81 @@ impl LinkEvent {
         Self::DriverViolation,
         Self::Reset,
     ];
+}
+
+/// The link: its state, with the connection while there is one.
+#[derive(Debug, Default)]
+#[expect(clippy::large_enum_variant, reason = "a device has one link")]
+pub(super) enum Link {
+    #[default]
+    Down,
+    Waiting,
+    Connected(FrontendConnection),
+    Leaving,
+    Broken,
+}
+
+/// A change of the link, and what follows from it for the rest of the device.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Transition {
+    pub(super) from: LinkState,
+    pub(super) to: LinkState,
+    /// The connection that ends.
+    pub(super) ended: Option<FrontendConnection>,
+}
+
+impl Transition {
+    /// Whether the device has to interrupt the driver: the driver sees another link status, or has to
+    /// reset the device.
+    pub(super) fn concerns_driver(&self) -> bool {
+        self.to == LinkState::Broken || self.from.is_frontend_up() != self.to.is_frontend_up()
+    }
+}
+
+impl Link {
+    /// The state.
+    pub(super) fn state(&self) -> LinkState {
+        match self {
+            Self::Down => LinkState::Down,
+            Self::Waiting => LinkState::Waiting,
+            Self::Connected(_) => LinkState::Connected,
+            Self::Leaving => LinkState::Leaving,
+            Self::Broken => LinkState::Broken,
+        }
+    }
+
+    /// Connects a front-end. Nothing changes unless the link is [`Link::Waiting`].
+    pub(super) fn connect(&mut self, connection: FrontendConnection) -> Option<Transition> {
+        self.follow(LinkEvent::FrontendConnected, Some(connection))
+    }
+
+    /// Follows any event but [`LinkEvent::FrontendConnected`], which needs a connection.
+    pub(super) fn handle(&mut self, event: LinkEvent) -> Option<Transition> {
+        self.follow(event, None)
+    }
+
+    /// Goes to the state that the table names; `None` if that is the state there is.
+    fn follow(&mut self, event: LinkEvent, connection: Option<FrontendConnection>) -> Option<Transition> {
+        let from = self.state();
+        let to = from.after(event);
+        if from == to {
+            return None;
+        }
+        let next = match to {
+            LinkState::Down => Self::Down,
+            LinkState::Waiting => Self::Waiting,
+            LinkState::Connected => Self::Connected(connection?),
+            LinkState::Leaving => Self::Leaving,
+            LinkState::Broken => Self::Broken,
+        };
+        log::info!("link: {from:?} -> {to:?} ({event:?})");
+        let ended = match mem::replace(self, next) {
+            Self::Connected(connection) => Some(connection),
+            _ => None,
+        };
+        Some(Transition { from, to, ended })
+    }
 }
 
 #[cfg(test)]
@@ -137,5 +222,65 @@ mod tests {
         for state in LinkState::ALL {
             assert_eq!(state.after(LinkEvent::Reset), LinkState::Down);
         }
+    }
+
+    fn connection() -> FrontendConnection {
+        FrontendConnection::new(std::os::unix::net::UnixStream::pair().expect("pair").0, None)
+    }
+
+    /// The link in each state, reached by events.
+    fn link(state: LinkState) -> Link {
+        let mut link = Link::default();
+        if matches!(state, LinkState::Waiting | LinkState::Connected | LinkState::Leaving) {
+            drop(link.handle(LinkEvent::DriverReady));
+        }
+        if matches!(state, LinkState::Connected | LinkState::Leaving) {
+            drop(link.connect(connection()));
+        }
+        match state {
+            LinkState::Leaving => drop(link.handle(LinkEvent::FrontendLeft)),
+            LinkState::Broken => drop(link.handle(LinkEvent::DriverViolation)),
+            _ => {}
+        }
+        assert_eq!(link.state(), state);
+        link
+    }
+
+    #[test]
+    fn the_link_follows_the_table_and_gives_the_ended_connection_back() {
+        for state in LinkState::ALL {
+            for event in LinkEvent::ALL {
+                let mut link = link(state);
+                let transition = match event {
+                    LinkEvent::FrontendConnected => link.connect(connection()),
+                    event => link.handle(event),
+                };
+                assert_eq!(link.state(), state.after(event), "{state:?} {event:?}");
+                assert_eq!(transition.is_some(), state != state.after(event), "{state:?} {event:?}");
+                let ended = transition.is_some_and(|transition| transition.ended.is_some());
+                let left = state == LinkState::Connected && link.state() != state;
+                assert_eq!(ended, left, "{state:?} {event:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_connection_nothing_is_connected() {
+        let mut link = link(LinkState::Waiting);
+        assert!(link.handle(LinkEvent::FrontendConnected).is_none());
+        assert_eq!(link.state(), LinkState::Waiting);
+    }
+
+    #[test]
+    fn the_driver_is_interrupted_when_it_sees_a_change() {
+        use LinkState as S;
+        let concerned = |from, to| Transition { from, to, ended: None }.concerns_driver();
+        for (from, to) in [(S::Waiting, S::Connected), (S::Connected, S::Down), (S::Leaving, S::Down)] {
+            assert!(concerned(from, to), "{from:?} {to:?}");
+        }
+        for (from, to) in [(S::Down, S::Waiting), (S::Waiting, S::Down), (S::Connected, S::Leaving)] {
+            assert!(!concerned(from, to), "{from:?} {to:?}");
+        }
+        assert!(S::ALL.into_iter().all(|from| concerned(from, S::Broken)));
     }
 }

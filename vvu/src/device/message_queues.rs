@@ -1,16 +1,21 @@
-//! vhost-user messages in virtqueues: one message in one buffer.
+//! The guest driver's virtqueues: each vhost-user message is one buffer.
 
 use std::io::{Read, Write};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemory;
 
+use super::Host;
+use super::common_config::VirtQueue;
 use crate::message_socket::Message;
 use crate::spec::vhost_user::{Header, MESSAGE_SIZE_MAX, MessageError};
+use crate::spec::virtio::{NO_VECTOR, isr};
 
 /// Why the guest driver's queues cannot be used any longer.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum QueueError {
+pub(super) enum QueueError {
+    #[error("the virtqueues are not set up")]
+    NotSetUp,
     #[error("virtqueue of the guest driver: {0}")]
     Queue(#[from] virtio_queue::Error),
     #[error("buffer of the guest driver: {0}")]
@@ -23,24 +28,72 @@ pub(crate) enum QueueError {
     Length { got: usize, want: usize },
 }
 
-/// Whether something found a place in the receive queue.
+/// Whether a message was put into the receive queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Placed {
+pub(super) enum Placed {
     Yes,
-    /// There is no buffer; the driver notifies when it adds one.
+    /// The queue has no buffer; the driver notifies the device when it adds one.
     NoBuffer,
-    /// The next buffer, which stays where it is, has only `got` bytes.
+    /// The next buffer has only `got` bytes; it stays in the queue.
     TooSmall {
         got: usize,
     },
 }
 
-/// Puts `bytes` into the next receive buffer. No bytes at all mark the end of a session.
-pub(crate) fn place<M: GuestMemory>(
-    queue: &mut Queue,
-    memory: &M,
-    bytes: &[u8],
-) -> Result<Placed, QueueError> {
+/// The receive and the transmit queue. Every use interrupts the driver if the driver wants that.
+pub(super) struct DriverQueues<'d, H> {
+    pub(super) host: &'d H,
+    pub(super) rx: &'d mut VirtQueue,
+    pub(super) tx: &'d mut VirtQueue,
+    pub(super) isr: &'d mut u8,
+}
+
+impl<H: Host> DriverQueues<'_, H> {
+    /// Begins to use the queues. Messages that the driver sent to the last front-end too late are given
+    /// back unread: the next front-end would take them for answers to its own requests.
+    pub(super) fn start(&mut self) -> Result<(), QueueError> {
+        if ![&*self.rx, &*self.tx].iter().all(|queue| queue.queue.is_valid(self.host.memory())) {
+            return Err(QueueError::NotSetUp);
+        }
+        for _ in 0..self.tx.queue.size() {
+            if self.take()?.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts `bytes` into the next receive buffer. No bytes at all mark the end of a connection.
+    pub(super) fn place(&mut self, bytes: &[u8]) -> Result<Placed, QueueError> {
+        let placed = place(&mut self.rx.queue, self.host.memory(), bytes)?;
+        if placed == Placed::Yes {
+            interrupt(self.host, self.rx, self.isr)?;
+        }
+        Ok(placed)
+    }
+
+    /// Takes the next message of the driver, if there is one.
+    pub(super) fn take(&mut self) -> Result<Option<Message>, QueueError> {
+        let message = take(&mut self.tx.queue, self.host.memory())?;
+        if message.is_some() {
+            interrupt(self.host, self.tx, self.isr)?;
+        }
+        Ok(message)
+    }
+}
+
+/// Interrupts the driver for a virtqueue if the driver wants that.
+fn interrupt<H: Host>(host: &H, queue: &mut VirtQueue, isr: &mut u8) -> Result<(), QueueError> {
+    if queue.queue.needs_notification(host.memory())? {
+        *isr |= isr::QUEUE;
+        if queue.vector != NO_VECTOR {
+            host.signal(queue.vector);
+        }
+    }
+    Ok(())
+}
+
+fn place<M: GuestMemory>(queue: &mut Queue, memory: &M, bytes: &[u8]) -> Result<Placed, QueueError> {
     let chain = match queue.pop_descriptor_chain(memory) {
         Some(chain) => chain,
         None if queue.enable_notification(memory)? => match queue.pop_descriptor_chain(memory) {
@@ -65,8 +118,7 @@ pub(crate) fn place<M: GuestMemory>(
     Ok(Placed::Yes)
 }
 
-/// Takes the next message of the driver, if there is one.
-pub(crate) fn take<M: GuestMemory>(queue: &mut Queue, memory: &M) -> Result<Option<Message>, QueueError> {
+fn take<M: GuestMemory>(queue: &mut Queue, memory: &M) -> Result<Option<Message>, QueueError> {
     let chain = match queue.pop_descriptor_chain(memory) {
         Some(chain) => chain,
         None if queue.enable_notification(memory)? => match queue.pop_descriptor_chain(memory) {

@@ -11,15 +11,15 @@ mod claim;
 mod common_config;
 mod config_space;
 mod events;
+mod frontend_connection;
 mod link;
 mod message_queues;
 mod peer;
+mod reconnects;
 mod relay;
-mod session;
 mod sibling_memory;
 mod trace;
 mod treatment;
-mod visitors;
 mod vrings;
 mod vvu_device;
 

@@ -1,261 +1,254 @@
-//! The link at work: accepts front-ends and moves messages between them and the guest driver.
+//! Accepts front-ends and moves messages between them and the guest driver.
 
-use virtio_queue::QueueT;
+use std::os::unix::net::UnixListener;
+
+use rustix::io::Errno;
 
 use super::Host;
-use super::common_config::VirtQueue;
-use super::events::Source;
-use super::link::{LinkEvent, LinkState};
-use super::message_queues::{Placed, QueueError, place, take};
-use super::session::{Session, SessionError};
+use super::events::{Events, Source};
+use super::frontend_connection::{ConnectionError, FrontendConnection};
+use super::link::{Link, LinkEvent, LinkState, Transition};
+use super::message_queues::{DriverQueues, Placed, QueueError};
+use super::reconnects::Reconnects;
+use super::sibling_memory::SiblingMemory;
+use super::trace::Trace;
 use super::treatment::Treatment;
-use super::vrings::{Eventfd, Notification};
-use super::vvu_device::VvuDevice;
+use super::vrings::{Eventfd, Notification, Vrings};
 use crate::spec::addr::QueueIndex;
-use crate::spec::virtio::{NO_VECTOR, device_config, isr};
 
-/// Messages moved in one direction before other events get their turn.
-const MESSAGES_PER_TURN: usize = 64;
+/// The front-end's side of a device.
+#[derive(Debug)]
+pub(super) struct Relay {
+    pub(super) memory: SiblingMemory,
+    pub(super) vrings: Vrings,
+    pub(super) events: Events,
+    pub(super) trace: Option<Trace>,
+    queues: u16,
+    reconnects: Reconnects,
+    link: Link,
+}
 
-impl VvuDevice {
-    /// Brings the link in line with what the driver wrote, and moves what can be moved.
-    pub(super) fn update_link<H: Host>(&mut self, host: &H) {
-        let up = self.link_status & device_config::BACKEND_UP != 0;
-        let ready = self.common.driver_ok() && self.config_space.bus_master() && up;
-        let before = self.link;
-        let queues = [&self.common.rx.queue, &self.common.tx.queue];
-        if ready && before == LinkState::Down && !queues.iter().all(|queue| queue.is_valid(host.memory())) {
-            log::error!("the guest driver has to reset the device: its queues are not set up");
-            self.step(host, LinkEvent::DriverViolation);
-            return;
+/// What one step of the relay did.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    /// Something was moved, so there may be more to do.
+    pub(super) moved: bool,
+    pub(super) transition: Option<Transition>,
+}
+
+impl From<Option<Transition>> for Progress {
+    /// A change of the link leaves more to do.
+    fn from(transition: Option<Transition>) -> Self {
+        Self { moved: transition.is_some(), transition }
+    }
+}
+
+impl From<bool> for Progress {
+    fn from(moved: bool) -> Self {
+        Self { moved, transition: None }
+    }
+}
+
+impl Relay {
+    /// A relay whose link is down, for `queues` vhost queues.
+    ///
+    /// # Errors
+    /// When the kernel refuses to poll `listener` or has no asynchronous I/O.
+    pub(super) fn new(memory: SiblingMemory, listener: UnixListener, queues: u16) -> std::io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let events = Events::new()?;
+        events.add(&listener, Source::Listener)?;
+        let vrings = Vrings::new(queues)?;
+        let reconnects = Reconnects::new(listener);
+        Ok(Self { memory, vrings, events, trace: None, queues, reconnects, link: Link::default() })
+    }
+
+    /// The state of the link.
+    pub(super) fn state(&self) -> LinkState {
+        self.link.state()
+    }
+
+    /// Tells the link whether the guest driver is ready.
+    pub(super) fn set_driver_ready<H: Host>(
+        &mut self,
+        ready: bool,
+        driver: &mut DriverQueues<'_, H>,
+    ) -> Option<Transition> {
+        if !ready {
+            return self.follow(LinkEvent::DriverGone);
         }
-        if ready
-            && before == LinkState::Down
-            && let Err(error) = self.discard_sent(host)
+        if self.state() == LinkState::Down
+            && let Err(error) = driver.start()
         {
-            self.driver_violation(host, &error);
-            return;
+            return self.driver_violation(&error);
         }
-        self.step(host, if ready { LinkEvent::DriverReady } else { LinkEvent::DriverGone });
-        if self.link != before {
-            self.pump(host);
+        self.follow(LinkEvent::DriverReady)
+    }
+
+    /// Puts the link down and forgets the guest's vectors.
+    pub(super) fn reset(&mut self) {
+        // The registers are reset as well, so there is nothing to tell the driver.
+        let _ = self.follow(LinkEvent::Reset);
+        self.vrings.reset();
+    }
+
+    /// Moves at most one message each way, or one front-end.
+    pub(super) fn advance<H: Host>(&mut self, driver: &mut DriverQueues<'_, H>) -> Progress {
+        match &self.link {
+            Link::Down | Link::Broken => self.sort_reconnects(),
+            Link::Waiting => self.accept(),
+            Link::Connected(_) => self.exchange(driver),
+            Link::Leaving => self.mark_end(driver),
         }
     }
 
-    /// Gives back what the driver sent to the last front-end too late: the next one would take it for
-    /// an answer to its own requests.
-    fn discard_sent<H: Host>(&mut self, host: &H) -> Result<(), QueueError> {
-        for _ in 0..self.common.tx.queue.size() {
-            if take(&mut self.common.tx.queue, host.memory())?.is_none() {
-                break;
-            }
-            notify(host, &mut self.common.tx, &mut self.isr)?;
+    /// Takes the link to its next state and forgets the connection that this ends.
+    fn follow(&mut self, event: LinkEvent) -> Option<Transition> {
+        let mut transition = self.link.handle(event)?;
+        if let Some(ended) = transition.ended.take() {
+            self.forget(&ended);
+            let driver_left = transition.to != LinkState::Leaving;
+            self.reconnects.turn_away(if driver_left { ended.peer } else { None });
         }
-        Ok(())
+        Some(transition)
     }
 
-    /// Takes the link to its next state and carries out what the change implies.
-    fn step<H: Host>(&mut self, host: &H, event: LinkEvent) {
-        let before = self.link;
-        self.link = before.after(event);
-        if before == self.link {
-            return;
-        }
-        log::info!("link: {before:?} -> {:?} ({event:?})", self.link);
-        if before == LinkState::Connected {
-            self.end_session();
-        }
-        if matches!(self.link, LinkState::Connected | LinkState::Leaving) {
-            self.visitors.set_bereft(None);
-        }
-        let status = match (before, self.link) {
-            (_, LinkState::Connected) => self.link_status | device_config::FRONTEND_UP,
-            (LinkState::Leaving, LinkState::Down) => 0,
-            (_, LinkState::Leaving) => self.link_status,
-            _ => self.link_status & !device_config::FRONTEND_UP,
-        };
-        if self.link == LinkState::Broken {
-            self.common.set_needs_reset();
-        }
-        if status != self.link_status || self.link == LinkState::Broken {
-            self.link_status = status;
-            self.common.bump_generation();
-            self.isr |= isr::CONFIG;
-            if self.common.config_vector != NO_VECTOR && self.config_space.bus_master() {
-                host.signal(self.common.config_vector);
-            }
-        }
+    fn driver_violation(&mut self, error: &QueueError) -> Option<Transition> {
+        log::error!("the guest driver has to reset the device: {error}");
+        self.follow(LinkEvent::DriverViolation)
     }
 
-    /// Forgets the front-end. Its file descriptors are unwatched one by one, since closing them here
-    /// is not enough while the front-end has them open too.
-    pub(super) fn end_session(&mut self) {
+    /// Unwatches the file descriptors of a connection one by one: closing them here is not enough while
+    /// the front-end has them open too.
+    fn forget(&mut self, connection: &FrontendConnection) {
         for kick in self.vrings.disconnect() {
             self.events.remove(&kick);
         }
-        if let Some(session) = self.session.take() {
-            self.visitors.set_bereft(session.peer);
-            self.events.remove(session.frontend());
-            session.channel().into_iter().for_each(|channel| self.events.remove(channel));
-        }
+        self.events.remove(connection.frontend());
+        connection.channel().into_iter().for_each(|channel| self.events.remove(channel));
     }
 
-    /// Moves messages both ways until nothing can be moved, or others should have their turn.
-    pub(super) fn pump<H: Host>(&mut self, host: &H) {
-        for _ in 0..MESSAGES_PER_TURN {
-            let moved = match self.link {
-                LinkState::Down | LinkState::Broken => self.sort_visitors(),
-                LinkState::Waiting => self.accept(host),
-                LinkState::Connected => self.exchange(host),
-                LinkState::Leaving => self.mark_end(host),
-            };
-            if !moved {
-                return;
-            }
-        }
-        self.events.again();
+    /// Looks at one front-end that connected while there is no back-end.
+    fn sort_reconnects(&mut self) -> Progress {
+        let sorted = self.reconnects.sort().unwrap_or_else(|error| {
+            log::warn!("cannot accept a front-end: {error}");
+            false
+        });
+        sorted.into()
     }
 
-    /// Accepts a front-end; false if there is none.
-    fn accept<H: Host>(&mut self, host: &H) -> bool {
-        let (stream, peer) = match self.visitors.next(&self.listener) {
-            Ok(Some(visitor)) => visitor,
-            Ok(None) => return false,
+    /// Accepts a front-end.
+    fn accept(&mut self) -> Progress {
+        let (stream, peer) = match self.reconnects.next() {
+            Ok(Some(frontend)) => frontend,
+            Ok(None) => return Progress::default(),
             Err(error) => {
-                log::warn!("accepting a front-end: {error}");
-                return false;
+                log::warn!("cannot accept a front-end: {error}");
+                return Progress::default();
             }
         };
-        let session = Session::new(stream, peer);
-        if let Err(error) = self.events.add(session.frontend(), Source::Socket) {
-            log::warn!("polling a front-end: {error}");
-            return true;
+        let connection = FrontendConnection::new(stream, peer);
+        if let Err(error) = self.events.add(connection.frontend(), Source::Socket) {
+            log::warn!("cannot wait for messages of a front-end: {error}");
+            return true.into();
         }
-        self.session = Some(session);
-        self.step(host, LinkEvent::FrontendConnected);
-        true
+        self.reconnects.turn_away(None);
+        self.link.connect(connection).into()
     }
 
-    /// Looks at a front-end that comes while there is no back-end; false if there is none.
-    fn sort_visitors(&mut self) -> bool {
-        self.visitors.sort(&self.listener).unwrap_or_else(|error| {
-            log::warn!("accepting a front-end: {error}");
-            false
-        })
-    }
-
-    /// Moves at most one message each way; false if nothing moved.
-    fn exchange<H: Host>(&mut self, host: &H) -> bool {
-        let outcome =
-            self.relay_to_driver(host).and_then(|received| Ok(self.relay_to_frontend(host)? || received));
-        match outcome {
-            Ok(moved) => moved,
-            Err(ExchangeError::Session(error)) => {
+    /// Moves at most one message each way.
+    fn exchange<H: Host>(&mut self, driver: &mut DriverQueues<'_, H>) -> Progress {
+        let received = self.relay_to_driver(driver);
+        let moved = received.and_then(|received| Ok(self.relay_to_frontend(driver)? || received));
+        match moved {
+            Ok(moved) => moved.into(),
+            Err(ExchangeError::Connection(error)) => {
                 match error {
-                    SessionError::Socket(_) => log::info!("front-end left: {error}"),
+                    ConnectionError::Socket(_) => log::info!("front-end left: {error}"),
                     _ => log::error!("front-end disconnected: {error}"),
                 }
-                self.step(host, LinkEvent::FrontendLeft);
-                true
+                self.follow(LinkEvent::FrontendLeft).into()
             }
-            Err(ExchangeError::Driver(error)) => {
-                self.driver_violation(host, &error);
-                false
-            }
+            Err(ExchangeError::Driver(error)) => self.driver_violation(&error).into(),
         }
     }
 
-    fn driver_violation<H: Host>(&mut self, host: &H, error: &QueueError) {
-        log::error!("the guest driver has to reset the device: {error}");
-        self.step(host, LinkEvent::DriverViolation);
-    }
-
-    /// Moves a message of the front-end to the driver.
-    fn relay_to_driver<H: Host>(&mut self, host: &H) -> Result<bool, ExchangeError> {
-        let Some(session) = &mut self.session else { return Ok(false) };
-        if session.to_driver.is_none() {
-            session.to_driver = session.answer.take();
+    /// Moves a message of the front-end to the driver; false if there is none or no room.
+    fn relay_to_driver<H: Host>(&mut self, driver: &mut DriverQueues<'_, H>) -> Result<bool, ExchangeError> {
+        let Link::Connected(connection) = &mut self.link else { return Ok(false) };
+        if connection.to_driver.is_none() {
+            connection.to_driver = connection.answer.take();
         }
-        if session.to_driver.is_none() {
-            let Some((message, treatment)) =
-                session.next_message(&self.memory, self.queues, &mut self.trace)?
-            else {
-                return Ok(false);
-            };
-            session.to_driver = Some(message);
+        if connection.to_driver.is_none() {
+            let next = connection.next_message(&self.memory, self.queues, &mut self.trace)?;
+            let Some((message, treatment)) = next else { return Ok(false) };
+            connection.to_driver = Some(message);
             self.apply(treatment)?;
         }
-        let Some(session) = &mut self.session else { return Ok(false) };
-        let Some(message) = &session.to_driver else { return Ok(false) };
-        match place(&mut self.common.rx.queue, host.memory(), &message.bytes)? {
+        let Link::Connected(connection) = &mut self.link else { return Ok(false) };
+        let Some(message) = &connection.to_driver else { return Ok(false) };
+        match driver.place(&message.bytes)? {
             Placed::Yes => {
-                session.to_driver = None;
-                notify(host, &mut self.common.rx, &mut self.isr)?;
+                connection.to_driver = None;
                 Ok(true)
             }
             Placed::NoBuffer => Ok(false),
-            Placed::TooSmall { got } => Err(SessionError::TooSmall { got, want: message.bytes.len() }.into()),
+            Placed::TooSmall { got } => {
+                Err(ConnectionError::TooSmall { got, want: message.bytes.len() }.into())
+            }
         }
     }
 
     /// Carries out what a message of the front-end changes in the device.
-    fn apply(&mut self, treatment: Treatment) -> Result<(), ExchangeError> {
+    fn apply(&mut self, treatment: Treatment) -> Result<(), ConnectionError> {
         match treatment {
             Treatment::Relay | Treatment::ProtocolFeatures(_) => {}
             Treatment::Eventfd(index, which, eventfd) => {
                 if let (Notification::Kick, Some(eventfd)) = (which, &eventfd) {
-                    self.events.add(eventfd, Source::Kick(index)).map_err(session_io)?;
+                    self.events.add(eventfd, Source::Kick(index))?;
                 }
                 self.replace(index, which, eventfd);
             }
             Treatment::Stop(index) => self.replace(index, Notification::Kick, None),
             Treatment::BackendChannel(stream) => {
-                self.events.add(&stream, Source::Socket).map_err(session_io)?;
-                if let Some(session) = &mut self.session {
-                    session.set_channel(stream);
+                self.events.add(&stream, Source::Socket)?;
+                if let Link::Connected(connection) = &mut self.link {
+                    connection.set_channel(stream);
                 }
             }
         }
         Ok(())
     }
 
-    /// Replaces an eventfd of a queue; kicks of the old one are no longer heard even though the
-    /// front-end may still hold it.
+    /// Replaces an eventfd of a queue. The device no longer watches the old kick eventfd, which the
+    /// front-end may still have open.
     fn replace(&mut self, index: QueueIndex, which: Notification, eventfd: Option<Eventfd>) {
         if let (Some(old), Notification::Kick) = (self.vrings.set(index, which, eventfd), which) {
             self.events.remove(&old);
         }
     }
 
-    /// Moves a message of the driver to the front-end.
-    fn relay_to_frontend<H: Host>(&mut self, host: &H) -> Result<bool, ExchangeError> {
-        let Some(session) = &mut self.session else { return Ok(false) };
-        session.flush()?;
-        if session.is_congested() || session.answer.is_some() {
+    /// Moves a message of the driver to the front-end; false if there is none or no room.
+    fn relay_to_frontend<H: Host>(
+        &mut self,
+        driver: &mut DriverQueues<'_, H>,
+    ) -> Result<bool, ExchangeError> {
+        let Link::Connected(connection) = &mut self.link else { return Ok(false) };
+        connection.flush()?;
+        if connection.is_congested() || connection.answer.is_some() {
             return Ok(false);
         }
-        let Some(message) = take(&mut self.common.tx.queue, host.memory())? else { return Ok(false) };
-        notify(host, &mut self.common.tx, &mut self.isr)?;
-        session.answer = session.deliver(message, &self.memory, self.queues, &mut self.trace)?;
+        let Some(message) = driver.take()? else { return Ok(false) };
+        connection.answer = connection.deliver(message, &self.memory, self.queues, &mut self.trace)?;
         Ok(true)
     }
 
-    /// Marks the end of a session in the receive queue; false if there is no buffer for that.
-    fn mark_end<H: Host>(&mut self, host: &H) -> bool {
-        let placed = place(&mut self.common.rx.queue, host.memory(), &[]).and_then(|placed| {
-            notify(host, &mut self.common.rx, &mut self.isr)?;
-            Ok(placed)
-        });
-        match placed {
-            Ok(Placed::Yes) => {
-                self.step(host, LinkEvent::EndMarked);
-                true
-            }
-            Ok(_) => false,
-            Err(error) => {
-                self.driver_violation(host, &error);
-                false
-            }
+    /// Marks the end of the connection in the receive queue, once there is a buffer for that.
+    fn mark_end<H: Host>(&mut self, driver: &mut DriverQueues<'_, H>) -> Progress {
+        match driver.place(&[]) {
+            Ok(Placed::Yes) => self.follow(LinkEvent::EndMarked).into(),
+            Ok(_) => Progress::default(),
+            Err(error) => self.driver_violation(&error).into(),
         }
     }
 }
@@ -264,22 +257,13 @@ impl VvuDevice {
 #[derive(Debug, thiserror::Error)]
 enum ExchangeError {
     #[error(transparent)]
-    Session(#[from] SessionError),
+    Connection(#[from] ConnectionError),
     #[error(transparent)]
     Driver(#[from] QueueError),
 }
 
-fn session_io(error: rustix::io::Errno) -> ExchangeError {
-    ExchangeError::Session(SessionError::Socket(error.into()))
-}
-
-/// Interrupts the driver for a virtqueue if it wants that.
-fn notify<H: Host>(host: &H, queue: &mut VirtQueue, isr: &mut u8) -> Result<(), QueueError> {
-    if queue.queue.needs_notification(host.memory())? {
-        *isr |= isr::QUEUE;
-        if queue.vector != NO_VECTOR {
-            host.signal(queue.vector);
-        }
+impl From<Errno> for ConnectionError {
+    fn from(error: Errno) -> Self {
+        Self::Socket(error.into())
     }
-    Ok(())
 }

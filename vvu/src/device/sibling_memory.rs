@@ -13,7 +13,8 @@ use rustix::io::Errno;
 
 use super::claim::claim;
 use crate::spec::addr::BarOffset;
-use crate::spec::vhost_user::{InflightArea, MemoryRegion, PAGE_SIZE};
+use crate::spec::vhost_user::{InflightArea, MemoryRegion};
+use crate::spec::{HUGE_PAGE_SIZE, PAGE_SIZE};
 
 /// Bytes of a back-end's in-flight region, of which there are some after the sibling's RAM: both the
 /// front-end and the device VM can map them there (vhost-user, "Inflight I/O tracking"). Enough for 128
@@ -23,8 +24,6 @@ const INFLIGHT_SIZE: u64 = 4 << 20;
 const INFLIGHT_REGIONS: u64 = 8;
 /// Bytes after the sibling's RAM. They take no memory until they are used.
 const TAIL_SIZE: u64 = INFLIGHT_REGIONS * INFLIGHT_SIZE;
-/// A huge page.
-const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
 /// Why a memory region of the front-end cannot be shown in the shared memory BAR.
 #[derive(Debug, thiserror::Error)]

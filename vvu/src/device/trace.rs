@@ -7,11 +7,12 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 use vhost::vhost_user::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::{VhostUserConfig, VhostUserVringAddr, VhostUserVringState};
 
 use crate::message_socket::Message;
 use crate::spec::vhost_user::{
-    BackendReq, FrontendReq, Header, InflightArea, MemoryRegion, VRING_INDEX_MASK, VRING_NO_FD,
-    parse_memory_table, parse_single_region, parse_u64,
+    Header, InflightArea, MemoryRegion, Payload, Request, VringEventfd, decode, parse_memory_table,
+    parse_single_region, parse_u64,
 };
 
 /// Writes one JSON object a line for each message: `time_us` since the start, `from` (`front-end` or `back-end`),
@@ -80,19 +81,20 @@ impl Trace {
 fn line(time_us: u128, from: From, arrived: &Arrived, did: &Did<'_>) -> Value {
     let Header { request, .. } = arrived.header;
     let reply = arrived.header.is_reply();
-    // Requests of the back-end, and their answers, have a channel of their own.
+    // Requests of the back-end, and the replies to them, have a channel of their own.
     let channel = (from == From::Backend) != reply;
-    let name = if channel {
-        BackendReq::try_from(request).map(|request| format!("{request:?}")).ok()
-    } else {
-        FrontendReq::try_from(request).map(|request| format!("{request:?}")).ok()
+    let row = if channel { Request::of_backend(request) } else { Request::of_frontend(request) };
+    let kind = match row {
+        None => Payload::Other("unknown"),
+        Some(row) if reply => row.reply_payload(),
+        Some(row) => row.payload,
     };
-    let fields = |payload: &[u8]| if channel { raw(payload) } else { fields(request, reply, payload) };
+    let fields = |payload: &[u8]| fields(kind, payload);
     let mut line = json!({
         "time_us": u64::try_from(time_us).unwrap_or(u64::MAX),
         "from": if from == From::Frontend { "front-end" } else { "back-end" },
         "kind": if reply { "reply" } else { "request" },
-        "request": name.unwrap_or_else(|| format!("unknown {request}")),
+        "request": row.map_or_else(|| format!("unknown {request}"), |row| row.name.to_owned()),
         "code": request,
         "need_reply": arrived.header.needs_reply(),
         "fds": arrived.fds,
@@ -117,43 +119,59 @@ fn line(time_us: u128, from: From, arrived: &Arrived, did: &Did<'_>) -> Value {
     line
 }
 
-/// The payload of a message between front-end and back-end, decoded; as hexadecimal where it is not known.
-fn fields(request: u32, reply: bool, payload: &[u8]) -> Value {
-    use FrontendReq as R;
-    let known = match FrontendReq::try_from(request) {
-        Ok(R::GET_FEATURES | R::SET_FEATURES) => number(payload).map(|bits| json!({"features": hex(bits)})),
-        Ok(R::GET_PROTOCOL_FEATURES | R::SET_PROTOCOL_FEATURES) => number(payload).map(|bits| {
+/// Decodes a payload; one that is not of its kind, or whose kind is not known, is shown in hexadecimal.
+fn fields(kind: Payload, payload: &[u8]) -> Value {
+    decoded(kind, payload).unwrap_or_else(|| raw(payload))
+}
+
+fn decoded(kind: Payload, payload: &[u8]) -> Option<Value> {
+    // The request code would only show in an error.
+    const CODE: u32 = 0;
+    Some(match kind {
+        Payload::Features => json!({"features": hex(parse_u64(CODE, payload).ok()?)}),
+        Payload::ProtocolFeatures => {
+            let bits = parse_u64(CODE, payload).ok()?;
             let known = VhostUserProtocolFeatures::from_bits_truncate(bits);
             let names: Vec<&str> = known.iter_names().map(|(name, _)| name).collect();
             json!({"features": hex(bits), "names": names})
-        }),
-        Ok(R::SET_VRING_NUM | R::SET_VRING_BASE | R::SET_VRING_ENABLE | R::GET_VRING_BASE) => {
-            number(payload).map(|value| json!({"queue": value & u64::from(u32::MAX), "value": value >> 32}))
         }
-        Ok(R::SET_VRING_KICK | R::SET_VRING_CALL | R::SET_VRING_ERR) if !reply => number(payload)
-            .map(|value| json!({"queue": value & VRING_INDEX_MASK, "eventfd": value & VRING_NO_FD == 0})),
-        Ok(R::SET_VRING_ADDR) if payload.len() == 40 => {
-            let word =
-                |at: usize| payload[at..at + 4].iter().rev().fold(0, |sum, byte| sum << 8 | u32::from(*byte));
-            let address = |at: usize| hex(u64::from(word(at + 4)) << 32 | u64::from(word(at)));
-            Some(json!({
-                "queue": word(0), "flags": word(4), "descriptors": address(8), "used": address(16),
-                "available": address(24), "log": address(32),
-            }))
+        Payload::VringState => {
+            let VhostUserVringState { index, num } = decode(CODE, payload).ok()?;
+            json!({"queue": index, "value": num})
         }
-        Ok(R::SET_MEM_TABLE) if !reply => parse_memory_table(payload)
-            .ok()
-            .map(|regions| json!({"regions": regions.iter().map(region).collect::<Vec<_>>()})),
-        Ok(R::ADD_MEM_REG | R::REM_MEM_REG) if !reply => {
-            parse_single_region(request, payload).ok().map(|one| region(&one))
+        Payload::VringAddr => {
+            let VhostUserVringAddr { index, flags, descriptor, used, available, log } =
+                decode(CODE, payload).ok()?;
+            json!({
+                "queue": index, "flags": flags, "descriptors": hex(descriptor), "used": hex(used),
+                "available": hex(available), "log": hex(log),
+            })
         }
-        Ok(R::GET_INFLIGHT_FD | R::SET_INFLIGHT_FD) => InflightArea::parse(request, payload)
-            .ok()
-            .map(|area| json!({"size": area.size, "offset": area.offset.to_string()})),
-        _ if payload.len() == 8 => number(payload).map(|value| json!({"value": value})),
-        _ => None,
-    };
-    known.unwrap_or_else(|| raw(payload))
+        Payload::VringEventfd => {
+            let VringEventfd { queue, attached } = VringEventfd::parse(CODE, payload).ok()?;
+            json!({"queue": queue, "eventfd": attached})
+        }
+        Payload::MemoryTable => {
+            let regions = parse_memory_table(payload).ok()?;
+            json!({"regions": regions.iter().map(region).collect::<Vec<_>>()})
+        }
+        Payload::SingleRegion => region(&parse_single_region(CODE, payload).ok()?),
+        Payload::Inflight => {
+            let InflightArea { size, offset } = InflightArea::parse(CODE, payload).ok()?;
+            json!({"size": size, "offset": offset.to_string()})
+        }
+        Payload::Config => {
+            let (start, bytes) = payload.split_at_checked(size_of::<VhostUserConfig>())?;
+            let VhostUserConfig { offset, size, flags } = decode(CODE, start).ok()?;
+            let mut fields = raw(bytes);
+            fields["offset"] = json!(offset);
+            fields["size"] = json!(size);
+            fields["flags"] = json!(flags);
+            fields
+        }
+        Payload::U64 | Payload::QueueCount => json!({"value": parse_u64(CODE, payload).ok()?}),
+        Payload::Empty | Payload::Iotlb | Payload::Other(_) => return None,
+    })
 }
 
 fn region(region: &MemoryRegion) -> Value {
@@ -161,10 +179,6 @@ fn region(region: &MemoryRegion) -> Value {
         "guest_address": region.gpa.to_string(), "size": region.size,
         "front_end_address": region.va.to_string(), "offset": region.offset.to_string(),
     })
-}
-
-fn number(payload: &[u8]) -> Option<u64> {
-    parse_u64(0, payload).ok()
 }
 
 fn hex(value: u64) -> String {
@@ -183,6 +197,7 @@ fn raw(payload: &[u8]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::vhost_user::FrontendReq;
 
     fn arrived(request: FrontendReq, flags: u32, payload: &[u8]) -> Arrived {
         let size = u32::try_from(payload.len()).expect("small");
@@ -202,7 +217,9 @@ mod tests {
 
     #[test]
     fn payloads_are_decoded_or_shown_as_they_are() {
-        let decoded = |request, payload: &[u8]| fields(request as u32, false, payload);
+        let decoded = |request: FrontendReq, payload: &[u8]| {
+            line(0, From::Frontend, &arrived(request, 1, payload), &Did::Passed(payload))["fields"].clone()
+        };
         let kick = decoded(FrontendReq::SET_VRING_KICK, &0x102u64.to_le_bytes());
         assert_eq!(kick, json!({"queue": 2, "eventfd": false}));
         let base = decoded(FrontendReq::SET_VRING_BASE, &[1, 0, 0, 0, 9, 0, 0, 0]);

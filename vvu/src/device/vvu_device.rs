@@ -1,4 +1,4 @@
-//! The PCI device: what the guest's accesses do, and when the link to the front-end changes.
+//! The vvu device: what the guest's accesses to registers and memory do.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -6,17 +6,19 @@ use std::os::unix::net::UnixListener;
 
 use super::common_config::CommonConfig;
 use super::config_space::{ConfigSpace, Effect};
-use super::events::{Events, Source};
-use super::link::{LinkEvent, LinkState};
-use super::session::Session;
+use super::events::Source;
+use super::link::{LinkState, Transition};
+use super::message_queues::DriverQueues;
+use super::relay::{Progress, Relay};
 use super::sibling_memory::SiblingMemory;
 use super::trace::Trace;
-use super::visitors::Visitors;
-use super::vrings::Vrings;
 use super::{Host, copy_at};
 use crate::spec::addr::QueueIndex;
 use crate::spec::pci::{self, Region};
-use crate::spec::virtio::{NO_VECTOR, common, device_config, vector_select};
+use crate::spec::virtio::{NO_VECTOR, common, device_config, isr, vector_select};
+
+/// Messages moved in one direction before other events get their turn.
+const MESSAGES_PER_TURN: usize = 64;
 
 /// What a vvu device is made of.
 #[derive(Debug)]
@@ -34,24 +36,16 @@ pub struct DeviceConfig {
 /// A vvu device.
 #[derive(Debug)]
 pub struct VvuDevice {
-    pub(super) queues: u16,
-    pub(super) uuid: [u8; 16],
-    pub(super) memory: SiblingMemory,
-    pub(super) listener: UnixListener,
-    pub(super) events: Events,
-    pub(super) config_space: ConfigSpace,
-    pub(super) common: CommonConfig,
-    pub(super) isr: u8,
-    /// `BACKEND_UP` and `FRONTEND_UP`.
-    pub(super) link_status: u32,
-    pub(super) vector_select: u16,
-    pub(super) vrings: Vrings,
-    pub(super) link: LinkState,
-    /// There if and only if the link is [`LinkState::Connected`].
-    pub(super) session: Option<Session>,
-    /// Who comes when there is no back-end.
-    pub(super) visitors: Visitors,
-    pub(super) trace: Option<Trace>,
+    queues: u16,
+    uuid: [u8; 16],
+    config_space: ConfigSpace,
+    common: CommonConfig,
+    /// Bits of [`isr`] since the driver last read them.
+    isr: u8,
+    /// The driver's bit of the link status; the other one is that of the link.
+    backend_up: bool,
+    vector_select: u16,
+    relay: Relay,
 }
 
 impl VvuDevice {
@@ -69,34 +63,24 @@ impl VvuDevice {
             let text = format!("{queues} vhost queues: want 1 to {}", Self::QUEUES_MAX);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        listener.set_nonblocking(true)?;
-        let events = Events::new()?;
-        events.add(&listener, Source::Listener)?;
         let vectors = pci::vector_count(queues);
-        let initial = pci::ConfigSpace::new(vectors, memory.size());
-        let config_space = ConfigSpace::new(initial, |bar| bar_size(bar, memory.size()));
+        let size = memory.size();
+        let initial = pci::ConfigSpace::new(vectors, size);
         Ok(Self {
             queues,
             uuid,
-            listener,
-            events,
-            config_space,
+            config_space: ConfigSpace::new(initial, |bar| bar_size(bar, size)),
             common: CommonConfig::new(vectors),
             isr: 0,
-            link_status: 0,
+            backend_up: false,
             vector_select: 0,
-            vrings: Vrings::new(queues)?,
-            link: LinkState::Down,
-            session: None,
-            visitors: Visitors::default(),
-            trace: None,
-            memory,
+            relay: Relay::new(memory, listener, queues)?,
         })
     }
 
-    /// Writes down every message from now on.
+    /// Records every message in `trace` from now on.
     pub fn set_trace(&mut self, trace: Trace) {
-        self.trace = Some(trace);
+        self.relay.trace = Some(trace);
     }
 
     /// Size in bytes of `region`: a power of two for a BAR, 0 if there is none.
@@ -104,7 +88,7 @@ impl VvuDevice {
     pub fn region_size(&self, region: Region) -> u64 {
         match region {
             Region::Config => pci::CONFIG_SPACE_SIZE as u64,
-            Region::Bar(bar) => bar_size(bar, self.memory.size()),
+            Region::Bar(bar) => bar_size(bar, self.relay.memory.size()),
         }
     }
 
@@ -112,7 +96,7 @@ impl VvuDevice {
     /// of both.
     #[must_use]
     pub fn shared_memory(&self) -> (BorrowedFd<'_>, u64) {
-        (self.memory.file().as_fd(), self.memory.size())
+        (self.relay.memory.file().as_fd(), self.relay.memory.size())
     }
 
     /// MSI-X vectors of the device.
@@ -121,16 +105,16 @@ impl VvuDevice {
         pci::vector_count(self.queues)
     }
 
-    /// Where the link to the front-end is.
+    /// The state of the link to the front-end.
     #[must_use]
     pub fn link(&self) -> LinkState {
-        self.link
+        self.relay.state()
     }
 
     /// Readable whenever [`process`](Self::process) has something to do.
     #[must_use]
     pub fn events(&self) -> BorrowedFd<'_> {
-        self.events.as_fd()
+        self.relay.events.as_fd()
     }
 
     /// Answers a guest's read; what is not there reads as zeroes.
@@ -146,7 +130,7 @@ impl VvuDevice {
                 }
                 self.config_space.read(offset, data);
             }
-            Region::Bar(pci::SHARED_MEMORY_BAR) => self.memory.read(offset, data),
+            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.memory.read(offset, data),
             Region::Bar(bar) => self.read_register(bar, offset, data),
         }
     }
@@ -162,7 +146,7 @@ impl VvuDevice {
         } else if let Some(at) = pci::VECTOR_SELECT_CFG.locate(bar, offset, len) {
             let mut bytes = [0; vector_select::SIZE];
             bytes[..2].copy_from_slice(&self.vector_select.to_le_bytes());
-            let vector = self.vrings.vector(QueueIndex(self.vector_select));
+            let vector = self.relay.vrings.vector(QueueIndex(self.vector_select));
             bytes[2..].copy_from_slice(&vector.to_le_bytes());
             copy_at(&bytes, at, data);
         } else {
@@ -170,9 +154,15 @@ impl VvuDevice {
         }
     }
 
+    fn link_status(&self) -> u32 {
+        let backend = if self.backend_up { device_config::BACKEND_UP } else { 0 };
+        let frontend = if self.link().is_frontend_up() { device_config::FRONTEND_UP } else { 0 };
+        backend | frontend
+    }
+
     fn device_config(&self) -> [u8; device_config::SIZE] {
         let mut bytes = [0; device_config::SIZE];
-        bytes[..4].copy_from_slice(&self.link_status.to_le_bytes());
+        bytes[..4].copy_from_slice(&self.link_status().to_le_bytes());
         bytes[4..8].copy_from_slice(&u32::from(self.queues).to_le_bytes());
         bytes[8..].copy_from_slice(&self.uuid);
         bytes
@@ -191,7 +181,7 @@ impl VvuDevice {
                     }
                 }
             },
-            Region::Bar(pci::SHARED_MEMORY_BAR) => self.memory.write(offset, data),
+            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.memory.write(offset, data),
             Region::Bar(bar) => self.write_register(host, bar, offset, data),
         }
     }
@@ -200,7 +190,7 @@ impl VvuDevice {
         let len = data.len();
         if let Some(at) = pci::DOORBELL_CFG.locate(bar, offset, len) {
             if let Ok(doorbell) = usize::try_from(at / u64::from(pci::NOTIFY_MULTIPLIER)) {
-                self.vrings.ring(doorbell);
+                self.relay.vrings.ring(doorbell);
             }
         } else if pci::NOTIFY_CFG.locate(bar, offset, len).is_some() {
             self.pump(host);
@@ -214,8 +204,7 @@ impl VvuDevice {
         } else if let Some(at) = pci::DEVICE_CFG.locate(bar, offset, len) {
             // The one bit the driver may write is in the first byte.
             if let (device_config::STATUS, Some(value)) = (at, data.first()) {
-                let up = u32::from(*value) & device_config::BACKEND_UP;
-                self.link_status = self.link_status & !device_config::BACKEND_UP | up;
+                self.backend_up = u32::from(*value) & device_config::BACKEND_UP != 0;
                 self.update_link(host);
             }
         } else if let Some(at) = pci::VECTOR_SELECT_CFG.locate(bar, offset, len) {
@@ -229,7 +218,7 @@ impl VvuDevice {
             (vector_select::MSIX_VECTOR, [a, b]) => {
                 let vector = u16::from_le_bytes([*a, *b]);
                 let vector = if vector < self.vector_count() { vector } else { NO_VECTOR };
-                if let Some(due) = self.vrings.set_vector(QueueIndex(self.vector_select), vector) {
+                if let Some(due) = self.relay.vrings.set_vector(QueueIndex(self.vector_select), vector) {
                     host.signal(due);
                 }
             }
@@ -250,20 +239,66 @@ impl VvuDevice {
     fn reset_virtio(&mut self) {
         self.common.reset();
         self.isr = 0;
-        self.link_status = 0;
+        self.backend_up = false;
         self.vector_select = 0;
-        self.end_session();
-        self.vrings.reset();
-        self.link = self.link.after(LinkEvent::Reset);
+        self.relay.reset();
+    }
+
+    /// Brings the link in line with what the driver wrote, and moves what can be moved.
+    fn update_link<H: Host>(&mut self, host: &H) {
+        let ready = self.common.driver_ok() && self.config_space.bus_master() && self.backend_up;
+        let (relay, mut driver) = self.split(host);
+        if let Some(transition) = relay.set_driver_ready(ready, &mut driver) {
+            self.announce(host, &transition);
+            self.pump(host);
+        }
+    }
+
+    /// Moves messages both ways until nothing can be moved, or others should have their turn.
+    fn pump<H: Host>(&mut self, host: &H) {
+        for _ in 0..MESSAGES_PER_TURN {
+            let (relay, mut driver) = self.split(host);
+            let Progress { moved, transition } = relay.advance(&mut driver);
+            if let Some(transition) = transition {
+                self.announce(host, &transition);
+            }
+            if !moved {
+                return;
+            }
+        }
+        self.relay.events.again();
+    }
+
+    fn split<'d, H>(&'d mut self, host: &'d H) -> (&'d mut Relay, DriverQueues<'d, H>) {
+        let CommonConfig { rx, tx, .. } = &mut self.common;
+        (&mut self.relay, DriverQueues { host, rx, tx, isr: &mut self.isr })
+    }
+
+    /// Shows the driver a change of the link in its registers.
+    fn announce<H: Host>(&mut self, host: &H, transition: &Transition) {
+        if (transition.from, transition.to) == (LinkState::Leaving, LinkState::Down) {
+            // The driver sets it again to ask for the next front-end.
+            self.backend_up = false;
+        }
+        if transition.to == LinkState::Broken {
+            self.common.set_needs_reset();
+        }
+        if transition.concerns_driver() {
+            self.common.bump_generation();
+            self.isr |= isr::CONFIG;
+            if self.common.config_vector != NO_VECTOR && self.config_space.bus_master() {
+                host.signal(self.common.config_vector);
+            }
+        }
     }
 
     /// Does what is due: connections, messages of the front-end, kicks.
     pub fn process<H: Host>(&mut self, host: &H) {
         let mut pump = false;
-        for source in self.events.take() {
+        for source in self.relay.events.take() {
             match source {
                 Source::Kick(queue) => {
-                    if let Some(vector) = self.vrings.kicked(queue) {
+                    if let Some(vector) = self.relay.vrings.kicked(queue) {
                         host.signal(vector);
                     }
                 }

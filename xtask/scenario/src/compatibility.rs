@@ -1,7 +1,7 @@
-//! `cargo xtask compatibility`: the table of back-ends in `docs/compatibility.md`, from what the last runs of the
-//! scenarios recorded.
+//! `cargo xtask compatibility`: writes the table of back-ends in `docs/compatibility.md` from the traces of the last
+//! run of each scenario.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -15,8 +15,25 @@ use vvu_testvm::rundir::runs;
 
 const BEGIN: &str = "<!-- begin: cargo xtask compatibility -->\n";
 const END: &str = "<!-- end -->";
-/// Programs that test back-ends rather than being one.
+/// Programs of the guests that test back-ends and are none.
 const TOOLS: [&str; 1] = ["socat"];
+
+/// What the last run of a scenario showed.
+struct Row {
+    scenario: String,
+    backends: String,
+    traced: Traced,
+    result: String,
+}
+
+/// What the traces of a run contain.
+#[derive(Default)]
+struct Traced {
+    /// Requests, with a note on those of the back-end and on refused ones.
+    requests: BTreeSet<String>,
+    /// Protocol features that a device cleared.
+    masked: BTreeSet<String>,
+}
 
 /// Rewrites the table.
 ///
@@ -25,21 +42,48 @@ const TOOLS: [&str; 1] = ["socat"];
 /// The scenarios, their last runs or the document cannot be read or written.
 pub fn main() -> Result<()> {
     let programs = GuestPrograms::read()?;
-    let mut table = String::from(
-        "| scenario | back-ends in the device VM | messages the front-end sent | protocol features taken away | last run |\n|---|---|---|---|---|\n",
-    );
+    let mut rows = Vec::new();
     for scenario in format::list(&workspace().join("scenarios"))?.values() {
         let Some(run) = last_run(&scenario.name)? else { continue };
-        let (messages, masked) = traced(&run)?;
-        let result = result(&run)?;
-        let row = [scenario.name.clone(), backends(scenario, &programs), messages, masked, result];
-        table.push_str(&format!("| {} |\n", row.join(" | ")));
+        rows.push(Row {
+            scenario: scenario.name.clone(),
+            backends: backends(scenario, &programs),
+            traced: traced(&run)?,
+            result: result(&run)?,
+        });
     }
     let path = workspace().join("docs/compatibility.md");
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let text =
-        replaced(&text, &table).with_context(|| format!("{} has no place for the table", path.display()))?;
+    let text = replaced(&text, &render(&rows))
+        .with_context(|| format!("{} has no place for the table", path.display()))?;
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The messages that most scenarios send, and a table of how each scenario differs from that.
+fn render(rows: &[Row]) -> String {
+    let mut counts = BTreeMap::<_, usize>::new();
+    for row in rows {
+        *counts.entry(&row.traced.requests).or_default() += 1;
+    }
+    let none = BTreeSet::new();
+    let (base, count) = counts.into_iter().max_by_key(|(_, count)| *count).unwrap_or((&none, 0));
+    let list = |set: BTreeSet<&String>| set.into_iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+    let mut text = format!(
+        "The base set is what the front-ends of {count} of {} scenarios send: {}.\n\n\
+         | scenario | back-ends in the device VM | sent besides | not sent | protocol features masked | last run |\n\
+         |---|---|---|---|---|---|\n",
+        rows.len(),
+        list(base.iter().collect())
+    );
+    for Row { scenario, backends, traced: Traced { requests, masked }, result } in rows {
+        let besides = list(requests.difference(base).collect());
+        let not_sent = list(base.difference(requests).collect());
+        let masked = list(masked.iter().collect());
+        text.push_str(&format!(
+            "| {scenario} | {backends} | {besides} | {not_sent} | {masked} | {result} |\n"
+        ));
+    }
+    text
 }
 
 /// `text` with `table` between the marks.
@@ -86,9 +130,8 @@ fn result(run: &Path) -> Result<String> {
     Ok(report["result"].as_str().unwrap_or("unknown").to_owned())
 }
 
-/// The requests in the traces of a run, and the protocol features that were masked.
-fn traced(run: &Path) -> Result<(String, String)> {
-    let (mut requests, mut masked) = (BTreeSet::new(), BTreeSet::new());
+fn traced(run: &Path) -> Result<Traced> {
+    let mut traced = Traced::default();
     let entries = fs::read_dir(run).context("cannot list a run")?;
     for path in entries.filter_map(|entry| entry.ok().map(|entry| entry.path())) {
         if path.extension().is_none_or(|extension| extension != "jsonl") {
@@ -97,28 +140,28 @@ fn traced(run: &Path) -> Result<(String, String)> {
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         for line in text.lines() {
             let message: Value = serde_json::from_str(line).context("a trace is malformed")?;
-            note(&message, &mut requests, &mut masked);
+            traced.note(&message);
         }
     }
-    let list = |set: BTreeSet<String>| {
-        if set.is_empty() { "none".to_owned() } else { set.into_iter().collect::<Vec<_>>().join(", ") }
-    };
-    Ok((list(requests), list(masked)))
+    Ok(traced)
 }
 
-fn note(message: &Value, requests: &mut BTreeSet<String>, masked: &mut BTreeSet<String>) {
-    let request = message["request"].as_str().unwrap_or_default();
-    if message["kind"] == "request" {
-        let channel = if message.get("channel").is_some() { " (of the back-end)" } else { "" };
-        let refused = if message["did"] == "refused" { " (refused)" } else { "" };
-        requests.insert(format!("{request}{channel}{refused}"));
-    }
-    let names = |fields: &Value| -> BTreeSet<String> {
-        let names = fields["names"].as_array().into_iter().flatten();
-        names.filter_map(|name| name.as_str().map(str::to_owned)).collect()
-    };
-    if message["did"] == "masked" {
-        masked.extend(names(&message["fields"]).difference(&names(&message["passed"])).cloned());
+impl Traced {
+    /// Adds one message of a trace.
+    fn note(&mut self, message: &Value) {
+        let request = message["request"].as_str().unwrap_or_default();
+        if message["kind"] == "request" {
+            let channel = if message.get("channel").is_some() { " (of the back-end)" } else { "" };
+            let refused = if message["did"] == "refused" { " (refused)" } else { "" };
+            self.requests.insert(format!("{request}{channel}{refused}"));
+        }
+        let names = |fields: &Value| -> BTreeSet<String> {
+            let names = fields["names"].as_array().into_iter().flatten();
+            names.filter_map(|name| name.as_str().map(str::to_owned)).collect()
+        };
+        if message["did"] == "masked" {
+            self.masked.extend(names(&message["fields"]).difference(&names(&message["passed"])).cloned());
+        }
     }
 }
 
@@ -136,14 +179,36 @@ mod tests {
 
     #[test]
     fn messages_and_masked_features_are_collected() {
-        let (mut requests, mut masked) = (BTreeSet::new(), BTreeSet::new());
+        let mut traced = Traced::default();
         let reply = json!({"kind": "reply", "request": "GET_PROTOCOL_FEATURES", "did": "masked",
             "fields": {"names": ["MQ", "DEVICE_STATE"]}, "passed": {"names": ["MQ"]}});
         let refused = json!({"kind": "request", "request": "SET_LOG_BASE", "did": "refused"});
         for message in [reply, refused] {
-            note(&message, &mut requests, &mut masked);
+            traced.note(&message);
         }
-        assert_eq!(requests.into_iter().collect::<Vec<_>>(), ["SET_LOG_BASE (refused)"]);
-        assert_eq!(masked.into_iter().collect::<Vec<_>>(), ["DEVICE_STATE"]);
+        assert_eq!(traced.requests.into_iter().collect::<Vec<_>>(), ["SET_LOG_BASE (refused)"]);
+        assert_eq!(traced.masked.into_iter().collect::<Vec<_>>(), ["DEVICE_STATE"]);
+    }
+
+    #[test]
+    fn scenarios_are_shown_as_differences_from_the_most_common_set() {
+        let row = |scenario: &str, requests: &[&str], masked: &[&str]| Row {
+            scenario: scenario.to_owned(),
+            backends: "b".to_owned(),
+            traced: Traced {
+                requests: requests.iter().map(|name| (*name).to_owned()).collect(),
+                masked: masked.iter().map(|name| (*name).to_owned()).collect(),
+            },
+            result: "pass".to_owned(),
+        };
+        let text =
+            render(&[row("x", &["A", "C"], &["M"]), row("y", &["A", "B"], &[]), row("z", &["B", "A"], &[])]);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[0], "The base set is what the front-ends of 2 of 3 scenarios send: A, B.");
+        assert_eq!(
+            lines[4..],
+            ["| x | b | C | B | M | pass |", "| y | b |  |  |  | pass |", "| z | b |  |  |  | pass |"]
+        );
+        assert!(render(&[]).starts_with("The base set is what the front-ends of 0 of 0 scenarios send: ."));
     }
 }

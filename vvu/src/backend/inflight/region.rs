@@ -11,8 +11,9 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Mmap
 
 use super::Tracker;
 use super::tracker::{ENTRY_SIZE, HEADER_SIZE};
+use crate::spec::PAGE_SIZE;
 use crate::spec::addr::BarOffset;
-use crate::spec::vhost_user::{InflightArea, MessageError, PAGE_SIZE};
+use crate::spec::vhost_user::{InflightArea, MessageError};
 
 /// Each ring's part starts at a multiple of this, as in QEMU's back-ends.
 const ALIGNMENT: u64 = 64;

@@ -9,7 +9,7 @@ use vm_memory::{
 };
 
 use crate::backend::server::Memory;
-use crate::spec::vhost_user::PAGE_SIZE;
+use crate::spec::PAGE_SIZE;
 
 /// The chains that begin at `heads`, in that order.
 ///

@@ -6,44 +6,46 @@ use std::os::unix::net::UnixStream;
 use super::peer::Peer;
 use super::sibling_memory::SiblingMemory;
 use super::trace::{Did, From, Trace};
-use super::treatment::{Refusal, Treatment, is_query, treat_backend_request, treat_reply, treat_request};
+use super::treatment::{MessageRefusal, Treatment, treat_backend_request, treat_reply, treat_request};
 use crate::message_socket::{Message, MessageSocket, SocketError};
-use crate::spec::vhost_user::Header;
+use crate::spec::vhost_user::{Header, Request};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
-/// Requests that may wait for the back-end's answers; a front-end normally waits for each one.
+/// Most requests that wait for answers of the back-end; an ordinary front-end waits for each answer.
 const UNANSWERED_MAX: usize = 64;
 
-/// Why a session ends.
+/// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SessionError {
+pub(super) enum ConnectionError {
     #[error(transparent)]
     Socket(#[from] SocketError),
-    #[error("refused a message of the front-end that it cannot be told about: {0}")]
-    Refused(#[from] Refusal),
+    #[error("refused a message of the front-end, which does not wait for an answer: {0}")]
+    Refused(#[from] MessageRefusal),
     #[error("the front-end sent {UNANSWERED_MAX} requests without waiting for answers")]
     Flood,
     #[error("a message of {want} bytes does not fit a receive buffer of the guest driver, which has {got}")]
     TooSmall { got: usize, want: usize },
 }
 
+/// A connected front-end.
 #[derive(Debug)]
-pub(crate) struct Session {
+pub(super) struct FrontendConnection {
     frontend: MessageSocket,
-    /// The front-end's process, if it can be told.
-    pub(crate) peer: Option<Peer>,
+    /// The front-end's process, if the kernel can name it.
+    pub(super) peer: Option<Peer>,
+    /// The socket for requests of the back-end.
     channel: Option<MessageSocket>,
     reply_ack: bool,
-    /// Codes of requests that the back-end has yet to answer, oldest first.
+    /// Codes of the requests that the back-end has yet to answer, oldest first.
     unanswered: VecDeque<u32>,
-    /// A message on its way to the driver that waits for a buffer.
-    pub(crate) to_driver: Option<Message>,
-    /// The answer to a refused request of the back-end; it goes the same way.
-    pub(crate) answer: Option<Message>,
+    /// A message for the driver that waits for a receive buffer.
+    pub(super) to_driver: Option<Message>,
+    /// The answer to a refused request of the back-end, which goes to the driver next.
+    pub(super) answer: Option<Message>,
 }
 
-impl Session {
-    pub(crate) fn new(stream: UnixStream, peer: Option<Peer>) -> Self {
+impl FrontendConnection {
+    pub(super) fn new(stream: UnixStream, peer: Option<Peer>) -> Self {
         Self {
             frontend: MessageSocket::new(stream),
             peer,
@@ -56,21 +58,21 @@ impl Session {
     }
 
     /// The front-end's socket.
-    pub(crate) fn frontend(&self) -> &MessageSocket {
+    pub(super) fn frontend(&self) -> &MessageSocket {
         &self.frontend
     }
 
     /// The socket for requests of the back-end.
-    pub(crate) fn channel(&self) -> Option<&MessageSocket> {
+    pub(super) fn channel(&self) -> Option<&MessageSocket> {
         self.channel.as_ref()
     }
 
-    pub(crate) fn set_channel(&mut self, stream: UnixStream) {
+    pub(super) fn set_channel(&mut self, stream: UnixStream) {
         self.channel = Some(MessageSocket::new(stream));
     }
 
     /// Sends what the front-end did not take before.
-    pub(crate) fn flush(&mut self) -> Result<(), SessionError> {
+    pub(super) fn flush(&mut self) -> Result<(), ConnectionError> {
         self.frontend.flush()?;
         if let Some(channel) = &mut self.channel {
             channel.flush()?;
@@ -78,28 +80,29 @@ impl Session {
         Ok(())
     }
 
-    /// Whether the front-end takes messages now.
-    pub(crate) fn is_congested(&self) -> bool {
+    /// Whether messages for the front-end have to wait.
+    pub(super) fn is_congested(&self) -> bool {
         self.frontend.is_congested() || self.channel.as_ref().is_some_and(MessageSocket::is_congested)
     }
 
-    /// The next message for the driver and what it changes in the device. What is refused is answered
-    /// here if the front-end can be told, and ends the session if not.
-    pub(crate) fn next_message(
+    /// The next message for the driver, and what it changes in the device. A refused request is answered
+    /// here if the front-end waits for an acknowledgement; otherwise it ends the connection.
+    pub(super) fn next_message(
         &mut self,
         memory: &SiblingMemory,
         queues: u16,
         trace: &mut Option<Trace>,
-    ) -> Result<Option<(Message, Treatment)>, SessionError> {
+    ) -> Result<Option<(Message, Treatment)>, ConnectionError> {
         while let Some(mut message) = self.frontend.receive()? {
             let arrived = Trace::arrived(trace, &message);
             let Header { request, .. } = message.header;
-            let answered = is_query(request) || self.reply_ack && message.header.needs_reply();
+            let is_query = Request::of_frontend(request).is_some_and(Request::is_query);
+            let answered = is_query || self.reply_ack && message.header.needs_reply();
             match treat_request(&mut message, memory, queues) {
                 Ok(treatment) => {
                     Trace::record(trace, From::Frontend, arrived, Did::Passed(message.payload()));
                     if answered && self.unanswered.len() == UNANSWERED_MAX {
-                        return Err(SessionError::Flood);
+                        return Err(ConnectionError::Flood);
                     }
                     if answered {
                         self.unanswered.push_back(request);
@@ -109,7 +112,7 @@ impl Session {
                     }
                     return Ok(Some((message, treatment)));
                 }
-                Err(refusal) if answered && !is_query(request) && !self.frontend.is_congested() => {
+                Err(refusal) if answered && !is_query && !self.frontend.is_congested() => {
                     log::error!("refused request {request} of the front-end: {refusal}");
                     Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
                     let refused = Message::new(message.header.reply(8), &1u64.to_le_bytes());
@@ -128,25 +131,28 @@ impl Session {
             Trace::record(trace, From::Frontend, arrived, Did::Passed(message.payload()));
             Ok(Some((message, Treatment::Relay)))
         } else {
-            let refusal = Refusal::Direction { request: message.header.request };
+            let refusal = MessageRefusal::Direction { request: message.header.request };
             Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
             Err(refusal.into())
         }
     }
 
-    /// Passes a message of the driver to the front-end. One that the front-end must not see is not
-    /// passed on; if the back-end waits for an answer, the answer is returned.
-    pub(crate) fn deliver(
+    /// Passes a message of the driver to the front-end. A request that the device cannot carry is not
+    /// passed on: the answer to it is returned, if the back-end asks for one.
+    pub(super) fn deliver(
         &mut self,
         mut message: Message,
         memory: &SiblingMemory,
         queues: u16,
         trace: &mut Option<Trace>,
-    ) -> Result<Option<Message>, SessionError> {
+    ) -> Result<Option<Message>, ConnectionError> {
         let arrived = Trace::arrived(trace, &message);
         if message.header.is_reply() {
             if self.unanswered.front() != Some(&message.header.request) {
-                log::warn!("dropped an answer to request {} that nobody asked for", message.header.request);
+                log::warn!(
+                    "dropped a reply to request {}: the front-end waits for none",
+                    message.header.request
+                );
                 Trace::record(trace, From::Backend, arrived, Did::Dropped(&"nobody asked for it"));
                 return Ok(None);
             }
@@ -165,7 +171,7 @@ impl Session {
                 channel.send(message.bytes, Vec::new())?;
                 return Ok(None);
             }
-            (Ok(()), None) => Refusal::NoChannel,
+            (Ok(()), None) => MessageRefusal::NoChannel,
             (Err(refusal), _) => refusal,
         };
         log::warn!("refused request {} of the back-end: {refusal}", message.header.request);
