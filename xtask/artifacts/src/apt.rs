@@ -12,6 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::cache::Cache;
+use crate::machine::Machine;
 use vvu_process::logged;
 use vvu_process::progress::Stage;
 
@@ -21,7 +22,7 @@ const KEYRINGS: [&str; 2] =
 
 /// Which part of the Debian archive to look in.
 #[derive(Debug, Clone, Copy)]
-pub enum Suites<'a> {
+pub(crate) enum Suites<'a> {
     /// The suites this machine itself uses, with their security updates.
     Machine,
     /// The same, with source packages.
@@ -33,7 +34,7 @@ pub enum Suites<'a> {
 /// An apt whose lists and downloads live in a directory of their own, used by one run at a time.
 ///
 /// Dropping it removes the directory: what is to stay must be unpacked or moved away before.
-pub struct Apt<'a> {
+pub(crate) struct Apt<'a> {
     dir: PathBuf,
     log: PathBuf,
     stage: &'a Stage,
@@ -61,7 +62,7 @@ impl<'a> Apt<'a> {
     /// # Errors
     ///
     /// The machine has no apt or no Debian mirror, the mirror cannot be reached, or a signature does not fit.
-    pub fn open(cache: &Cache, stage: &'a Stage, suites: Suites<'_>) -> Result<Self> {
+    pub(crate) fn open(cache: &Cache, stage: &'a Stage, suites: Suites<'_>) -> Result<Self> {
         let name = match suites {
             Suites::Machine => "machine".to_owned(),
             Suites::MachineSources => "machine-sources".to_owned(),
@@ -89,7 +90,7 @@ impl<'a> Apt<'a> {
     /// # Errors
     ///
     /// apt fails.
-    pub fn names(&self, prefix: &str) -> Result<Vec<String>> {
+    pub(crate) fn names(&self, prefix: &str) -> Result<Vec<String>> {
         let text = capture(self.command("apt-cache").args(["pkgnames", prefix]))?;
         Ok(text.lines().map(str::to_owned).collect())
     }
@@ -99,7 +100,7 @@ impl<'a> Apt<'a> {
     /// # Errors
     ///
     /// A package does not exist, or the download fails.
-    pub fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+    pub(crate) fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
         self.fetch(&["install", "--download-only", "--no-install-recommends"], packages)
     }
 
@@ -108,7 +109,7 @@ impl<'a> Apt<'a> {
     /// # Errors
     ///
     /// A package does not exist, or the download fails.
-    pub fn download(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+    pub(crate) fn download(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
         self.fetch(&["download"], packages)
     }
 
@@ -117,7 +118,7 @@ impl<'a> Apt<'a> {
     /// # Errors
     ///
     /// The package does not exist, or the download fails.
-    pub fn source(&self, package: &str) -> Result<Vec<PathBuf>> {
+    pub(crate) fn source(&self, package: &str) -> Result<Vec<PathBuf>> {
         self.fetch(&["source", "--download-only"], &[package])
     }
 
@@ -165,7 +166,7 @@ impl<'a> Apt<'a> {
 /// # Errors
 ///
 /// dpkg-deb is missing or fails.
-pub fn unpack(deb: &Path, dir: &Path) -> Result<()> {
+pub(crate) fn unpack(deb: &Path, dir: &Path) -> Result<()> {
     capture(Command::new("dpkg-deb").arg("-x").arg(deb).arg(dir)).map(drop)
 }
 
@@ -272,6 +273,7 @@ fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
     if dir.contains('"') {
         bail!("the cache's path {dir} has a quotation mark, which apt.conf cannot hold");
     }
+    let architecture = Machine::host()?.debian.architecture;
     let user = if rustix::process::geteuid().is_root() { "root" } else { "_apt" };
     let own = [
         ("Dir::Etc::parts", "/dev/null"),
@@ -284,8 +286,8 @@ fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
         ("Dir::State::status", &format!("{dir}/status")),
         ("Dir::Cache", dir),
         ("Dir::Log", dir),
-        ("APT::Architecture", "amd64"),
-        ("APT::Architectures", "amd64"),
+        ("APT::Architecture", architecture),
+        ("APT::Architectures", architecture),
         ("APT::Install-Recommends", "false"),
         // The cache is private to the user, so apt's own unprivileged user could not write to it.
         ("APT::Sandbox::User", user),

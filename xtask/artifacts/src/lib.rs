@@ -3,10 +3,11 @@
 //! Everything lies in a [`cache`] that is keyed by content and shared by concurrent runs.
 
 pub mod accel;
-pub mod apt;
+mod apt;
 pub mod cache;
 pub mod image;
 pub mod kernel;
+pub mod machine;
 pub mod packages;
 pub mod qemu;
 pub mod versions;

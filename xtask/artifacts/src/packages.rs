@@ -28,12 +28,12 @@ pub enum Brings {
 }
 
 /// A package that brings a program.
-pub const fn program(name: &'static str, program: &'static str) -> Package {
+pub(crate) const fn program(name: &'static str, program: &'static str) -> Package {
     Package { name, brings: Brings::Program(program) }
 }
 
 /// A package that brings a file.
-pub const fn file(name: &'static str, path: &'static str) -> Package {
+pub(crate) const fn file(name: &'static str, path: &'static str) -> Package {
     Package { name, brings: Brings::File(path) }
 }
 

@@ -9,30 +9,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::apt::{self, Apt, Suites};
 use crate::cache::{Cache, Key};
+use crate::machine::Machine;
 use crate::packages;
 use crate::versions::{QemuSource, Versions};
 use vvu_process::progress::{Progress, Stage};
 
-/// QEMU for x86-64 guests.
-pub const PROGRAM: &str = "qemu-system-x86_64";
-/// What the VMs cannot do without; QEMU has it since 10.1.
+/// QEMU's vfio-user client, which a VM needs for a vvu device. QEMU has it since 10.1.
 pub const NEEDED_DEVICE: &str = "vfio-user-pci";
-const PACKAGE: &str = "qemu-system-x86";
-/// What is kept of the unpacked packages; the rest is documentation, translations and other programs.
-const KEPT: [&str; 7] = [
-    "usr/bin/qemu-system-x86_64",
-    "usr/lib",
-    "usr/lib64",
-    "usr/share/qemu",
-    "usr/share/seabios",
-    "lib",
-    "lib64",
-];
-const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
-/// Where Debian 12 has some libraries beside [`LIBRARIES`].
-const OLD_LIBRARIES: &str = "lib/x86_64-linux-gnu";
-/// The loader, in Debian 13 and 12.
-const LOADERS: [&str; 2] = ["usr/lib64/ld-linux-x86-64.so.2", "lib64/ld-linux-x86-64.so.2"];
 
 /// A QEMU.
 #[derive(Debug, Clone)]
@@ -43,6 +26,10 @@ pub struct Qemu {
     pub origin: Origin,
     /// Its version, such as `11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)`.
     pub version: String,
+    /// The machine that it emulates.
+    pub machine: &'static Machine,
+    /// Whether it has [`NEEDED_DEVICE`].
+    pub vfio_user: bool,
     env: Vec<(&'static str, OsString)>,
     argv: Vec<OsString>,
 }
@@ -83,7 +70,7 @@ impl Qemu {
                 bail!("--qemu {}: no such file", path.display());
             }
             let qemu = Self::plain(path, Origin::Option)?;
-            if !qemu.probe_device(NEEDED_DEVICE) {
+            if !qemu.vfio_user {
                 bail!(
                     "--qemu {}: QEMU {} has no {NEEDED_DEVICE}; name a QEMU >= 10.1 that is built with it, or leave \
                      --qemu out to use the system's or Debian's",
@@ -95,9 +82,10 @@ impl Qemu {
         }
         stage.update("looking for a system QEMU");
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let system = std::env::split_paths(&path).map(|dir| dir.join(PROGRAM)).find(|path| path.is_file());
+        let program = Machine::host()?.qemu.program;
+        let system = std::env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file());
         if let Some(Ok(qemu)) = system.map(|path| Self::plain(path, Origin::System))
-            && qemu.probe_device(NEEDED_DEVICE)
+            && qemu.vfio_user
         {
             return Ok(qemu);
         }
@@ -113,7 +101,11 @@ impl Qemu {
     /// It does not answer as QEMU.
     pub fn plain(path: PathBuf, origin: Origin) -> Result<Self> {
         let argv = vec![path.clone().into()];
-        Self { path, origin, version: String::new(), env: Vec::new(), argv }.with_version()
+        let machine = Machine::host()?;
+        let qemu =
+            Self { path, origin, version: String::new(), machine, vfio_user: false, env: Vec::new(), argv };
+        let qemu = qemu.with_version()?;
+        Ok(Self { vfio_user: qemu.probe_device(NEEDED_DEVICE), ..qemu })
     }
 
     /// The root of a QEMU from Debian's packages with all that it needs, for use elsewhere with [`Qemu::from_root`].
@@ -136,9 +128,10 @@ impl Qemu {
     pub fn named(progress: &Progress, cache: &Cache, name: &str) -> Result<Self> {
         let versions = Versions::read()?;
         let stage = progress.stage(format!("qemu {name}"));
-        let root = Self::unpacked_root(progress, cache, &stage, versions.qemu(name)?)
+        let source = versions.qemu(name)?;
+        let root = Self::unpacked_root(progress, cache, &stage, source)
             .with_context(|| format!("the QEMU {name:?} cannot be had"))?;
-        let qemu = Self::from_root(&root)?;
+        let qemu = Self::in_root(&root, source.vfio_user)?;
         stage.done(format!("{}, unpacked Debian packages", qemu.version));
         Ok(qemu)
     }
@@ -153,23 +146,22 @@ impl Qemu {
         stage: &Stage,
         source: &QemuSource<'_>,
     ) -> Result<PathBuf> {
-        if !cfg!(target_arch = "x86_64") {
-            bail!("only x86-64 machines can run Debian's x86-64 packages");
-        }
+        let machine = Machine::host()?;
         packages::ensure(progress, cache, &[packages::program("dpkg", "dpkg-deb")])?;
         let suites = &source.suites;
+        let (package, kept) = (machine.debian.qemu_package, kept(machine));
         let key =
-            Key::new().part("suites", suites.join(" ")).part("package", PACKAGE).part("kept", KEPT.join(" "));
+            Key::new().part("suites", suites.join(" ")).part("package", package).part("kept", kept.join(" "));
         let entry = cache.entry("qemu", &key, |root| {
             let apt = Apt::open(cache, stage, Suites::Named(suites))?;
-            let debs = apt.download_with_dependencies(&[PACKAGE])?;
+            let debs = apt.download_with_dependencies(&[package])?;
             for (done, deb) in debs.iter().enumerate() {
                 stage.update(format!("unpacking {} of {} packages", done + 1, debs.len()));
                 apt::unpack(deb, root)?;
             }
-            trim(root)?;
+            trim(root, &kept)?;
             stage.update("checking the unpacked QEMU");
-            let qemu = Self::from_root(root)?;
+            let qemu = Self::in_root(root, source.vfio_user)?;
             if qemu.probe_device(NEEDED_DEVICE) != source.vfio_user {
                 let has = if source.vfio_user { "no" } else { "a" };
                 bail!(
@@ -184,32 +176,35 @@ impl Qemu {
         Ok(entry.path)
     }
 
-    /// The QEMU unpacked in `root`: with its own loader and libraries, since the machine's may be older.
+    /// The QEMU in `root`, which [`Qemu::portable`] or a copy of it has.
     ///
     /// # Errors
     ///
     /// There is none, or it does not run.
     pub fn from_root(root: &Path) -> Result<Self> {
-        let path = root.join("usr/bin").join(PROGRAM);
-        let libraries = root.join(LIBRARIES);
-        let loader = LOADERS.map(|loader| root.join(loader)).into_iter().find(|loader| loader.is_file());
+        // The list of versions is tested to have it in the default one.
+        Self::in_root(root, true)
+    }
+
+    /// The QEMU unpacked in `root`: with its own loader and libraries, since the machine's may be older.
+    fn in_root(root: &Path, vfio_user: bool) -> Result<Self> {
+        let machine = Machine::host()?;
+        let path = root.join("usr/bin").join(machine.qemu.program);
+        let [libraries, old_libraries] = libraries(machine).map(|folder| root.join(folder));
+        let loader =
+            loaders(machine).map(|loader| root.join(loader)).into_iter().find(|loader| loader.is_file());
         let loader = loader.with_context(|| format!("{} holds no loader of programs", root.display()))?;
         let mut library_path = libraries.clone().into_os_string();
         library_path.push(":");
-        library_path.push(root.join(OLD_LIBRARIES));
-        let argv = vec![
-            loader.into(),
-            "--library-path".into(),
-            library_path,
-            path.clone().into(),
-            "-L".into(),
-            root.join("usr/share/qemu").into(),
-            "-L".into(),
-            root.join("usr/share/seabios").into(),
-        ];
+        library_path.push(old_libraries);
+        let mut argv = vec![loader.into(), "--library-path".into(), library_path, path.clone().into()];
+        for folder in ["qemu"].iter().chain(machine.qemu.firmware) {
+            argv.extend(["-L".into(), root.join("usr/share").join(folder).into()]);
+        }
         // Another QEMU's modules on the default module path make this one abort.
         let env = vec![("QEMU_MODULE_DIR", libraries.join("qemu").into())];
-        Self { path, origin: Origin::Unpacked, version: String::new(), env, argv }.with_version()
+        let (origin, version) = (Origin::Unpacked, String::new());
+        Self { path, origin, version, machine, vfio_user, env, argv }.with_version()
     }
 
     fn with_version(mut self) -> Result<Self> {
@@ -266,9 +261,29 @@ fn parse_version(text: &str) -> Option<&str> {
     text.lines().next()?.strip_prefix("QEMU emulator version ").map(str::trim)
 }
 
-/// Removes what is not [`KEPT`].
-fn trim(root: &Path) -> Result<()> {
-    let kept = KEPT.map(PathBuf::from);
+/// Where Debian 13 and 12 have libraries, relative to the root.
+fn libraries(machine: &Machine) -> [String; 2] {
+    [machine.libraries(), format!("lib/{}", machine.debian.multiarch)]
+}
+
+/// Where Debian 13 and 12 have the program loader, relative to the root.
+fn loaders(machine: &Machine) -> [String; 2] {
+    let loader = format!("{}/{}", machine.debian.loader_folder, machine.debian.loader);
+    [format!("usr/{loader}"), loader]
+}
+
+/// What is kept of the unpacked packages; the rest is documentation, translations and other programs.
+fn kept(machine: &Machine) -> Vec<String> {
+    let mut kept = vec![format!("usr/bin/{}", machine.qemu.program)];
+    kept.extend(["usr/lib", "usr/lib64", "usr/share/qemu"].map(str::to_owned));
+    kept.extend(machine.qemu.firmware.iter().map(|folder| format!("usr/share/{folder}")));
+    kept.extend(["lib", "lib64"].map(str::to_owned));
+    kept
+}
+
+/// Removes from `root` everything that is neither named in `kept` nor below something named there.
+fn trim(root: &Path, kept: &[String]) -> Result<()> {
+    let kept: Vec<PathBuf> = kept.iter().map(PathBuf::from).collect();
     let mut dirs = vec![PathBuf::new()];
     while let Some(dir) = dirs.pop() {
         let entries =
@@ -296,11 +311,12 @@ fn trim(root: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::X86_64;
     use std::os::unix::fs::PermissionsExt;
 
     /// A stand-in that knows its version and the devices named.
     fn fake(dir: &Path, devices: &str, otherwise: &str) -> PathBuf {
-        let path = dir.join(PROGRAM);
+        let path = dir.join(X86_64.qemu.program);
         let script = format!(
             "#!/bin/sh\ncase \"$*\" in --version) echo QEMU emulator version 9.9.9;; {devices}) echo options:;; *) {otherwise};; esac\n"
         );
@@ -349,7 +365,7 @@ mod tests {
             fs::create_dir_all(path.parent().expect("has one")).expect("made");
             fs::write(path, "").expect("written");
         }
-        trim(dir.path()).expect("trimmed");
+        trim(dir.path(), &kept(&X86_64)).expect("trimmed");
         assert!(dir.path().join("usr/bin/qemu-system-x86_64").exists());
         assert!(dir.path().join("usr/lib/x/libc.so").exists());
         for gone in ["usr/bin/other", "usr/share/doc", "etc"] {

@@ -2,15 +2,14 @@
 
 use vvu_artifacts::accel::Kind;
 use vvu_artifacts::kernel;
+use vvu_artifacts::machine::{Machine, X86_64};
 use vvu_artifacts::packages::{Brings, Package};
-use vvu_artifacts::qemu::{NEEDED_DEVICE, Origin, PROGRAM, Qemu};
+use vvu_artifacts::qemu::{NEEDED_DEVICE, Origin, Qemu};
 use vvu_testvm::memory::needed_mib;
 
 use super::host::{Host, Place};
 use super::{Requirement, Status};
 
-/// What the guests' programs are built for.
-pub(super) const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// RAM of the VMs of the scenario `block` in MiB, and their number.
 const BLOCK: (u64, usize) = (1024, 2);
 /// Room for a kernel's source and objects, in MiB, and for everything else in the cache.
@@ -48,10 +47,13 @@ fn unmet(
 }
 
 fn machine(host: &Host) -> Requirement {
-    if host.arch == "x86_64" {
-        return met("machine", host.arch);
+    match Machine::of(host.arch) {
+        Ok(_) => met("machine", host.arch),
+        Err(error) => {
+            let fix = format!("use a machine with {}", X86_64.title);
+            unmet("machine", Status::Missing, host.arch, error.to_string(), fix)
+        }
     }
-    unmet("machine", Status::Missing, host.arch, "the guests are x86-64 PCs", "use an x86-64 machine")
 }
 
 fn rust(host: &Host) -> Requirement {
@@ -75,20 +77,31 @@ fn parse_version(text: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
-/// Whether Rust has the standard library for [`TARGET`].
+/// The profile of the guests; on a host without one, that of the architecture that is supported.
+fn profile(host: &Host) -> &'static Machine {
+    Machine::of(host.arch).unwrap_or(&X86_64)
+}
+
+/// Rust's target triple for the guests' programs.
+pub(super) fn target_triple(host: &Host) -> &'static str {
+    profile(host).rust_target
+}
+
+/// Whether Rust has the standard library for [`target_triple`].
 pub(super) fn has_target(host: &Host) -> bool {
-    let dir = host.answer("rustc", &["--print", "target-libdir", "--target", TARGET]);
+    let dir = host.answer("rustc", &["--print", "target-libdir", "--target", target_triple(host)]);
     dir.is_some_and(|dir| std::path::Path::new(&dir).is_dir())
 }
 
 fn target(host: &Host) -> Requirement {
+    let triple = target_triple(host);
     if has_target(host) {
-        return met("rust-target", TARGET);
+        return met("rust-target", triple);
     }
-    let command = format!("rustup target add {TARGET}");
+    let command = format!("rustup target add {triple}");
     let status = if host.program("rustup").is_some() { Status::Unfinished } else { Status::Missing };
     let consequence = "the programs of the guests cannot be built";
-    unmet("rust-target", status, format!("no standard library for {TARGET}"), consequence, command)
+    unmet("rust-target", status, format!("no standard library for {triple}"), consequence, command)
 }
 
 /// Whether `cargo nextest` runs.
@@ -182,7 +195,8 @@ fn from_debian(host: &Host, fix: &str) -> (Status, String) {
 
 fn qemu(host: &Host) -> Requirement {
     let mut seen = Vec::new();
-    let system = host.program(PROGRAM).map(|path| Qemu::plain(path, Origin::System));
+    let program = profile(host).qemu.program;
+    let system = host.program(program).map(|path| Qemu::plain(path, Origin::System));
     let unpacked = cached(host, "qemu").map(Qemu::from_root);
     for qemu in system.into_iter().chain(unpacked) {
         match qemu {
@@ -207,7 +221,7 @@ fn qemu(host: &Host) -> Requirement {
         }
     }
     if seen.is_empty() {
-        seen.push(format!("no {PROGRAM}, and none in the cache"));
+        seen.push(format!("no {program}, and none in the cache"));
     }
     let (status, fix) = from_debian(host, "install QEMU 10.1 or later, or name one with --qemu");
     unmet("qemu", status, seen.join("; "), "no VM can be started", fix)

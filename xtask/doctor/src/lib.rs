@@ -115,7 +115,7 @@ fn fix() -> Result<()> {
         Ok(())
     };
     if !checks::has_target(&host) && host.program("rustup").is_some() {
-        run("rust-target", &["rustup", "target", "add", checks::TARGET])?;
+        run("rust-target", &["rustup", "target", "add", checks::target_triple(&host)])?;
     }
     if !checks::has_nextest(&host) {
         run("nextest", &["cargo", "install", "cargo-nextest", "--locked"])?;

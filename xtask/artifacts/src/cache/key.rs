@@ -9,17 +9,17 @@ use sha2::{Digest, Sha256};
 
 /// What an entry is made from: SHA-256 over labelled parts.
 #[derive(Debug, Clone, Default)]
-pub struct Key(Sha256);
+pub(crate) struct Key(Sha256);
 
 impl Key {
     /// A key with no parts.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
     /// Adds a part. Labels and lengths are hashed too, so that bytes cannot move from one part to the next.
     #[must_use]
-    pub fn part(mut self, label: &str, bytes: impl AsRef<[u8]>) -> Self {
+    pub(crate) fn part(mut self, label: &str, bytes: impl AsRef<[u8]>) -> Self {
         for piece in [label.as_bytes(), bytes.as_ref()] {
             self.0.update((piece.len() as u64).to_le_bytes());
             self.0.update(piece);
@@ -28,12 +28,12 @@ impl Key {
     }
 
     /// The key's name on disk: the first 128 bits in hexadecimal.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         hex(&self.0.clone().finalize()[..16])
     }
 
     /// The whole SHA-256 in hexadecimal.
-    pub fn digest(&self) -> String {
+    pub(crate) fn digest(&self) -> String {
         hex(&self.0.clone().finalize())
     }
 }
@@ -43,7 +43,7 @@ impl Key {
 /// # Errors
 ///
 /// The file cannot be read.
-pub fn sha256_file(path: &Path) -> Result<String> {
+pub(crate) fn sha256_file(path: &Path) -> Result<String> {
     let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 17];
@@ -57,7 +57,7 @@ pub fn sha256_file(path: &Path) -> Result<String> {
 }
 
 /// `bytes` in lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes.iter().fold(String::new(), |mut text, byte| {
         // Writing to a String cannot fail.

@@ -2,22 +2,25 @@
 //!
 //! An entry lives at `<kind>/<key>/` as `files/` (what its users see) and `manifest.json`. It is built in
 //! `<kind>/<key>.tmp` and renamed into place, under the lock `<kind>/<key>.lock`; so a `.tmp` whose lock is free
-//! belongs to a run that died. Lock files are never removed: another run may be waiting on one.
+//! belongs to a run that died. A process that uses an entry holds `<kind>/<key>.used.lock` shared until it exits, so
+//! that no other process removes the entry meanwhile. Lock files are never removed: another run may be waiting on one.
 
 mod key;
 mod manifest;
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 
-pub use self::key::{Key, hex, sha256_file};
+pub(crate) use self::key::{Key, hex, sha256_file};
 use self::manifest::{FILES, MANIFEST, scan, verify, write_manifest};
 use vvu_process::interrupt;
 use vvu_process::progress::Progress;
@@ -35,13 +38,21 @@ const LOCK_PERIOD: Duration = Duration::from_millis(100);
 pub struct Cache {
     root: PathBuf,
     progress: Progress,
+    uses: Uses,
 }
+
+/// Locks of the entries in use, by their paths.
+type Uses = Arc<Mutex<BTreeMap<PathBuf, File>>>;
+
+/// The uses of the cache that [`Cache::open`] opens. Whoever gets an entry keeps paths into it, at the latest in the
+/// command line of a VM, and nothing tells when the last one is gone; so the kernel drops these locks at exit.
+static USES: LazyLock<Uses> = LazyLock::new(Uses::default);
 
 /// A verified directory in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// Where its files are. Read only: a change makes the next run rebuild the entry.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 impl Cache {
@@ -51,7 +62,7 @@ impl Cache {
     ///
     /// No home directory is known, or the directory cannot be made.
     pub fn open(progress: &Progress) -> Result<Self> {
-        Self::open_at(place()?, progress)
+        Self::open_with(place()?, progress, Arc::clone(&USES))
     }
 
     /// Opens a cache at `root`.
@@ -60,8 +71,12 @@ impl Cache {
     ///
     /// The directory cannot be made.
     pub fn open_at(root: PathBuf, progress: &Progress) -> Result<Self> {
+        Self::open_with(root, progress, Uses::default())
+    }
+
+    fn open_with(root: PathBuf, progress: &Progress, uses: Uses) -> Result<Self> {
         make_dir(&root)?;
-        let cache = Self { root, progress: progress.clone() };
+        let cache = Self { root, progress: progress.clone(), uses };
         cache.sweep()?;
         Ok(cache)
     }
@@ -82,14 +97,8 @@ impl Cache {
     /// # Errors
     ///
     /// The lock file cannot be made.
-    pub fn lock(&self, name: &str) -> Result<File> {
-        let path = self.root.join(format!("{name}.lock"));
-        let file = File::options()
-            .create(true)
-            .write(true)
-            .truncate(false)
-            .open(&path)
-            .with_context(|| format!("cannot open the lock {}", path.display()))?;
+    pub(crate) fn lock(&self, name: &str) -> Result<File> {
+        let (path, file) = open_lock(&self.root.join(name), "lock")?;
         match file.try_lock() {
             Ok(()) => return Ok(file),
             Err(TryLockError::WouldBlock) => {}
@@ -119,7 +128,12 @@ impl Cache {
     /// # Errors
     ///
     /// What `build` says, or the cache cannot be written.
-    pub fn entry(&self, kind: &str, key: &Key, build: impl FnOnce(&Path) -> Result<()>) -> Result<Entry> {
+    pub(crate) fn entry(
+        &self,
+        kind: &str,
+        key: &Key,
+        build: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Entry> {
         let name = key.name();
         let dir = self.dir(kind)?;
         let _lock = self.lock(&format!("{kind}/{name}"))?;
@@ -127,7 +141,10 @@ impl Cache {
         let entry = Entry { path: place.join(FILES) };
         if place.exists() {
             match verify(&place) {
-                Ok(()) => return Ok(entry),
+                Ok(()) => {
+                    self.use_entry(&place)?;
+                    return Ok(entry);
+                }
                 Err(damage) => {
                     self.progress.note(format!("cache: {kind} is damaged ({damage:#}); it is made again"));
                 }
@@ -155,7 +172,20 @@ impl Cache {
         }
         remove(&place)?;
         fs::rename(&temp, &place).with_context(|| format!("cannot rename into {}", place.display()))?;
+        self.use_entry(&place)?;
         Ok(entry)
+    }
+
+    /// Keeps other processes from removing the entry at `place`, whose lock the caller holds.
+    fn use_entry(&self, place: &Path) -> Result<()> {
+        let mut uses = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
+        if !uses.contains_key(place) {
+            let (path, file) = open_lock(place, "used.lock")?;
+            // No other process holds it exclusively, except for a moment and with the lock that the caller holds.
+            file.lock_shared().with_context(|| format!("cannot lock {}", path.display()))?;
+            uses.insert(place.to_owned(), file);
+        }
+        Ok(())
     }
 
     /// Removes a large tree without making the caller wait.
@@ -165,7 +195,7 @@ impl Cache {
     /// # Errors
     ///
     /// `tree` is not on the cache's file system, or the cache cannot be written.
-    pub fn discard(&self, tree: &Path) -> Result<Receiver<()>> {
+    pub(crate) fn discard(&self, tree: &Path) -> Result<Receiver<()>> {
         let trash = self.dir("trash")?;
         let name = Key::new().part("path", tree.as_os_str().as_encoded_bytes()).name();
         let lock = self.lock(&format!("trash/{name}"))?;
@@ -175,7 +205,7 @@ impl Cache {
         Ok(remove_aside(place, lock))
     }
 
-    /// Removes everything that no other run is making at the moment; returns the bytes freed.
+    /// Removes everything that no other run makes or uses at the moment; returns the bytes freed.
     ///
     /// # Errors
     ///
@@ -191,13 +221,13 @@ impl Cache {
                     continue;
                 }
                 // Only directories are made under a lock.
-                let lock = if path.is_dir() { try_lock_for(&path)? } else { None };
+                let lock = if path.is_dir() { try_lock_unused(&path)? } else { None };
                 if lock.is_some() || path.is_file() {
                     freed += size(&path)?;
                     remove(&path)?;
                 } else {
                     self.progress
-                        .note(format!("cache: {} is being made by another run; kept", path.display()));
+                        .note(format!("cache: {} is made or used by another run; kept", path.display()));
                 }
             }
         }
@@ -209,7 +239,7 @@ impl Cache {
         for kind in list(&self.root)?.into_iter().filter(|path| path.is_dir()) {
             for path in list(&kind)? {
                 let stale = path.extension() == Some(OsStr::new("tmp")) || is_unused(&path);
-                if stale && let Some(lock) = try_lock_for(&path)? {
+                if stale && let Some(lock) = try_lock_unused(&path)? {
                     remove_aside(path, lock);
                 }
             }
@@ -286,11 +316,17 @@ fn is_unused(entry: &Path) -> bool {
     used.is_ok_and(|used| SystemTime::now().duration_since(used).is_ok_and(|age| age > UNUSED_FOR))
 }
 
-/// The lock of an entry or of its temporary directory, if no run holds it.
-fn try_lock_for(path: &Path) -> Result<Option<File>> {
-    let lock = path.with_extension("lock");
-    let file = File::options().create(true).write(true).truncate(false).open(&lock);
-    let file = file.with_context(|| format!("cannot open the lock {}", lock.display()))?;
+/// The lock of an entry or of its temporary directory, if no run holds it or uses the entry.
+fn try_lock_unused(path: &Path) -> Result<Option<File>> {
+    let lock = try_lock(path, "lock")?;
+    // Whoever begins to use the entry holds the first lock, so the second need not be kept.
+    let unused = lock.is_some() && try_lock(path, "used.lock")?.is_some();
+    Ok(lock.filter(|_| unused))
+}
+
+/// The lock of this kind beside an entry or its temporary directory, if no run holds it.
+fn try_lock(path: &Path, kind: &str) -> Result<Option<File>> {
+    let (lock, file) = open_lock(path, kind)?;
     match file.try_lock() {
         Ok(()) => Ok(Some(file)),
         Err(TryLockError::WouldBlock) => Ok(None),
@@ -298,6 +334,13 @@ fn try_lock_for(path: &Path) -> Result<Option<File>> {
             Err(error).with_context(|| format!("cannot lock {}", lock.display()))
         }
     }
+}
+
+fn open_lock(path: &Path, kind: &str) -> Result<(PathBuf, File)> {
+    let lock = path.with_extension(kind);
+    let file = File::options().create(true).write(true).truncate(false).open(&lock);
+    let file = file.with_context(|| format!("cannot open the lock {}", lock.display()))?;
+    Ok((lock, file))
 }
 
 fn make_dir(path: &Path) -> Result<()> {
@@ -338,4 +381,5 @@ fn size(path: &Path) -> Result<u64> {
 }
 
 #[cfg(test)]
+#[path = "cache_test.rs"]
 mod tests;

@@ -8,10 +8,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::machine::Machine;
 use vvu_process::logged;
 use vvu_process::progress::{Progress, Stage};
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "guest";
 
 /// The programs, built.
@@ -65,6 +65,7 @@ pub(super) fn build_example(stage: &Stage, name: &str) -> Result<PathBuf> {
 /// Builds what cargo's words `wanted` name and returns the directory it is in.
 fn build(stage: &Stage, wanted: &[&str]) -> Result<PathBuf> {
     let root = crate::workspace();
+    let triple = Machine::host()?.rust_target;
     // A directory of its own: other flags would throw the developer's build away.
     let target = root.join("target").join(PROFILE);
     fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
@@ -73,12 +74,12 @@ fn build(stage: &Stage, wanted: &[&str]) -> Result<PathBuf> {
         .current_dir(root)
         .arg("build")
         .args(wanted)
-        .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
+        .args(["--profile", PROFILE, "--target", triple, "--target-dir"])
         .arg(&target)
         .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
         .env("CARGO_TERM_COLOR", "never");
     logged::run(command, &target.join("build.log"), |line| stage.update(line.trim()))?;
-    Ok(target.join(TARGET).join(PROFILE))
+    Ok(target.join(triple).join(PROFILE))
 }
 
 /// Static, and without the places of the source in panic messages, so that checkouts give the same bytes.

@@ -13,16 +13,15 @@ use serde::{Deserialize, Serialize};
 use super::binaries::build_example;
 use crate::apt::{self, Apt, Suites};
 use crate::cache::{Cache, Key, sha256_file};
+use crate::machine::Machine;
 use crate::packages;
 use vvu_process::logged;
 use vvu_process::progress::{Progress, Stage};
 
 /// Where Debian packages come from: the same suites as QEMU.
 const SUITES: &[&str] = &["trixie", "trixie-backports"];
-/// Debian's place for libraries, and the loader that its programs name.
-const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
-const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// In the list, what stands for the machine's library folder.
+const LIBRARIES: &str = "{libraries}";
 
 /// Where a program comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,7 +61,8 @@ impl GuestPrograms {
     ///
     /// The list is malformed.
     pub fn read() -> Result<Self> {
-        let programs = serde_json::from_str(LIST).context("guest-images/programs.json is malformed")?;
+        let list = LIST.replace(LIBRARIES, &Machine::host()?.libraries());
+        let programs = serde_json::from_str(&list).context("guest-images/programs.json is malformed")?;
         Ok(Self(programs))
     }
 
@@ -127,7 +127,8 @@ fn from_crate(cache: &Cache, stage: &Stage, name: &str, version: &str, dir: &Pat
     let work = dir.join("work");
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
-        .args(["install", "--locked", "--target", TARGET, "--config", "profile.release.strip=true"])
+        .args(["install", "--locked", "--target", Machine::host()?.rust_target])
+        .args(["--config", "profile.release.strip=true"])
         .arg("--root")
         .arg(work.join("root"))
         .arg("--target-dir")
@@ -155,6 +156,9 @@ fn from_package(
     dir: &Path,
 ) -> Result<()> {
     packages::ensure(progress, cache, &[packages::program("dpkg", "dpkg-deb")])?;
+    let machine = Machine::host()?;
+    let folder = machine.libraries();
+    let loader = format!("{}/{}", machine.debian.loader_folder, machine.debian.loader);
     let temporary = tempfile::tempdir().context("cannot create a temporary directory")?;
     let root = temporary.path();
     {
@@ -173,21 +177,21 @@ fn from_package(
             apt::unpack(&deb, root)?;
         }
     }
-    let loader = root.join("usr").join(LOADER);
-    copy(&loader, &dir.join(LOADER))?;
+    let (loader_in_guest, loader) = (dir.join(&loader), root.join("usr").join(&loader));
+    copy(&loader, &loader_in_guest)?;
     for file in files {
         let program = root.join(file);
         copy(&program, &dir.join(file))?;
         let output = Command::new(&loader)
             .arg("--library-path")
-            .arg(root.join(LIBRARIES))
+            .arg(root.join(&folder))
             .arg("--list")
             .arg(&program)
             .output()
             .with_context(|| format!("cannot run {}", loader.display()))?;
         ensure!(output.status.success(), "{file}: {}", String::from_utf8_lossy(&output.stderr).trim());
         for (name, path) in libraries(&String::from_utf8_lossy(&output.stdout))? {
-            copy(Path::new(path), &dir.join(LIBRARIES).join(name))?;
+            copy(Path::new(path), &dir.join(&folder).join(name))?;
         }
     }
     Ok(())

@@ -31,7 +31,7 @@ const LSPCI_OPTIONS: [&str; 9] = [
     "lspci",
 ];
 
-/// Vendors a guest can meet, as pci.ids has them: AMD (its IOMMU), QEMU, virtio, QEMU's bridges, Intel (q35).
+/// Vendors a guest can meet, as pci.ids has them: AMD (its IOMMU), QEMU, virtio, QEMU's bridges, Intel (a PC's chipset).
 const VENDORS: [&str; 5] = ["1022", "1234", "1af4", "1b36", "8086"];
 
 /// Applets that would only be in the way.

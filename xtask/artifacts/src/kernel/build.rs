@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use xshell::{Cmd, Shell, cmd};
 
 use super::config::{self, Config, Requests};
+use crate::machine::{KernelFormat, Machine};
 use vvu_process::logged;
 use vvu_process::progress::{Progress, Stage};
 
@@ -15,6 +16,8 @@ const BAR_WIDTH: usize = 24;
 
 /// A kernel build: from `tree`, in `dir`.
 pub(super) struct Build<'a> {
+    /// What the kernel is for.
+    pub(super) machine: &'a Machine,
     /// The top of the source tree.
     pub(super) tree: &'a Path,
     /// Where objects go.
@@ -45,7 +48,9 @@ impl Build<'_> {
 
         let unmet = requests.unmet(&resolved);
         let mut refused = Vec::new();
-        for (unmet, reason) in unmet.iter().zip(config::reasons(self.tree, &unmet, &resolved)?) {
+        for (unmet, reason) in
+            unmet.iter().zip(config::reasons(self.tree, self.machine.kernel.folder, &unmet, &resolved)?)
+        {
             if unmet.optional {
                 progress.note(format!("kernel config: {unmet} (optional): {reason}"));
             } else {
@@ -67,7 +72,7 @@ impl Build<'_> {
         Ok(resolved)
     }
 
-    /// Compiles `vmlinux` and returns how many objects that took.
+    /// Compiles the kernel and returns how many objects that took.
     ///
     /// # Errors
     ///
@@ -75,7 +80,7 @@ impl Build<'_> {
     pub(super) fn compile(&self, stage: &Stage, expected: usize) -> Result<usize> {
         let jobs = std::thread::available_parallelism().map_or(1, usize::from).to_string();
         let shell = Shell::new().context("the working directory is gone")?;
-        let make = self.make(&shell).args(["-j", &jobs, "vmlinux"]);
+        let make = self.make(&shell).args(["-j", &jobs, self.machine.kernel.make_target]);
         let mut objects = 0;
         let started = Instant::now();
         stage.update("host tools");
@@ -91,19 +96,23 @@ impl Build<'_> {
         Ok(objects)
     }
 
-    /// Copies vmlinux to `target` without its symbol table.
+    /// Copies the compiled kernel to `target`, without its symbol table if it has one.
     ///
     /// # Errors
     ///
-    /// strip fails.
-    pub(super) fn strip(&self, target: &Path) -> Result<()> {
-        let vmlinux: PathBuf = self.dir.join("vmlinux");
-        let shell = Shell::new().context("the working directory is gone")?;
-        cmd!(shell, "strip -o {target} {vmlinux}")
-            .quiet()
-            .ignore_stdout()
-            .run()
-            .context("cannot strip vmlinux")
+    /// The kernel is not there, or strip fails.
+    pub(super) fn copy_kernel(&self, target: &Path) -> Result<()> {
+        let kernel: PathBuf = self.dir.join(self.machine.kernel.output);
+        match self.machine.kernel.format {
+            KernelFormat::Pvh => {
+                let shell = Shell::new().context("the working directory is gone")?;
+                let strip = cmd!(shell, "strip -o {target} {kernel}").quiet().ignore_stdout();
+                strip.run().context("cannot strip the kernel")
+            }
+            KernelFormat::Arm64Image => fs::copy(&kernel, target)
+                .map(drop)
+                .with_context(|| format!("cannot copy {}", kernel.display())),
+        }
     }
 
     fn make<'s>(&self, shell: &'s Shell) -> Cmd<'s> {

@@ -144,17 +144,17 @@ struct Declaration {
     prompt: bool,
 }
 
-/// Says for each request why a kernel tree did not take it, in the same order.
+/// Says for each request why a kernel tree, of which `folder` below `arch` is built, did not take it; in the same order.
 ///
 /// # Errors
 ///
 /// The tree's Kconfig files cannot be read.
-pub(super) fn reasons(tree: &Path, unmet: &[Unmet], config: &Config) -> Result<Vec<String>> {
+pub(super) fn reasons(tree: &Path, folder: &str, unmet: &[Unmet], config: &Config) -> Result<Vec<String>> {
     if unmet.is_empty() {
         return Ok(Vec::new());
     }
     let mut declarations = vec![Vec::new(); unmet.len()];
-    for path in kconfig_files(tree)? {
+    for path in kconfig_files(tree, folder)? {
         let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let text = String::from_utf8_lossy(&text);
         for (unmet, declarations) in unmet.iter().zip(&mut declarations) {
@@ -192,8 +192,8 @@ fn explain(declarations: &[Declaration], config: &Config) -> String {
     }
 }
 
-/// The Kconfig files that an x86 build reads.
-fn kconfig_files(tree: &Path) -> Result<Vec<PathBuf>> {
+/// The Kconfig files that a build of `folder` below `arch` reads.
+fn kconfig_files(tree: &Path, folder: &str) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     let mut dirs = vec![tree.to_owned()];
     while let Some(dir) = dirs.pop() {
@@ -203,7 +203,7 @@ fn kconfig_files(tree: &Path) -> Result<Vec<PathBuf>> {
             let (path, name) = (entry.path(), entry.file_name());
             let kind = entry.file_type().with_context(|| format!("cannot read {}", path.display()))?;
             if kind.is_dir() {
-                let foreign = dir == tree.join("arch") && name != "x86";
+                let foreign = dir == tree.join("arch") && name != folder;
                 let irrelevant =
                     dir == tree && (name == "Documentation" || name == "tools" || name == "scripts");
                 if !foreign && !irrelevant {
@@ -286,105 +286,5 @@ fn find_declarations(text: &str, name: &str) -> Vec<Declaration> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const FRAGMENT: &str = "\
-# What the guests need.
-CONFIG_VFIO=y
-CONFIG_VFIO_PCI=y
-CONFIG_NEW=y
-# optional: CONFIG_NEW
-# CONFIG_MODULES is not set
-
-# Speed. [preference]
-CONFIG_HZ_100=y
-CONFIG_NR_CPUS=8
-
-CONFIG_PCI=y
-";
-
-    fn requests() -> Requests {
-        let mut requests = Requests::default();
-        requests.add("test.config", FRAGMENT).expect("well formed");
-        requests
-    }
-
-    #[test]
-    fn a_config_that_has_it_all_meets_it() {
-        let all = "CONFIG_VFIO=y\nCONFIG_VFIO_PCI=y\nCONFIG_NEW=y\nCONFIG_HZ_100=y\nCONFIG_NR_CPUS=8\nCONFIG_PCI=y\n";
-        assert_eq!(requests().unmet(&parse(all)), []);
-        assert_eq!(requests().len(), 7);
-    }
-
-    #[test]
-    fn what_was_dropped_is_named_with_both_values() {
-        let config =
-            parse("CONFIG_VFIO=y\nCONFIG_VFIO_PCI=m\nCONFIG_MODULES=y\nCONFIG_NR_CPUS=64\nCONFIG_PCI=y\n");
-        let unmet: Vec<String> = requests().unmet(&config).iter().map(ToString::to_string).collect();
-        assert_eq!(
-            unmet,
-            [
-                "CONFIG_HZ_100: want y, got n",
-                "CONFIG_MODULES: want n, got y",
-                "CONFIG_NEW: want y, got n",
-                "CONFIG_NR_CPUS: want 8, got 64",
-                "CONFIG_VFIO_PCI: want y, got m (one of the four options VVU's description names)",
-            ]
-        );
-        let optional = requests().unmet(&config).into_iter().find(|unmet| unmet.optional);
-        assert_eq!(optional.expect("one").symbol, "CONFIG_NEW");
-    }
-
-    #[test]
-    fn a_foreign_kernel_need_not_share_preferences() {
-        let config = parse("CONFIG_VFIO=y\nCONFIG_MODULES=y\nCONFIG_HZ_250=y\n");
-        let lacking: Vec<String> =
-            requests().lacking(&config).into_iter().filter(|u| !u.optional).map(|u| u.symbol).collect();
-        assert_eq!(lacking, ["CONFIG_PCI", "CONFIG_VFIO_PCI"]);
-    }
-
-    #[test]
-    fn later_fragments_win_and_text_round_trips() {
-        let mut requests = requests();
-        requests.add("more.config", "CONFIG_MODULES=y\n# CONFIG_PCI is not set\n").expect("well formed");
-        let text = requests.text();
-        assert!(text.contains("CONFIG_MODULES=y\n") && text.contains("# CONFIG_PCI is not set\n"), "{text}");
-        let error = requests.add("bad.config", "\nCONFIG_X\n").expect_err("refused").to_string();
-        assert!(error.contains("bad.config, line 2"), "{error}");
-    }
-
-    const KCONFIG: &str = "\
-menu \"Outer\"
-\tdepends on HAS_IOMEM
-
-if VFIO
-config VFIO_DEVICE_CDEV
-\tbool \"cdev\" if EXPERT
-\tdepends on IOMMUFD && \\
-\t\t!X86_32
-\thelp
-\t  depends on nothing, says this text.
-
-config VFIO_HIDDEN
-\tbool
-\tdefault y
-endif
-endmenu
-
-config PLAIN
-\tbool \"plain\"
-";
-
-    #[test]
-    fn the_reason_shows_conditions_and_values() {
-        let config = parse("CONFIG_VFIO=y\nCONFIG_HAS_IOMEM=y\nCONFIG_EXPERT=y\n");
-        let text = explain(&find_declarations(KCONFIG, "VFIO_DEVICE_CDEV"), &config);
-        assert!(text.contains("depends on IOMMUFD && !X86_32 [IOMMUFD=n, X86_32=n]"), "{text}");
-        assert!(text.contains("depends on VFIO [VFIO=y]") && text.contains("HAS_IOMEM=y"), "{text}");
-        let hidden = explain(&find_declarations(KCONFIG, "VFIO_HIDDEN"), &config);
-        assert!(hidden.contains("cannot be set by hand"), "{hidden}");
-        assert!(explain(&find_declarations(KCONFIG, "ABSENT"), &config).contains("no such option"));
-        assert!(explain(&find_declarations(KCONFIG, "PLAIN"), &config).contains("choice"));
-    }
-}
+#[path = "config_test.rs"]
+mod tests;

@@ -16,6 +16,7 @@ use self::build::Build;
 use self::config::{Config, Requests};
 use self::source::Source;
 use crate::cache::{Cache, Key};
+use crate::machine::Machine;
 use crate::packages::{self, Package};
 use crate::versions::Versions;
 use vvu_process::progress::Progress;
@@ -35,7 +36,7 @@ pub const PACKAGES: [Package; 12] = [
     packages::program("tar", "tar"),
     packages::program("dpkg", "dpkg-deb"),
 ];
-/// The fragment that is always in.
+/// The fragment that is always in; the machine's follows it.
 const BASE: &str = "base";
 /// Objects that [`BASE`] takes with Linux 6.12, for the first progress bar.
 const EXPECTED_OBJECTS: usize = 1064;
@@ -115,7 +116,7 @@ fn fragments_dir() -> PathBuf {
 
 fn requests<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Requests> {
     let mut requests = Requests::default();
-    for name in std::iter::once(BASE).chain(names) {
+    for name in [BASE, Machine::host()?.architecture].into_iter().chain(names) {
         let named = fragments_dir().join(format!("{name}.config"));
         let path = if named.is_file() { named } else { PathBuf::from(name) };
         let text = fs::read_to_string(&path).with_context(|| {
@@ -133,7 +134,7 @@ fn given(progress: &Progress, file: &Path, requests: &Requests) -> Result<Kernel
     if !path.is_file() {
         bail!("--kernel {}: no such file", path.display());
     }
-    let image = image::inspect(&path)?;
+    let image = image::inspect(&path, Machine::host()?.kernel.format)?;
     let Some(config) = &image.config else {
         bail!(
             "{} does not tell its configuration, so it cannot be checked; build it with CONFIG_IKCONFIG=y or put its \
@@ -181,7 +182,7 @@ fn from_archive(
         let work = dir.join("work");
         let (tree, log) = (work.join("tree"), cache.dir("logs")?.join(format!("kernel-{}.log", key.name())));
         source::unpack(progress, archive, &tree, &work.join("package"), &log)?;
-        let build = Build { tree: &tree, dir: &work.join("build"), log: &log };
+        let build = Build { machine: Machine::host()?, tree: &tree, dir: &work.join("build"), log: &log };
         make_kernel(progress, cache, &build, requests, name, dir)?;
         cache.discard(&work).map(drop)
     })?;
@@ -196,7 +197,7 @@ fn from_tree(progress: &Progress, cache: &Cache, requests: &Requests, tree: &Pat
     let _lock = cache.lock(&name)?;
     let dir = cache.dir(&name)?;
     let log = cache.dir("logs")?.join(format!("kernel-{}.log", key.name()));
-    let build = Build { tree, dir: &dir.join("build"), log: &log };
+    let build = Build { machine: Machine::host()?, tree, dir: &dir.join("build"), log: &log };
     make_kernel(progress, cache, &build, requests, &tree.display().to_string(), &dir)?;
     read_kernel(progress, &dir)
 }
@@ -220,8 +221,8 @@ fn make_kernel(
     fs::write(&counts, objects.to_string()).context("cannot write to the cache")?;
 
     let vmlinux = out.join(VMLINUX);
-    build.strip(&vmlinux)?;
-    let image = image::inspect(&vmlinux)?;
+    build.copy_kernel(&vmlinux)?;
+    let image = image::inspect(&vmlinux, build.machine.kernel.format)?;
     let config =
         image.config.context("the kernel just built has no configuration in it; keep CONFIG_IKCONFIG=y")?;
     fs::copy(build.dir.join(".config"), out.join(CONFIG)).context("cannot keep the .config")?;

@@ -8,6 +8,7 @@ use xshell::{Shell, cmd};
 
 use crate::apt::{self, Apt, Suites};
 use crate::cache::{Cache, Key, sha256_file};
+use crate::machine::Machine;
 use crate::versions::KernelSource;
 use vvu_process::logged;
 use vvu_process::progress::Progress;
@@ -18,9 +19,8 @@ const PREFIX: &str = "linux-source-";
 const NAME_FILE: &str = "name";
 const DIGEST_FILE: &str = "sha256";
 const DEB_FILE: &str = "linux-source.deb";
-/// What a build for a QEMU guest never reads, two thirds of the files: other architectures, documentation, tests.
-const EXCLUDED: [&str; 7] = [
-    "*/arch/[!xu]*/*.[chS]",
+/// What a build for a guest never reads, two thirds of the files with other architectures: documentation, tests.
+const EXCLUDED: [&str; 6] = [
     "*.dts*",
     "*/Documentation/*/*",
     "*/tools/testing/*",
@@ -185,7 +185,8 @@ pub(super) fn unpack(
     let is_xz = tarball.extension().is_some_and(|extension| extension == "xz");
     let decompressor = if is_xz { "--use-compress-program=xz -T0" } else { "--auto-compress" };
     let drivers = EXCLUDED_DRIVERS.map(|driver| format!("*/drivers/{driver}/*.[ch]"));
-    let patterns = EXCLUDED.iter().map(|&pattern| pattern.to_owned()).chain(drivers);
+    let foreign = format!("*/arch/{}/*.[chS]", Machine::host()?.kernel.foreign_folders);
+    let patterns = EXCLUDED.iter().map(|&pattern| pattern.to_owned()).chain(drivers).chain([foreign]);
     let excluded = patterns.map(|pattern| format!("--exclude={pattern}"));
     let tar = cmd!(shell, "tar --extract --file={tarball} --directory={tree} --strip-components=1")
         .args([decompressor, "--no-same-owner", "--record-size=1M", "--checkpoint=20"])
