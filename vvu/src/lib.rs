@@ -13,7 +13,14 @@ pub mod event;
 pub mod framed_socket;
 pub mod listening_socket;
 pub mod message_socket;
+pub mod pci;
 pub mod spec;
 pub mod vfio_user;
 
-pub use bridge::in_process::serve_vfio;
+#[cfg(test)]
+mod rig;
+mod serve;
+
+pub use event::StopToken;
+pub use serve::{OpenError, ServeError, open_vfio, serve, serve_socket, serve_vfio};
+pub use spec::addr::Bdf;

@@ -110,6 +110,17 @@ impl ListeningSocket {
     }
 }
 
+/// Connects to the socket at `path` without waiting: a full backlog is an error.
+///
+/// # Errors
+/// Those of connect(2).
+pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)?;
+    Ok(UnixStream::from(fd))
+}
+
 impl AsFd for ListeningSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()

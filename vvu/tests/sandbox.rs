@@ -11,7 +11,6 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
-use vvu::driver::eventfd::borrow;
 use vvu::driver::{Driver, Incoming};
 use vvu::message_socket::{Message, MessageSocket};
 use vvu::spec::addr::{BarOffset, QueueIndex, SiblingGpa, SiblingVa};
@@ -140,7 +139,7 @@ fn converse(proxy: &Proxy) {
             match driver.receive().expect("receive") {
                 Some(Incoming::Message(message)) => break message,
                 Some(Incoming::FrontendLeft) => panic!("the proxy hung up"),
-                None => wait(borrow(driver.rx_event())),
+                None => wait(driver.rx_event()),
             }
         };
         assert_eq!(message.bytes.len(), want);
@@ -154,8 +153,8 @@ fn converse(proxy: &Proxy) {
     assert!(fs::File::from(fd).metadata().expect("metadata").len() > MEMORY);
 
     rustix::io::write(&kick, &1u64.to_ne_bytes()).expect("kick");
-    wait(borrow(driver.kick(QueueIndex(0)).expect("queue")));
-    driver.call(QueueIndex(0)).expect("queue").write(1).expect("call");
+    wait(driver.kick(QueueIndex(0)).expect("queue"));
+    driver.call(QueueIndex(0)).expect("queue").signal();
     wait(&call);
 }
 

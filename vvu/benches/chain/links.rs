@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use vvu::bridge::Absent;
+use vvu::bridge::Retry;
 
 use crate::chain::{FLAT, Guest, Proxy};
 use crate::common::{Driver, Setup, SiblingMemory};
@@ -45,7 +45,7 @@ impl Link {
             }
             Via::Vvu => {
                 let proxy = Proxy::start(FLAT[0].size as u64, 16);
-                let guest = Guest::start(&proxy, socket, Absent::Wait);
+                let guest = Guest::start(&proxy, socket, Retry::Forever);
                 let driver = connect(&proxy.vhost_user(), proxy.memory(&FLAT));
                 Self { driver, chain: Some((proxy, guest)) }
             }

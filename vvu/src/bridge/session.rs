@@ -1,25 +1,26 @@
 //! One front-end and one connection to the back-end, from the link going up to its end.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::attachments::{AttachmentError, Attachments, Limits};
-use super::{BridgeError, wait};
-use crate::driver::pci_device::PciDevice;
-use crate::driver::{Driver, DriverError, Incoming, eventfd};
+use super::options::BridgeError;
+use crate::driver::{Driver, DriverError, Incoming};
+use crate::event::wait_any;
 use crate::message_socket::{Message, MessageSocket, SocketError};
+use crate::pci::PciDevice;
 
 /// Messages moved before the other file descriptors get their turn.
 const MESSAGES_PER_TURN: usize = 64;
 /// Payload of an acknowledgement that says no.
 const FAILURE: [u8; 8] = 1u64.to_le_bytes();
-const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
-/// How often to make sure that the device still answers when nothing happens: one whose proxy has ended raises no
-/// interrupt to tell so.
-const LOOK_INTERVAL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// How often to check that the device still answers when nothing happens: a device whose proxy has ended raises no
+/// interrupt.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How a session ended.
 #[derive(Debug)]
@@ -34,8 +35,9 @@ pub(super) enum End {
     BackendLeft { reason: SocketError, serving: bool },
 }
 
-/// A session. Buffers are bounded: a message is taken from one side only when the other takes it.
-pub(super) struct Session<'d, D: PciDevice> {
+/// Moves the messages of one front-end. Buffers are bounded: a message is taken from one side only when the other side
+/// takes it.
+pub(super) struct FrontendSession<'d, D: PciDevice> {
     driver: &'d mut Driver<D>,
     backend: MessageSocket,
     /// The end of the pair that the back-end's requests come from.
@@ -45,7 +47,7 @@ pub(super) struct Session<'d, D: PciDevice> {
     frontend_up: bool,
 }
 
-impl<'d, D: PciDevice> Session<'d, D> {
+impl<'d, D: PciDevice> FrontendSession<'d, D> {
     pub(super) fn new(driver: &'d mut Driver<D>, backend: MessageSocket) -> Self {
         Self { driver, backend, channel: None, serving: false, frontend_up: false }
     }
@@ -66,16 +68,16 @@ impl<'d, D: PciDevice> Session<'d, D> {
     }
 
     /// Moves messages until the session ends.
-    pub(super) fn run(&mut self, stop: BorrowedFd<'_>) -> Result<End, BridgeError> {
+    pub(super) fn run(&mut self, until: &[BorrowedFd<'_>]) -> Result<End, BridgeError> {
         let mut more = true;
         let mut left = false;
         loop {
-            if self.wait(stop, more)? {
+            if self.wait(until, more)? {
                 return Ok(End::Stopped);
             }
             // The link is read before the queue: what a front-end sent before it left is there then.
-            left |= eventfd::take(self.driver.rx_event()) && self.link_is_down()?;
-            let _ = eventfd::take(self.driver.tx_event());
+            left |= self.driver.rx_event().drain() > 0 && self.link_is_down()?;
+            self.driver.tx_event().drain();
             more = match self.pump() {
                 Ok(more) => more,
                 Err(Halt::Session(end)) => return Ok(end),
@@ -93,13 +95,11 @@ impl<'d, D: PciDevice> Session<'d, D> {
 
     /// Waits until something can be done, or only looks if there is `more` to do anyway. Returns
     /// true if it is time to stop.
-    fn wait(&mut self, stop: BorrowedFd<'_>, more: bool) -> Result<bool, BridgeError> {
+    fn wait(&mut self, until: &[BorrowedFd<'_>], more: bool) -> Result<bool, BridgeError> {
         let room = self.driver.can_send()?;
-        let mut fds = vec![
-            PollFd::from_borrowed_fd(stop, PollFlags::IN),
-            PollFd::from_borrowed_fd(eventfd::borrow(self.driver.rx_event()), PollFlags::IN),
-            PollFd::from_borrowed_fd(eventfd::borrow(self.driver.tx_event()), PollFlags::IN),
-        ];
+        let events = [self.driver.rx_event().as_fd(), self.driver.tx_event().as_fd()];
+        let mut fds: Vec<_> =
+            until.iter().chain(&events).map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
         let backend = (Some(&self.backend), room);
         let channel = (self.channel.as_ref(), room && !self.channel_is_congested());
         for (socket, readable) in [backend, channel] {
@@ -112,8 +112,9 @@ impl<'d, D: PciDevice> Session<'d, D> {
                 fds.push(PollFd::new(socket, events));
             }
         }
-        let ready = wait(&mut fds, Some(if more { NOW } else { LOOK_INTERVAL }))?;
-        let stopped = !fds[0].revents().is_empty();
+        let time = if more { Duration::ZERO } else { CHECK_INTERVAL };
+        let ready = wait_any(&mut fds, Some(Instant::now() + time)).map_err(BridgeError::wait)?;
+        let stopped = fds[..until.len()].iter().any(|fd| !fd.revents().is_empty());
         if ready == 0 && !more {
             self.driver.link()?;
         }
@@ -195,16 +196,16 @@ impl<'d, D: PciDevice> Session<'d, D> {
         log::debug!("request {} to the back-end with {attachments:?}", header.request);
         self.backend.send(message.bytes, fds).map_err(|reason| self.backend_left(reason))?;
         if let Attachments::Kick(index) = attachments {
-            // Whoever had this eventfd before may have taken a kick that was not yet served. One
-            // too many is harmless, and one can be written since the counter is far from full.
-            let _ = self.driver.kick(index)?.write(1);
+            // An earlier owner of this eventfd may have taken a kick that nobody has served yet. One kick
+            // too many does no harm.
+            self.driver.kick(index)?.signal();
         }
         Ok(())
     }
 
     /// The descriptors that go with a message.
     fn attach(&mut self, attachments: Attachments) -> Result<Vec<OwnedFd>, Halt> {
-        let io = |source| BridgeError::Io { what: "duplicating a descriptor for the back-end", source };
+        let io = |source| BridgeError::Io { what: "duplicate a descriptor for the back-end", source };
         let event = match attachments {
             Attachments::None => return Ok(Vec::new()),
             Attachments::Memory(regions) => {
@@ -221,7 +222,7 @@ impl<'d, D: PciDevice> Session<'d, D> {
             Attachments::Call(index) => self.driver.call(index)?,
             Attachments::Err(index) => self.driver.err(index)?,
         };
-        Ok(vec![eventfd::borrow(event).try_clone_to_owned().map_err(io)?])
+        Ok(vec![event.as_fd().try_clone_to_owned().map_err(io)?])
     }
 
     /// Moves an answer of the back-end to the front-end; false if there is none or no room.

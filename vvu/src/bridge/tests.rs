@@ -1,18 +1,22 @@
-//! Tests of the bridge between a device in memory and a back-end that is the test.
+//! Tests of the bridge between a vvu device in this process and a back-end that is the test.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
 
 use super::*;
-use crate::driver::fake::FakeDevice;
+use crate::driver::{Driver, DriverError};
+use crate::event::{StopToken, wait_readable};
+use crate::listening_socket::ListeningSocket;
 use crate::message_socket::{Message, MessageSocket, SocketError};
+use crate::rig::{Liar, LocalDevice};
 use crate::spec::addr::{BarOffset, SiblingGpa, SiblingVa};
+use crate::spec::pci::SHARED_MEMORY_BAR;
 use crate::spec::vhost_user::{Header, MemoryRegion, memory_table_to_bytes};
 use crate::spec::virtio::device_config::{BACKEND_UP, FRONTEND_UP};
 
@@ -22,9 +26,9 @@ const NEED_REPLY: u32 = 1 | 8;
 
 /// A running bridge; dropping it stops it and checks how it ended.
 struct Harness {
-    fake: FakeDevice,
+    fake: LocalDevice<Liar>,
     listener: UnixListener,
-    stop: Option<UnixStream>,
+    stop: StopToken,
     bridge: Option<JoinHandle<Result<(), BridgeError>>>,
     /// The connection that the bridge made before it was ready.
     first: Option<MessageSocket>,
@@ -32,23 +36,24 @@ struct Harness {
 }
 
 impl Harness {
-    fn new(absent: Absent) -> Self {
+    fn new(retry: Retry) -> Self {
         let directory = tempfile::tempdir().expect("directory");
         let socket = directory.path().join("backend");
         let listener = UnixListener::bind(&socket).expect("bind");
-        let fake = FakeDevice::new(4);
+        let fake = LocalDevice::liar(4);
         let driver = Driver::new(fake.clone()).expect("bring-up");
-        let (stop, stopped) = UnixStream::pair().expect("pair");
+        let stop = StopToken::new().expect("token");
+        let stopped = stop.clone();
         let (ready, is_ready) = mpsc::channel();
         let bridge = std::thread::spawn(move || {
-            let mut bridge = Bridge::new(driver, Options { meeting: Meeting::Connect(socket), absent });
-            bridge.run(stopped.as_fd(), || ready.send(()).expect("test waits"))
+            let mut bridge = Bridge::new(driver, Options { backend: BackendSocket::Connect(socket), retry });
+            bridge.run(&[stopped.as_fd()], || ready.send(()).expect("test waits"))
         });
-        assert_eq!(fake.state().link, 0, "no front-end before there is a back-end");
+        assert_eq!(fake.link(), 0, "no front-end before there is a back-end");
         let first = Some(accept(&listener));
         is_ready.recv().expect("ready");
-        assert_eq!(fake.state().link, BACKEND_UP);
-        Self { fake, listener, stop: Some(stop), bridge: Some(bridge), first, _directory: directory }
+        assert_eq!(fake.link(), BACKEND_UP);
+        Self { fake, listener, stop, bridge: Some(bridge), first, _directory: directory }
     }
 
     /// The connection of the next session.
@@ -68,7 +73,7 @@ impl Harness {
 
 impl Drop for Harness {
     fn drop(&mut self) {
-        self.stop = None;
+        self.stop.stop();
         if let Some(bridge) = self.bridge.take() {
             let end = bridge.join().expect("no panic");
             // The test's end of the connection may have gone first.
@@ -79,7 +84,7 @@ impl Drop for Harness {
 
 /// Accepts a connection and answers the bridge's question whether anybody is there.
 fn accept(listener: &UnixListener) -> MessageSocket {
-    wait_readable(listener);
+    wait_for(listener);
     let mut socket = MessageSocket::new(listener.accept().expect("accept").0);
     assert_eq!(receive(&mut socket).expect("question").bytes, message(1, VERSION, &[]));
     socket.send(message(1, REPLY, &[0; 8]), Vec::new()).expect("answer");
@@ -96,10 +101,10 @@ fn within_deadline<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
     panic!("no {what} within 10 s");
 }
 
-fn wait_readable(fd: impl AsFd) {
-    let deadline = Timespec { tv_sec: 10, tv_nsec: 0 };
-    let count = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&deadline)).expect("poll");
-    assert_eq!(count, 1, "nothing to read within 10 s");
+fn wait_for(fd: impl AsFd) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let first = wait_readable(&[fd.as_fd()], Some(deadline)).expect("wait");
+    assert_eq!(first, Some(0), "nothing to read within 10 s");
 }
 
 fn receive(socket: &mut MessageSocket) -> Result<Message, SocketError> {
@@ -107,7 +112,7 @@ fn receive(socket: &mut MessageSocket) -> Result<Message, SocketError> {
         if let Some(message) = socket.receive()? {
             return Ok(message);
         }
-        wait_readable(&*socket);
+        wait_for(&*socket);
     }
 }
 
@@ -121,7 +126,7 @@ fn inode(fd: impl AsFd) -> u64 {
 }
 
 fn signalled(fd: &OwnedFd) -> bool {
-    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).expect("poll") == 1
+    wait_readable(&[fd.as_fd()], Some(Instant::now())).expect("look").is_some()
 }
 
 fn take(fd: &OwnedFd) {
@@ -130,7 +135,7 @@ fn take(fd: &OwnedFd) {
 
 #[test]
 fn requests_reach_the_back_end_with_their_descriptors() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     harness.fake.request(1, VERSION, &[]);
     let plain = receive(&mut backend).expect("GET_FEATURES");
@@ -146,7 +151,7 @@ fn requests_reach_the_back_end_with_their_descriptors() {
     harness.fake.request(5, VERSION, &table);
     let memory = receive(&mut backend).expect("SET_MEM_TABLE");
     assert_eq!(memory.payload(), table);
-    let shared = harness.fake.shared().metadata().expect("metadata").ino();
+    let shared = harness.fake.bar_file(SHARED_MEMORY_BAR).expect("file").metadata().expect("metadata").ino();
     assert_eq!(memory.fds.iter().map(inode).collect::<Vec<_>>(), [shared, shared]);
 
     harness.fake.request(12, VERSION, &2u64.to_le_bytes());
@@ -160,9 +165,9 @@ fn requests_reach_the_back_end_with_their_descriptors() {
         harness.fake.request(request, VERSION, &2u64.to_le_bytes());
         let event = receive(&mut backend).expect("SET_VRING_CALL or ERR").fds.remove(0);
         rustix::io::write(&event, &1u64.to_ne_bytes()).expect("signal");
-        let state = harness.fake.state();
-        let (_, _, doorbell) = state.doorbells.iter().find(|(at, ..)| *at == offset).expect("doorbell");
-        assert_eq!(doorbell.read().expect("signalled"), 1);
+        within_deadline("doorbell write", || {
+            harness.fake.lock().function.rung.pop_if(|(at, _)| *at == offset)
+        });
     }
 
     harness.fake.request(13, VERSION, &0x101u64.to_le_bytes());
@@ -171,7 +176,7 @@ fn requests_reach_the_back_end_with_their_descriptors() {
 
 #[test]
 fn answers_go_back_and_descriptors_in_them_do_not() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     harness.fake.request(1, VERSION, &[]);
     receive(&mut backend).expect("GET_FEATURES");
@@ -183,7 +188,7 @@ fn answers_go_back_and_descriptors_in_them_do_not() {
 
 #[test]
 fn the_back_end_can_ask_the_front_end() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     harness.fake.request(21, VERSION, &[]);
     let stream = receive(&mut backend).expect("SET_BACKEND_REQ_FD").fds.remove(0);
@@ -208,7 +213,7 @@ fn the_back_end_can_ask_the_front_end() {
 
 #[test]
 fn what_cannot_be_carried_is_refused_with_an_answer_or_ends_the_session() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     harness.fake.request(12, NEED_REPLY, &4u64.to_le_bytes());
     assert_eq!(harness.sent(), message(12, REPLY, &1u64.to_le_bytes()));
@@ -216,14 +221,14 @@ fn what_cannot_be_carried_is_refused_with_an_answer_or_ends_the_session() {
     harness.fake.request(7, VERSION, &[]);
     assert!(matches!(receive(&mut backend), Err(SocketError::Closed)));
     let mut next = harness.backend();
-    within_deadline("link up again", || (harness.fake.state().link == BACKEND_UP).then_some(()));
+    within_deadline("link up again", || (harness.fake.link() == BACKEND_UP).then_some(()));
     harness.fake.request(1, VERSION, &[]);
     receive(&mut next).expect("the next front-end is served");
 }
 
 #[test]
 fn the_next_front_end_gets_a_new_connection() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     harness.fake.set_link(BACKEND_UP | FRONTEND_UP);
     for _ in 0..3 {
@@ -236,13 +241,13 @@ fn the_next_front_end_gets_a_new_connection() {
         receive(&mut backend).expect("what came before the mark is delivered");
         assert!(matches!(receive(&mut backend), Err(SocketError::Closed)));
         backend = harness.backend();
-        within_deadline("link up again", || (harness.fake.state().link == BACKEND_UP).then_some(()));
+        within_deadline("link up again", || (harness.fake.link() == BACKEND_UP).then_some(()));
     }
 }
 
 #[test]
 fn a_front_end_that_leaves_without_a_mark_is_noticed() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
@@ -253,40 +258,40 @@ fn a_front_end_that_leaves_without_a_mark_is_noticed() {
 
 #[test]
 fn a_front_end_that_sent_nothing_costs_no_connection() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     assert!(harness.fake.deliver(&[]));
     harness.fake.set_link(0);
-    within_deadline("link up again", || (harness.fake.state().link == BACKEND_UP).then_some(()));
+    within_deadline("link up again", || (harness.fake.link() == BACKEND_UP).then_some(()));
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER on the first connection");
 }
 
 #[test]
 fn a_back_end_that_hangs_up_ends_the_bridge_or_is_waited_for() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
     let fake = harness.fake.clone();
     drop(backend);
     assert!(matches!(harness.end(), Err(BridgeError::BackendLeft { serving: true, .. })));
-    assert_eq!(fake.state().status, 0, "the device is reset");
+    assert_eq!(fake.status(), 0, "the device is reset");
 
-    let mut harness = Harness::new(Absent::Wait);
+    let mut harness = Harness::new(Retry::Forever);
     let mut backend = harness.backend();
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
     drop(backend);
     let mut backend = harness.backend();
-    within_deadline("link up again", || (harness.fake.state().link == BACKEND_UP).then_some(()));
+    within_deadline("link up again", || (harness.fake.link() == BACKEND_UP).then_some(()));
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
 }
 
 #[test]
 fn a_back_end_that_does_not_read_holds_messages_in_the_device() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     let payload = |i: u32| [&i.to_le_bytes()[..], &[0; 4000]].concat();
     // More than socket buffers hold: the bridge stops taking messages and the receive queue fills.
@@ -308,7 +313,7 @@ fn a_back_end_that_does_not_read_holds_messages_in_the_device() {
 
 #[test]
 fn a_device_that_does_not_send_holds_messages_in_the_back_end() {
-    let mut harness = Harness::new(Absent::Fail);
+    let mut harness = Harness::new(Retry::Never);
     let mut backend = harness.backend();
     let mut count = 0u32;
     while count < 64 || !backend.is_congested() {
@@ -328,12 +333,12 @@ fn a_device_that_does_not_send_holds_messages_in_the_back_end() {
 
 #[test]
 fn a_device_that_breaks_the_rules_ends_the_bridge() {
-    let mut harness = Harness::new(Absent::Wait);
+    let mut harness = Harness::new(Retry::Forever);
     let _backend = harness.backend();
     let fake = harness.fake.clone();
     assert!(fake.deliver_as(&message(1, VERSION, &[]), 13));
     assert!(matches!(harness.end(), Err(BridgeError::Driver(DriverError::Length { got: 13, want: 12 }))));
-    assert_eq!(fake.state().status, 0);
+    assert_eq!(fake.status(), 0);
 }
 
 #[test]
@@ -341,28 +346,29 @@ fn a_back_end_that_accepts_and_hangs_up_is_not_used() {
     let directory = tempfile::tempdir().expect("directory");
     let socket = directory.path().join("backend");
     let listener = UnixListener::bind(&socket).expect("bind");
-    let fake = FakeDevice::new(1);
+    let fake = LocalDevice::liar(1);
     let driver = Driver::new(fake.clone()).expect("bring-up");
-    let (stop, stopped) = UnixStream::pair().expect("pair");
-    let options = Options { meeting: Meeting::Connect(socket.clone()), absent: Absent::Wait };
+    let stop = StopToken::new().expect("token");
+    let stopped = stop.clone();
+    let options = Options { backend: BackendSocket::Connect(socket.clone()), retry: Retry::Forever };
     let bridge = std::thread::spawn(move || {
         let mut ready = false;
-        let end = Bridge::new(driver, options).run(stopped.as_fd(), || ready = true);
+        let end = Bridge::new(driver, options).run(&[stopped.as_fd()], || ready = true);
         (end, ready)
     });
     // In the backlog of a socket that is closed, and then accepted but not answered.
-    wait_readable(&listener);
+    wait_for(&listener);
     std::fs::remove_file(&socket).expect("remove");
     drop(listener);
     let listener = UnixListener::bind(&socket).expect("bind");
-    wait_readable(&listener);
+    wait_for(&listener);
     drop(listener.accept().expect("accept"));
-    assert_eq!(fake.state().link, 0);
+    assert_eq!(fake.link(), 0);
     let mut backend = accept(&listener);
-    within_deadline("link up", || (fake.state().link == BACKEND_UP).then_some(()));
+    within_deadline("link up", || (fake.link() == BACKEND_UP).then_some(()));
     fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
-    drop(stop);
+    stop.stop();
     let (end, ready) = bridge.join().expect("no panic");
     end.expect("a clean stop");
     assert!(ready);
@@ -371,24 +377,25 @@ fn a_back_end_that_accepts_and_hangs_up_is_not_used() {
 #[test]
 fn nobody_listening_is_an_error_that_says_so() {
     let directory = tempfile::tempdir().expect("directory");
-    let driver = Driver::new(FakeDevice::new(1)).expect("bring-up");
-    let (_stop, stopped) = UnixStream::pair().expect("pair");
-    let options = Options { meeting: Meeting::Connect(directory.path().join("none")), absent: Absent::Fail };
-    let error = Bridge::new(driver, options).run(stopped.as_fd(), || ()).expect_err("nobody there");
+    let driver = Driver::new(LocalDevice::liar(1)).expect("bring-up");
+    let stop = StopToken::new().expect("token");
+    let options =
+        Options { backend: BackendSocket::Connect(directory.path().join("none")), retry: Retry::Never };
+    let error = Bridge::new(driver, options).run(&[stop.as_fd()], || ()).expect_err("nobody there");
     assert!(error.to_string().contains("start the back-end first"), "{error}");
 }
 
 #[test]
 fn a_device_that_goes_without_a_word_is_found_out() {
-    let harness = Harness::new(Absent::Wait);
-    harness.fake.state().stuck_status = 0xff;
+    let harness = Harness::new(Retry::Forever);
+    harness.fake.lie(|liar| liar.stick_status(0xff));
     let outcome = harness.end();
     assert!(matches!(outcome, Err(BridgeError::Driver(DriverError::Gone))), "{outcome:?}");
 }
 
 #[test]
 fn a_back_end_that_asks_on_the_socket_for_answers_is_disconnected() {
-    let mut harness = Harness::new(Absent::Wait);
+    let mut harness = Harness::new(Retry::Forever);
     let mut backend = harness.backend();
     harness.fake.request(3, VERSION, &[]);
     receive(&mut backend).expect("SET_OWNER");
@@ -403,7 +410,7 @@ fn a_back_end_that_sends_no_messages_is_disconnected() {
     for bytes in
         [[1, 0, 0, 0, 5, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], [1, 0, 0, 0, 6, 0, 0, 0, 8, 0, 0, 0], [0xff; 12]]
     {
-        let mut harness = Harness::new(Absent::Wait);
+        let mut harness = Harness::new(Retry::Forever);
         let mut backend = harness.backend();
         harness.fake.request(3, VERSION, &[]);
         receive(&mut backend).expect("SET_OWNER");
@@ -419,33 +426,34 @@ fn a_back_end_that_connects_is_served_one_connection_after_the_other() {
     let directory = tempfile::tempdir().expect("directory");
     let socket = directory.path().join("bridge");
     let listening = ListeningSocket::bind(&socket).expect("bind");
-    let fake = FakeDevice::new(1);
+    let fake = LocalDevice::liar(1);
     let driver = Driver::new(fake.clone()).expect("bring-up");
-    let (stop, stopped) = UnixStream::pair().expect("pair");
-    let options = Options { meeting: Meeting::Listen(listening), absent: Absent::Wait };
-    let bridge = std::thread::spawn(move || Bridge::new(driver, options).run(stopped.as_fd(), || ()));
+    let stop = StopToken::new().expect("token");
+    let stopped = stop.clone();
+    let options = Options { backend: BackendSocket::Listen(listening), retry: Retry::Forever };
+    let bridge = std::thread::spawn(move || Bridge::new(driver, options).run(&[stopped.as_fd()], || ()));
     for _ in 0..2 {
         let mut backend = MessageSocket::new(UnixStream::connect(&socket).expect("connect"));
         let question = receive(&mut backend).expect("question");
         assert_eq!(question.header.request, 1);
         backend.send(message(1, REPLY, &[0; 8]), Vec::new()).expect("answer");
-        within_deadline("link up", || (fake.state().link == BACKEND_UP).then_some(()));
+        within_deadline("link up", || (fake.link() == BACKEND_UP).then_some(()));
         fake.request(3, VERSION, &[]);
         receive(&mut backend).expect("SET_OWNER");
         drop(backend);
-        within_deadline("link down", || (fake.state().link == 0).then_some(()));
+        within_deadline("link down", || (fake.link() == 0).then_some(()));
     }
-    drop(stop);
+    stop.stop();
     bridge.join().expect("no panic").expect("a clean stop");
 }
 
 #[test]
 fn a_back_end_that_does_not_come_in_time_is_an_error() {
     let directory = tempfile::tempdir().expect("directory");
-    let driver = Driver::new(FakeDevice::new(1)).expect("bring-up");
-    let (_stop, stopped) = UnixStream::pair().expect("pair");
-    let meeting = Meeting::Connect(directory.path().join("none"));
-    let options = Options { meeting, absent: Absent::WaitFor(Duration::from_millis(1)) };
-    let error = Bridge::new(driver, options).run(stopped.as_fd(), || ()).expect_err("nobody came");
+    let driver = Driver::new(LocalDevice::liar(1)).expect("bring-up");
+    let stop = StopToken::new().expect("token");
+    let backend = BackendSocket::Connect(directory.path().join("none"));
+    let options = Options { backend, retry: Retry::For(Duration::from_millis(1)) };
+    let error = Bridge::new(driver, options).run(&[stop.as_fd()], || ()).expect_err("nobody came");
     assert!(matches!(error, BridgeError::Connect { .. }), "{error}");
 }

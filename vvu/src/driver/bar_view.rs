@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-use super::pci_device::DeviceError;
+use crate::pci::DeviceError;
 use crate::spec::pci::{Region, Structure};
 
 /// A BAR mapped from its file in sysfs, for reading only.

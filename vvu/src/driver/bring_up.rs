@@ -3,13 +3,13 @@
 use std::thread;
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use crate::event::Event;
 
 use super::error::DriverError;
 use super::layout::Layout;
-use super::pci_device::PciDevice;
 use super::queue::Queue;
 use super::registers::Registers;
+use crate::pci::PciDevice;
 use crate::spec::pci::{Region, config};
 use crate::spec::virtio::{
     NO_VECTOR, RX_QUEUE, TX_QUEUE, common, device_config, feature, status, vector_select,
@@ -38,7 +38,7 @@ pub(super) struct MessageQueue {
     /// Offset of its notify address in the notify structure.
     pub(super) notify: u64,
     /// Signalled by its vector.
-    pub(super) event: EventFd,
+    pub(super) event: Event,
 }
 
 /// What a device that is ready to be started consists of.
@@ -47,7 +47,7 @@ pub(super) struct Prepared {
     pub(super) rx: MessageQueue,
     pub(super) tx: MessageQueue,
     /// By vhost queue: signalled when the sibling kicks it.
-    pub(super) kicks: Vec<EventFd>,
+    pub(super) kicks: Vec<Event>,
     /// Doorbell of the first vhost queue's errors.
     pub(super) err_base: u16,
 }
@@ -58,11 +58,6 @@ struct VhostQueues {
     served: u16,
     /// Doorbell of the first queue's errors.
     err_base: u16,
-}
-
-/// An eventfd that does not block.
-pub(super) fn event() -> Result<EventFd, DriverError> {
-    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(DriverError::EventFd)
 }
 
 /// A device that is not up yet, or on its way down.
@@ -90,7 +85,8 @@ impl<'d, D: PciDevice> BringUp<'d, D> {
         let VhostQueues { served, err_base } = self.vhost_queues()?;
         let rx = self.queue(RX_QUEUE, "receive")?;
         let tx = self.queue(TX_QUEUE, "transmit")?;
-        let kicks = (0..served).map(|_| event()).collect::<Result<Vec<_>, _>>()?;
+        let kicks =
+            (0..served).map(|_| Event::new()).collect::<Result<Vec<_>, _>>().map_err(DriverError::Event)?;
         let vectors: Vec<_> = [&rx.event, &tx.event].into_iter().chain(&kicks).collect();
         self.device.enable_msix(&vectors)?;
         self.set_vectors(served)?;
@@ -202,7 +198,7 @@ impl<'d, D: PciDevice> BringUp<'d, D> {
         common.write64(common::QUEUE_DEVICE, used.0)?;
         let notify = u64::from(common.read16(common::QUEUE_NOTIFY_OFF)?);
         let notify = notify * u64::from(self.layout.notify_multiplier);
-        Ok(MessageQueue { queue, notify, event: event()? })
+        Ok(MessageQueue { queue, notify, event: Event::new().map_err(DriverError::Event)? })
     }
 
     /// Gives every source of interrupts its vector; each must be kept.

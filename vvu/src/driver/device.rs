@@ -2,15 +2,15 @@
 
 use std::fs::File;
 
-use vmm_sys_util::eventfd::EventFd;
+use crate::event::Event;
 
-use super::bring_up::{BringUp, MessageQueue, Prepared, QUEUES_MAX, event};
+use super::bring_up::{BringUp, MessageQueue, Prepared, QUEUES_MAX};
 use super::error::DriverError;
 use super::layout::Layout;
-use super::pci_device::PciDevice;
 use super::queue::QueueError;
 use super::registers::Registers;
 use crate::message_socket::Message;
+use crate::pci::PciDevice;
 use crate::spec::addr::QueueIndex;
 use crate::spec::pci::{SHARED_MEMORY_BAR, Structure};
 use crate::spec::vhost_user::{HEADER_SIZE, Header};
@@ -44,9 +44,9 @@ pub struct Driver<D: PciDevice> {
     tx: MessageQueue,
     /// Receive buffers were given back that the device has not been told about.
     rx_posted: bool,
-    kicks: Vec<EventFd>,
-    calls: Vec<Option<EventFd>>,
-    errs: Vec<Option<EventFd>>,
+    kicks: Vec<Event>,
+    calls: Vec<Option<Event>>,
+    errs: Vec<Option<Event>>,
     /// Doorbell of the first vhost queue's errors.
     err_base: u16,
 }
@@ -94,13 +94,13 @@ impl<D: PciDevice> Driver<D> {
 
     /// Signalled when something was received or the link changed.
     #[must_use]
-    pub fn rx_event(&self) -> &EventFd {
+    pub fn rx_event(&self) -> &Event {
         &self.rx.event
     }
 
     /// Signalled when something was sent, so that there is room again.
     #[must_use]
-    pub fn tx_event(&self) -> &EventFd {
+    pub fn tx_event(&self) -> &Event {
         &self.tx.event
     }
 
@@ -108,7 +108,7 @@ impl<D: PciDevice> Driver<D> {
     ///
     /// # Errors
     /// [`DriverError::QueueIndex`].
-    pub fn kick(&self, index: QueueIndex) -> Result<&EventFd, DriverError> {
+    pub fn kick(&self, index: QueueIndex) -> Result<&Event, DriverError> {
         self.kicks.get(usize::from(index.0)).ok_or(self.no_queue(index))
     }
 
@@ -116,7 +116,7 @@ impl<D: PciDevice> Driver<D> {
     ///
     /// # Errors
     /// [`DriverError::QueueIndex`], [`DriverError::Device`].
-    pub fn call(&mut self, index: QueueIndex) -> Result<&EventFd, DriverError> {
+    pub fn call(&mut self, index: QueueIndex) -> Result<&Event, DriverError> {
         let missing = self.no_queue(index);
         let call = self.calls.get_mut(usize::from(index.0)).ok_or(missing)?;
         bind(&self.device, &self.layout, index.0, call)
@@ -126,7 +126,7 @@ impl<D: PciDevice> Driver<D> {
     ///
     /// # Errors
     /// [`DriverError::QueueIndex`], [`DriverError::Device`].
-    pub fn err(&mut self, index: QueueIndex) -> Result<&EventFd, DriverError> {
+    pub fn err(&mut self, index: QueueIndex) -> Result<&Event, DriverError> {
         let missing = self.no_queue(index);
         let err = self.errs.get_mut(usize::from(index.0)).ok_or(missing)?;
         bind(&self.device, &self.layout, self.err_base + index.0, err)
@@ -243,12 +243,12 @@ fn bind<'s, D: PciDevice>(
     device: &D,
     layout: &Layout,
     index: u16,
-    slot: &'s mut Option<EventFd>,
-) -> Result<&'s EventFd, DriverError> {
+    slot: &'s mut Option<Event>,
+) -> Result<&'s Event, DriverError> {
     let event = match slot.take() {
         Some(event) => event,
         None => {
-            let event = event()?;
+            let event = Event::new().map_err(DriverError::Event)?;
             let Structure { bar, offset, .. } = layout.doorbells;
             let offset = offset + u64::from(index) * u64::from(layout.doorbell_multiplier);
             device.bind_doorbell(bar, offset, index, &event)?;

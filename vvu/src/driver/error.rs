@@ -1,8 +1,8 @@
 //! What can go wrong with a vvu device.
 
 use super::layout::LayoutError;
-use super::pci_device::DeviceError;
 use super::queue::QueueError;
+use crate::pci::DeviceError;
 use crate::spec::addr::QueueIndex;
 use crate::spec::vhost_user::MessageError;
 
@@ -101,7 +101,7 @@ pub enum DriverError {
     /// A received message is none.
     #[error("received: {0}")]
     Message(#[from] MessageError),
-    /// An eventfd could not be made.
-    #[error("eventfd: {0}")]
-    EventFd(std::io::Error),
+    /// There is no file descriptor left for an event.
+    #[error("cannot make an event: {0}; check the limit on open files (`ulimit -n`)")]
+    Event(std::io::Error),
 }

@@ -6,8 +6,8 @@ use uuid::Uuid;
 
 use super::bar_view::BarView;
 use super::layout::{self, Capability, Layout, LayoutError, MsixCap, VirtioCap, get16, get32};
-use super::pci_device::{DeviceError, PciDevice};
 use super::registers::Registers;
+use crate::pci::{DeviceError, PciDevice};
 use crate::spec::pci::{CONFIG_SPACE_SIZE, cap_id, cfg_type, config, msix, virtio_cap};
 use crate::spec::virtio::{DEVICE_ID, QUEUE_COUNT, common, device_config, feature, status};
 
@@ -189,7 +189,7 @@ fn words_or(words: impl Iterator<Item = &'static str>, none: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::fake::FakeDevice;
+    use crate::rig::LocalDevice;
     use crate::spec::pci::{self, ConfigSpace, Structure};
 
     #[test]
@@ -274,21 +274,23 @@ uuid: 07070707-0707-0707-0707-070707070707
 
     #[test]
     fn registers_are_told() {
-        let fake = FakeDevice::new(16);
-        fake.state().status = 0x0f;
-        fake.state().link = 3;
-        let told = registers(&fake).expect("told");
+        let liar = LocalDevice::liar(16);
+        liar.lie(|liar| {
+            liar.stick_status(0x0f);
+            liar.link = 3;
+        });
+        let told = registers(&liar).expect("told");
         for want in [
             "device status: 0x0f, acknowledged, driver, features agreed, driver ready\n",
             "features offered: 0x320000000, event index, version 1, access through the IOMMU\n",
             "virtqueue 1: 256 descriptors, off\n",
             "link: 0x3, back-end up, front-end connected\n",
             "vhost queues: at most 16\n",
-            "shared memory BAR: 0x100000 bytes\n",
+            "shared memory BAR: 0x4000000 bytes\n",
         ] {
             assert!(told.contains(want), "{told}");
         }
-        fake.state().status = 0;
-        assert!(registers(&fake).expect("told").contains("device status: 0x00, reset\n"));
+        liar.lie(|liar| liar.stick_status(0));
+        assert!(registers(&liar).expect("told").contains("device status: 0x00, reset\n"));
     }
 }

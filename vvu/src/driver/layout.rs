@@ -1,6 +1,6 @@
 //! Where the structures of a vvu device are, read from its PCI capabilities.
 
-use super::pci_device::{DeviceError, PciDevice};
+use crate::pci::{DeviceError, PciDevice};
 use crate::spec::pci::{
     CONFIG_SPACE_SIZE, DEVICE_ID, Region, SHARED_MEMORY_BAR, Structure, VENDOR_ID, cap_id, cfg_type, config,
     msix, virtio_cap,
@@ -291,26 +291,26 @@ pub(super) fn get32(bytes: &[u8], at: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::fake::FakeDevice;
-    use crate::spec::pci;
+    use crate::rig::{Liar, LocalDevice};
+    use crate::spec::pci::{self, ConfigSpace};
     use proptest::prelude::*;
 
     const FIRST_VIRTIO: usize = 0x54;
 
+    /// Size of the shared memory BAR: the sibling's memory and the in-flight regions, rounded up to a power of two.
+    const SHARED_MEMORY: u64 = 64 << 20;
+
+    thread_local! {
+        static DEVICE: LocalDevice<Liar> = LocalDevice::liar(16);
+    }
+
     fn probe(change: impl FnOnce(&mut [u8])) -> Result<Layout, LayoutError> {
-        let fake = FakeDevice::new(16);
-        fake.state().config.with(change);
-        Layout::probe(&fake)
-    }
-
-    trait With {
-        fn with(&mut self, change: impl FnOnce(&mut [u8]));
-    }
-
-    impl With for [u8; CONFIG_SPACE_SIZE] {
-        fn with(&mut self, change: impl FnOnce(&mut [u8])) {
-            change(self);
-        }
+        let mut space = ConfigSpace::new(19, SHARED_MEMORY).bytes;
+        change(&mut space);
+        DEVICE.with(|device| {
+            device.lie(|liar| liar.pretend(Region::Config, 0, &space));
+            Layout::probe(device)
+        })
     }
 
     #[test]
@@ -323,7 +323,7 @@ mod tests {
             doorbells: pci::DOORBELL_CFG,
             doorbell_multiplier: 4,
             vector_select: pci::VECTOR_SELECT_CFG,
-            shared_memory: FakeDevice::MEMORY,
+            shared_memory: SHARED_MEMORY,
             vectors: 19,
         };
         assert_eq!(probe(|_| {}).expect("layout"), want);
@@ -374,7 +374,8 @@ mod tests {
             changes in proptest::collection::vec((0x34..0x100usize, any::<u8>()), 1..40)
         ) {
             if let Ok(layout) = probe(|space| changes.iter().for_each(|(at, value)| space[*at] = *value)) {
-                prop_assert!(layout.common.offset + layout.common.length <= FakeDevice::bar_size(layout.common.bar));
+                let size = DEVICE.with(|device| device.region_size(Region::Bar(layout.common.bar)));
+                prop_assert!(layout.common.offset + layout.common.length <= size);
             }
         }
     }

@@ -1,13 +1,11 @@
 //! The guest driver: brings the vvu device up and moves vhost-user messages through its queues.
 //!
-//! [`Driver`] works on any [`PciDevice`](pci_device::PciDevice). In the guest that is
+//! [`Driver`] works on any [`PciDevice`](crate::pci::PciDevice). In the guest that is
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
 //! without a VM it is [`VfioUserDevice`](crate::vfio_user::client::VfioUserDevice).
 
 pub mod bar_view;
-pub mod eventfd;
 pub mod inspect;
-pub mod pci_device;
 pub mod sysfs;
 pub mod vfio;
 
@@ -19,8 +17,6 @@ pub use queue::QueueError;
 mod bring_up;
 mod device;
 mod error;
-#[cfg(test)]
-pub(crate) mod fake;
 mod layout;
 mod queue;
 mod registers;

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{Bytes, VolatileMemory, VolatileMemoryError};
 
-use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
+use crate::pci::{DeviceError, DmaBuffer, PciDevice};
 use crate::spec::addr::Iova;
 use crate::spec::vhost_user::MESSAGE_SIZE_MAX;
 

@@ -1,6 +1,6 @@
 //! Typed access to the registers of one structure.
 
-use super::pci_device::{DeviceError, PciDevice};
+use crate::pci::{DeviceError, PciDevice};
 use crate::spec::pci::{Region, Structure};
 
 /// The registers of one structure of a device.

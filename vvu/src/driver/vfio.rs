@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
@@ -16,11 +16,11 @@ use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use super::pci_device::{DeviceError, DmaBuffer, PciDevice};
 use super::sysfs::{PciSysfs, SysfsError, VfioReady};
+use crate::event::Event;
+use crate::pci::{DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
 use crate::spec::addr::{Bdf, Iova};
 use crate::spec::pci::Region;
-use crate::vfio_user::protocol::region_index;
 
 const PAGE_SIZE: u64 = 4096;
 /// I/O virtual addresses given out: above what firmware likes, below what every IOMMU reaches.
@@ -148,12 +148,8 @@ impl VfioDevice {
 
     /// Offset of an access in the device's descriptor.
     fn locate(&self, region: Region, offset: u64, len: usize) -> Result<u64, DeviceError> {
-        let size = self.region_size(region);
-        let end = u64::try_from(len).ok().and_then(|len| offset.checked_add(len));
-        if end.is_none_or(|end| end > size) {
-            return Err(DeviceError::OutOfRange { region, offset, len, size });
-        }
-        Ok(self.device.get_region_offset(region_index(region)) + offset)
+        check_access(region, offset, len, self.region_size(region))?;
+        Ok(self.device.get_region_offset(vfio_region_index(region)) + offset)
     }
 
     fn access(
@@ -179,7 +175,7 @@ impl VfioDevice {
 
 impl PciDevice for VfioDevice {
     fn region_size(&self, region: Region) -> u64 {
-        self.device.get_region_size(region_index(region))
+        self.device.get_region_size(vfio_region_index(region))
     }
 
     // Not region_read and region_write of vfio-ioctls: they do not tell of failures.
@@ -217,28 +213,32 @@ impl PciDevice for VfioDevice {
         Ok(DmaBuffer { memory, iova: Iova(iova) })
     }
 
-    fn enable_msix(&self, vectors: &[&EventFd]) -> Result<(), DeviceError> {
+    fn enable_msix(&self, vectors: &[&Event]) -> Result<(), DeviceError> {
         let failed = |error: VfioError| DeviceError::Io {
             what: format!("set {} MSI-X vectors of {}", vectors.len(), self.bdf),
             source: io::Error::other(error),
         };
+        let events = vectors.iter().map(|event| to_event_fd(event)).collect::<io::Result<Vec<_>>>();
+        let events =
+            events.map_err(|error| DeviceError::other("share the events of MSI-X vectors", error))?;
         let mut state = self.state();
         if std::mem::take(&mut state.msix) {
             self.device.disable_msix().map_err(failed)?;
         }
-        self.device.enable_msix(vectors.to_vec()).map_err(failed)?;
+        let vectors: Vec<_> = events.iter().collect();
+        self.device.enable_msix(vectors).map_err(failed)?;
         state.msix = true;
         Ok(())
     }
 
-    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &EventFd) -> Result<(), DeviceError> {
+    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &Event) -> Result<(), DeviceError> {
         let region = Region::Bar(bar);
         let request = vfio_device_ioeventfd {
             argsz: u32::try_from(size_of::<vfio_device_ioeventfd>()).unwrap_or(0),
             flags: VFIO_DEVICE_IOEVENTFD_16,
             offset: self.locate(region, offset, size_of_val(&value))?,
             data: value.into(),
-            fd: event.as_raw_fd(),
+            fd: event.as_fd().as_raw_fd(),
             reserved: 0,
         };
         // SAFETY: the ioctl reads the request and nothing else of this process; the kernel holds the
@@ -249,6 +249,13 @@ impl PciDevice for VfioDevice {
         let source = io::Error::last_os_error();
         Err(DeviceError::Io { what: format!("tie an eventfd to {offset:#x} of {region:?}"), source })
     }
+}
+
+/// Makes a handle of `event` of the type that vfio-ioctls wants.
+fn to_event_fd(event: &Event) -> io::Result<EventFd> {
+    let fd = event.as_fd().try_clone_to_owned()?;
+    // SAFETY: nobody else owns the descriptor.
+    Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
 }
 
 /// Gives out I/O virtual addresses, each once.

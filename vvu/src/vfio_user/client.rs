@@ -1,22 +1,22 @@
-//! A PCI device behind a vfio-user server: the driver's way to the proxy without a VM.
+//! A PCI device behind a vfio-user server, for a driver in a process that is no VMM.
 
 use std::fs::File;
-use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::event::Event;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
 use vm_memory::{FileOffset, MmapRegion};
-use vmm_sys_util::eventfd::EventFd;
 
-use self::connection::Connection;
-use crate::driver::pci_device::{DeviceError, DmaBuffer, PciDevice};
+use connection::{Connection, RegionView};
+pub(crate) use doorbells::Doorbells;
+
+use crate::pci::{DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
 use crate::spec::addr::Iova;
 use crate::spec::pci::{Region, cap_id, config, msix};
-use crate::vfio_user::protocol::{REGION_COUNT, region_index};
-use doorbells::Doorbells;
+use crate::vfio_user::protocol::REGION_COUNT;
 
 mod connection;
 mod doorbells;
@@ -34,13 +34,6 @@ pub struct VfioUserDevice {
     vectors: u32,
     next_iova: Mutex<u64>,
     doorbells: Doorbells,
-}
-
-/// A region as the server described it.
-#[derive(Debug)]
-struct RegionView {
-    size: u64,
-    file: Option<(File, u64)>,
 }
 
 impl VfioUserDevice {
@@ -71,17 +64,11 @@ impl VfioUserDevice {
     }
 
     fn region(&self, region: Region) -> Option<&RegionView> {
-        self.regions.get(usize::try_from(region_index(region)).ok()?)
+        self.regions.get(usize::try_from(vfio_region_index(region)).ok()?)
     }
 
-    /// Checks that an access lies inside its region.
     fn check(&self, region: Region, offset: u64, len: usize) -> Result<(), DeviceError> {
-        let size = self.region_size(region);
-        let end = u64::try_from(len).ok().and_then(|len| offset.checked_add(len));
-        if end.is_some_and(|end| end <= size) {
-            return Ok(());
-        }
-        Err(DeviceError::OutOfRange { region, offset, len, size })
+        check_access(region, offset, len, self.region_size(region))
     }
 
     /// Turns the device's MSI-X capability on, as the kernel does for VFIO.
@@ -106,7 +93,7 @@ impl VfioUserDevice {
             }
             at = read_byte(at.saturating_add(1))?;
         }
-        Err(io_error("enable MSI-X", "the device has no MSI-X capability"))
+        Err(DeviceError::other("enable MSI-X", "the device has no MSI-X capability"))
     }
 }
 
@@ -130,60 +117,50 @@ impl PciDevice for VfioUserDevice {
         match self.region(Region::Bar(bar)).and_then(|view| view.file.as_ref()) {
             Some((file, 0)) => file.try_clone().map_err(|source| DeviceError::Io { what: what(), source }),
             Some((_, offset)) => {
-                Err(io_error(what(), format!("it starts at {offset:#x} of its file: want 0")))
+                Err(DeviceError::other(what(), format!("it starts at {offset:#x} of its file: want 0")))
             }
-            None => Err(io_error(what(), "the server gives no file for it")),
+            None => Err(DeviceError::other(what(), "the server gives no file for it")),
         }
     }
 
     fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {
         let what = || format!("allocate {len} bytes for DMA");
         let size = u64::try_from(len).ok().and_then(|len| len.max(1).checked_next_multiple_of(PAGE_SIZE));
-        let size = size.ok_or_else(|| io_error(what(), Errno::NOMEM))?;
-        let file = memfd_create("dma", MemfdFlags::CLOEXEC).map_err(|error| io_error(what(), error))?;
-        ftruncate(&file, size).map_err(|error| io_error(what(), error))?;
-        let for_server = file.try_clone().map_err(|error| io_error(what(), error))?;
-        let length = usize::try_from(size).map_err(|error| io_error(what(), error))?;
+        let size = size.ok_or_else(|| DeviceError::other(what(), Errno::NOMEM))?;
+        let file =
+            memfd_create("dma", MemfdFlags::CLOEXEC).map_err(|error| DeviceError::other(what(), error))?;
+        ftruncate(&file, size).map_err(|error| DeviceError::other(what(), error))?;
+        let for_server = file.try_clone().map_err(|error| DeviceError::other(what(), error))?;
+        let length = usize::try_from(size).map_err(|error| DeviceError::other(what(), error))?;
         let memory = MmapRegion::from_file(FileOffset::new(File::from(file), 0), length)
-            .map_err(|error| io_error(what(), error))?;
+            .map_err(|error| DeviceError::other(what(), error))?;
         let iova = {
-            let mut next = lock(&self.next_iova);
+            let mut next = self.next_iova.lock().unwrap_or_else(PoisonError::into_inner);
             let iova = *next;
             // A page that is never mapped keeps overruns from reaching the next buffer.
             *next = size
                 .checked_add(PAGE_SIZE)
                 .and_then(|size| iova.checked_add(size))
-                .ok_or_else(|| io_error(what(), Errno::NOMEM))?;
+                .ok_or_else(|| DeviceError::other(what(), Errno::NOMEM))?;
             iova
         };
         self.connection.map_dma(iova, size, for_server)?;
         Ok(DmaBuffer { memory, iova: Iova(iova) })
     }
 
-    fn enable_msix(&self, vectors: &[&EventFd]) -> Result<(), DeviceError> {
+    fn enable_msix(&self, vectors: &[&Event]) -> Result<(), DeviceError> {
         let count = u32::try_from(vectors.len()).ok().filter(|count| *count <= self.vectors);
         let count = count.ok_or_else(|| {
             let what = format!("enable {} MSI-X vectors", vectors.len());
-            io_error(what, format!("the device has {}", self.vectors))
+            DeviceError::other(what, format!("the device has {}", self.vectors))
         })?;
         self.connection.set_vectors(vectors)?;
         self.connection.clear_vectors(count, self.vectors - count)?;
         self.set_msix_enable()
     }
 
-    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &EventFd) -> Result<(), DeviceError> {
+    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &Event) -> Result<(), DeviceError> {
         self.check(Region::Bar(bar), offset, size_of_val(&value))?;
         self.doorbells.bind(Region::Bar(bar), offset, value, event)
     }
-}
-
-fn io_error(
-    what: impl Into<String>,
-    cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-) -> DeviceError {
-    DeviceError::Io { what: what.into(), source: io::Error::other(cause) }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

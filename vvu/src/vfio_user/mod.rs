@@ -1,7 +1,7 @@
-//! vfio-user: the protocol by which one process hosts a PCI device for another.
+//! vfio-user: the protocol by which one process serves a PCI function to another.
 //!
-//! [`protocol`] is what is on the wire, [`server`] hosts a device for an unpatched VMM, and [`client`] drives a
-//! hosted device from a process that is no VMM.
+//! [`protocol`] is what is on the wire, [`server`] serves a function to an unpatched VMM, and [`client`] is a PCI
+//! device for a driver in a process that is no VMM.
 
 pub mod client;
 pub mod protocol;

@@ -2,46 +2,29 @@
 
 use std::fs::File;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use vvu::bridge::{Absent, Bridge, BridgeError, Meeting, Options};
+use vvu::StopToken;
+use vvu::bridge::{BackendSocket, Bridge, BridgeError, Options, Retry};
 use vvu::device::{DeviceConfig, VvuDevice};
 use vvu::driver::Driver as GuestDriver;
 use vvu::listening_socket::ListeningSocket;
 use vvu::vfio_user::client::VfioUserDevice;
-use vvu::vfio_user::server::{ServeError, Server};
+use vvu::vfio_user::server::{Server, ServerError};
 
 use crate::common::{Backend, DEADLINE, Driver, Piece, Setup, SiblingMemory, Task};
 use crate::logs;
-
-/// A stop order: what the parts wait for is readable once this is written to.
-struct StopEvent(OwnedFd);
-
-impl StopEvent {
-    fn new() -> Self {
-        let flags = rustix::event::EventfdFlags::CLOEXEC;
-        Self(rustix::event::eventfd(0, flags).expect("eventfd"))
-    }
-
-    fn clone(&self) -> OwnedFd {
-        self.0.try_clone().expect("descriptor")
-    }
-
-    fn give(&self) {
-        rustix::io::write(&self.0, &1u64.to_ne_bytes()).expect("stop order");
-    }
-}
 
 /// The vvu proxy, as `vvu proxy` runs it.
 pub struct Proxy {
     dir: tempfile::TempDir,
     memory: File,
-    stop: StopEvent,
-    task: Task<Result<(), ServeError>>,
+    stop: StopToken,
+    task: Task<Result<(), ServerError>>,
 }
 
 impl Proxy {
@@ -56,7 +39,7 @@ impl Proxy {
         let listener = vhost_user.listener().try_clone().expect("descriptor");
         let config = DeviceConfig { memory: ram, listener, queues, uuid: [7; 16] };
         let mut device = VvuDevice::new(config).expect("device");
-        let stop = StopEvent::new();
+        let stop = StopToken::new().expect("token");
         let listener = vfio_user.listener().try_clone().expect("descriptor");
         let mut server = Server::new(listener, stop.clone()).expect("server");
         let task = Task::spawn("proxy", move || {
@@ -82,32 +65,32 @@ impl Proxy {
     }
 
     pub fn end(self) {
-        self.stop.give();
+        self.stop.stop();
         self.task.join().expect("proxy");
     }
 }
 
 /// The guest driver and the bridge, as they run in the device VM.
 pub struct Guest {
-    stop: StopEvent,
+    stop: StopToken,
     connection: UnixStream,
     task: Task<Result<(), BridgeError>>,
 }
 
 impl Guest {
     /// Returns once a front-end can connect.
-    pub fn start(proxy: &Proxy, backend: &Path, absent: Absent) -> Self {
+    pub fn start(proxy: &Proxy, backend: &Path, retry: Retry) -> Self {
         let stream = UnixStream::connect(proxy.vfio_user()).expect("proxy");
         let connection = stream.try_clone().expect("descriptor");
-        let stop = StopEvent::new();
+        let stop = StopToken::new().expect("token");
         let stopped = stop.clone();
         let socket = backend.to_owned();
         let (sender, ready) = channel();
         let task = Task::spawn("bridge", move || {
             let device = VfioUserDevice::from_stream(stream).expect("vfio-user");
             let driver = GuestDriver::new(device).expect("vvu device");
-            let mut bridge = Bridge::new(driver, Options { meeting: Meeting::Connect(socket), absent });
-            bridge.run(stopped.as_fd(), || sender.send(()).expect("test"))
+            let mut bridge = Bridge::new(driver, Options { backend: BackendSocket::Connect(socket), retry });
+            bridge.run(&[stopped.as_fd()], || sender.send(()).expect("test"))
         });
         if let Err(error) = ready.recv_timeout(DEADLINE) {
             panic!("waiting for the bridge to be ready: {error}");
@@ -117,7 +100,7 @@ impl Guest {
 
     /// Asks the bridge to end, and waits until it has.
     pub fn end(self) {
-        self.stop.give();
+        self.stop.stop();
         self.task.join().expect("bridge");
     }
 
@@ -125,7 +108,7 @@ impl Guest {
     /// any more, not even to reset.
     pub fn kill(self) {
         self.connection.shutdown(Shutdown::Both).expect("shutdown");
-        self.stop.give();
+        self.stop.stop();
         // What becomes of the bridge in a dead VM does not matter.
         let _ = self.task.join();
     }
@@ -159,7 +142,7 @@ impl Chain {
         let proxy = Proxy::start(ram, 16);
         let memory = Arc::new(proxy.memory(pieces));
         let backend = Backend::start(content, |_| {});
-        let guest = Guest::start(&proxy, &backend.socket, Absent::Wait);
+        let guest = Guest::start(&proxy, &backend.socket, Retry::Forever);
         Self { memory, proxy, guest, backend }
     }
 

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_OUT;
-use vvu::bridge::Absent;
+use vvu::bridge::Retry;
 
 use crate::chain::{Chain, FLAT, Guest, Proxy};
 use crate::common::{Completion, Driver, Setup, disk, pattern};
@@ -71,7 +71,7 @@ fn the_next_back_end_finishes_what_is_unfinished_and_in_order() {
     driver.rings[0].use_up(&memory, taken[1], 1);
     let fresh = write(&mut driver, 4, 2);
 
-    let guest = Guest::start(&proxy, &backend.socket, Absent::Wait);
+    let guest = Guest::start(&proxy, &backend.socket, Retry::Forever);
     let mut driver = driver.reconnect(&proxy.vhost_user()).expect("connection");
     let heads: Vec<u16> = (0..4).map(|_| driver.wait(0).expect("completion").0).collect();
     assert_eq!(heads, [taken[1], taken[0], taken[2], fresh]);
@@ -136,7 +136,7 @@ fn a_back_end_is_killed_again_and_again_and_every_request_completes_once() {
     let proxy = Proxy::start(8 << 20, 1);
     let memory = Arc::new(proxy.memory(&FLAT));
     let mut process = Process::start(&socket, &disk);
-    let guest = Guest::start(&proxy, &socket, Absent::Wait);
+    let guest = Guest::start(&proxy, &socket, Retry::Forever);
     let mut driver = Driver::connect(&proxy.vhost_user(), &memory, TRACKED).expect("connection");
     let data = Driver::buffers(&memory, 1);
     let free = driver.rings[0].snapshot();

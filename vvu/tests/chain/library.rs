@@ -7,7 +7,7 @@ use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost_user_backend::VhostUserDaemon;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vvu::bridge::in_process::InProcessError;
+use vvu::ServeError;
 
 use crate::chain::{FLAT, Proxy};
 use crate::common::{Descriptor, Ring, SiblingMemory, WRITE};
@@ -25,7 +25,7 @@ fn start(proxy: &Proxy) -> Program<vhost_user_backend::Error> {
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let entropy = device::Entropy::open().expect("entropy");
     let mut daemon = VhostUserDaemon::new("entropy".to_owned(), entropy, memory).expect("daemon");
-    Program::start(proxy, move |socket| daemon.serve(socket), || {})
+    Program::start(proxy, move |socket, _| daemon.serve(socket))
 }
 
 fn get_entropy(proxy: &Proxy, memory: &Arc<SiblingMemory>, wanted: u32) -> Vec<u8> {
@@ -72,7 +72,7 @@ fn the_example_ends_when_the_device_is_gone() {
     let proxy = Proxy::start(8 << 20, 16);
     let example = start(&proxy);
     example.connection.shutdown(std::net::Shutdown::Both).expect("shutdown");
-    assert!(matches!(example.outcome(), Err(InProcessError::Bridge(_))));
+    assert!(matches!(example.outcome(), Err(ServeError::Bridge(_))));
     proxy.end();
 }
 

@@ -1,6 +1,6 @@
 //! Parts that leave, fail and come back.
 
-use vvu::bridge::{Absent, BridgeError};
+use vvu::bridge::{BridgeError, Retry};
 
 use crate::chain::{Chain, FLAT, Guest};
 use crate::common::{Driver, Setup, pattern};
@@ -77,7 +77,7 @@ fn a_bridge_that_is_not_to_wait_ends_with_its_back_end() {
     let content = pattern(5, 4096);
     let Chain { memory, proxy, guest, mut backend } = Chain::start(&FLAT, &content);
     guest.end();
-    let guest = Guest::start(&proxy, &backend.socket, Absent::Fail);
+    let guest = Guest::start(&proxy, &backend.socket, Retry::Never);
     let mut driver = Driver::connect(&proxy.vhost_user(), &memory, Setup::default()).expect("connection");
     let data = Driver::buffers(&memory, 4);
     assert_eq!(driver.read(0, 0, data, 4096), content);
@@ -101,7 +101,7 @@ fn the_device_vm_program_restarts() {
         guest.end();
         driver.wait_disconnected();
         backend.restart();
-        guest = Guest::start(&proxy, &backend.socket, Absent::Wait);
+        guest = Guest::start(&proxy, &backend.socket, Retry::Forever);
     }
     let mut driver = Driver::connect_persistently(&proxy.vhost_user(), &memory, Setup::default());
     assert_eq!(driver.read(0, 0, data, 4096), content);
@@ -125,7 +125,7 @@ fn the_device_vm_is_killed() {
         assert_eq!(driver.read(1, 0, data, 4096), content);
         guest.kill();
         driver.wait_disconnected();
-        guest = Guest::start(&proxy, &backend.socket, Absent::Wait);
+        guest = Guest::start(&proxy, &backend.socket, Retry::Forever);
     }
     let mut driver = Driver::connect_persistently(&proxy.vhost_user(), &memory, Setup::default());
     assert_eq!(driver.read(0, 0, data, 4096), content);
@@ -152,7 +152,7 @@ fn the_front_end_comes_first() {
     });
     drop(connected.recv_timeout(crate::common::DEADLINE).expect("a connection"));
     let backend = Backend::start(&content, |_| {});
-    let guest = Guest::start(&proxy, &backend.socket, Absent::Wait);
+    let guest = Guest::start(&proxy, &backend.socket, Retry::Forever);
     assert_eq!(early.join(), content);
     guest.end();
     backend.end();

@@ -8,7 +8,7 @@ use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ};
-use vvu::bridge::Absent;
+use vvu::bridge::Retry;
 use vvu::spec::vhost_user::{CARRIED_PROTOCOL_FEATURES, FrontendReq};
 
 use crate::chain::{Chain, FLAT, Guest, Proxy};
@@ -58,7 +58,7 @@ fn features_that_need_what_cannot_be_carried_are_masked() {
     let listener = UnixListener::bind(&path).expect("socket");
     let proxy = Proxy::start(1 << 20, 2);
     let boaster = Task::spawn("boaster", move || boaster(&listener));
-    let guest = Guest::start(&proxy, &path, Absent::Wait);
+    let guest = Guest::start(&proxy, &path, Retry::Forever);
 
     let stream = std::os::unix::net::UnixStream::connect(proxy.vhost_user()).expect("proxy");
     stream.set_read_timeout(Some(DEADLINE)).expect("timeout");

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use vvu::backend::Stop;
 use vvu::backend::block::{Block, Options};
-use vvu::bridge::in_process::{self, InProcessError};
 use vvu::driver::Driver as GuestDriver;
+use vvu::event::wait_readable;
 use vvu::listening_socket::ListeningSocket;
 use vvu::vfio_user::client::VfioUserDevice;
+use vvu::{ServeError, StopToken, serve_socket};
 
 use crate::chain::{FLAT, Proxy};
 use crate::common::{DEADLINE, Driver, Setup, Task, disk, pattern};
@@ -23,25 +24,26 @@ use crate::common::{DEADLINE, Driver, Setup, Task, disk, pattern};
 pub struct Program<E: Debug + Display> {
     /// Cutting it takes the device away.
     pub connection: UnixStream,
-    stop: UnixStream,
-    task: Task<Result<(), InProcessError<E>>>,
+    stop: StopToken,
+    task: Task<Result<(), ServeError<E>>>,
 }
 
 impl<E: Debug + Display + Send + 'static> Program<E> {
-    /// Returns once a front-end can connect. `backend` serves the socket of the path it gets, until `end` is called.
+    /// Returns once a front-end can connect. `backend` serves the socket of the path it gets, until the stop is
+    /// requested.
     pub fn start(
         proxy: &Proxy,
-        backend: impl FnOnce(&Path) -> Result<(), E> + Send + 'static,
-        end: impl FnOnce() + Send + 'static,
+        backend: impl FnOnce(&Path, &StopToken) -> Result<(), E> + Send + 'static,
     ) -> Self {
         let stream = UnixStream::connect(proxy.vfio_user()).expect("proxy");
         let connection = stream.try_clone().expect("descriptor");
-        let (stop, stopped) = UnixStream::pair().expect("pair");
+        let stop = StopToken::new().expect("token");
+        let token = stop.clone();
         let (sender, ready) = channel();
         let task = Task::spawn("program", move || {
             let driver = GuestDriver::new(VfioUserDevice::from_stream(stream).expect("vfio-user"));
             let ready = || sender.send(()).expect("test");
-            in_process::serve(driver.expect("vvu device"), stopped.as_fd(), ready, backend, end)
+            serve_socket(driver.expect("vvu device"), &token, ready, |path| backend(path, &token))
         });
         if let Err(error) = ready.recv_timeout(DEADLINE) {
             panic!("waiting for the program to be ready: {error}");
@@ -50,15 +52,14 @@ impl<E: Debug + Display + Send + 'static> Program<E> {
     }
 
     /// What the program came to by itself.
-    pub fn outcome(self) -> Result<(), InProcessError<E>> {
-        let Self { stop: _stop, task, .. } = self;
-        task.join()
+    pub fn outcome(self) -> Result<(), ServeError<E>> {
+        self.task.join()
     }
 
     /// Asks the program to end, and waits until it has.
     pub fn end(self) {
         let Self { connection: _connection, stop, task } = self;
-        drop(stop);
+        stop.stop();
         task.join().expect("clean end");
     }
 }
@@ -81,11 +82,18 @@ fn hostile_front_ends_do_not_end_the_program() {
     let proxy = Proxy::start(8 << 20, 16);
     let memory = Arc::new(proxy.memory(&FLAT));
     let data = Driver::buffers(&memory, 4);
-    let end = Stop::new().expect("event");
-    let stop = end.clone();
-    let serve =
-        move |socket: &Path| block.serve(ListeningSocket::bind(socket).expect("socket").listener(), &end);
-    let program = Program::start(&proxy, serve, move || stop.stop());
+    let serve = move |socket: &Path, stop: &StopToken| {
+        let socket = ListeningSocket::bind(socket).expect("socket");
+        let end = Stop::new().expect("event");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                wait_readable(&[stop.as_fd()], None).expect("wait");
+                end.stop();
+            });
+            block.serve(socket.listener(), &end)
+        })
+    };
+    let program = Program::start(&proxy, serve);
 
     let vring = |index: u32, value: u32| [index, value].map(u32::to_le_bytes).concat();
     let rings = [0; 40];

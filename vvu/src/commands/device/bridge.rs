@@ -1,17 +1,17 @@
 //! `vvu device bridge`: any vhost-user back-end behind a vvu device.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use vvu::bridge::{Absent, Bridge, BridgeError, Meeting, Options};
-use vvu::driver::pci_device::PciDevice;
+use vvu::bridge::{BackendSocket, Bridge, BridgeError, Options, Retry};
 use vvu::listening_socket::ListeningSocket;
-use vvu::spec::addr::Bdf;
+use vvu::pci::PciDevice;
+use vvu::{Bdf, StopToken, open_vfio};
 
-use super::program::{Program, is_readable};
-use super::{bridge_to, open_bridge, say};
+use super::program::Program;
+use super::say;
 
 /// What stands for the socket's path in the words of a command.
 const SOCKET: &str = "{socket}";
@@ -40,32 +40,35 @@ pub(super) struct Args {
     command: Vec<String>,
 }
 
-pub(super) fn run(args: &Args, stop: &OwnedFd) -> anyhow::Result<()> {
+pub(super) fn run(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
     if !args.command.is_empty() {
         return run_program(args, stop);
     }
     let socket = args.socket.as_deref().context("name a socket: --socket PATH")?;
-    let absent = if args.wait { Absent::Wait } else { Absent::Fail };
-    let options = Options { meeting: meeting(socket, args.listen)?, absent };
-    bridge_to(args.vfio, options, stop, &format!("bridge ready on {}, {}", args.vfio, socket.display()))
+    let retry = if args.wait { Retry::Forever } else { Retry::Never };
+    let options = Options { backend: backend_socket(socket, args.listen)?, retry };
+    let ready = format!("bridge ready on {}, {}", args.vfio, socket.display());
+    let mut said = Ok(());
+    Bridge::new(open_vfio(args.vfio)?, options).run(&[stop.as_fd()], || said = say(&ready))?;
+    said
 }
 
-fn meeting(socket: &Path, listen: bool) -> anyhow::Result<Meeting> {
+fn backend_socket(path: &Path, listen: bool) -> anyhow::Result<BackendSocket> {
     Ok(if listen {
-        Meeting::Listen(ListeningSocket::bind(socket)?)
+        BackendSocket::Listen(ListeningSocket::bind(path)?)
     } else {
-        Meeting::Connect(socket.to_owned())
+        BackendSocket::Connect(path.to_owned())
     })
 }
 
-fn run_program(args: &Args, stop: &OwnedFd) -> anyhow::Result<()> {
+fn run_program(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
     let directory = tempfile::Builder::new().prefix("vvu-").tempdir();
     let directory =
         directory.context("cannot make a temporary directory: set TMPDIR to one that can be written")?;
     let socket = args.socket.clone().unwrap_or_else(|| directory.path().join("back-end"));
     let words = words(&args.command, &socket, args.socket.is_some())?;
-    let options = Options { meeting: meeting(&socket, args.listen)?, absent: Absent::WaitFor(START_TIME) };
-    let mut bridge = open_bridge(args.vfio, options)?;
+    let options = Options { backend: backend_socket(&socket, args.listen)?, retry: Retry::For(START_TIME) };
+    let mut bridge = Bridge::new(open_vfio(args.vfio)?, options);
     let ready = format!("bridge ready on {}, {}", args.vfio, words[0]);
     serve(&mut bridge, &words, args.restart, stop, || say(&ready))
 }
@@ -78,19 +81,18 @@ fn serve<D: PciDevice>(
     bridge: &mut Bridge<D>,
     words: &[String],
     restart: bool,
-    stop: &OwnedFd,
+    stop: &StopToken,
     ready: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let mut ready = Some(ready);
     loop {
         let mut program = Program::start(words)?;
-        let until = program.exit_or(stop)?;
         let mut answered = Ok(false);
-        let bridged = bridge.run(until.event(), || {
+        let bridged = bridge.run(&[stop.as_fd(), program.exit_event()], || {
             answered = ready.take().map_or(Ok(()), |ready| ready()).map(|()| true);
         });
         let exit = program.exit()?;
-        if is_readable(stop)? {
+        if stop.is_stopped() {
             program.end()?;
             return Ok(bridged?);
         }

@@ -1,24 +1,18 @@
 //! `vvu device`: back-ends, behind a vvu device or on a plain vhost-user socket.
 
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 use vvu::backend::Stop;
 use vvu::backend::block::{self, Block};
-use vvu::bridge::in_process::{self, InProcessError};
-use vvu::bridge::{Bridge, Options};
-use vvu::driver::Driver;
-use vvu::driver::sysfs::PciSysfs;
-use vvu::driver::vfio::VfioDevice;
+use vvu::event::wait_readable;
 use vvu::listening_socket::ListeningSocket;
-use vvu::spec::addr::Bdf;
+use vvu::{Bdf, ServeError, StopToken, open_vfio, serve_socket};
 
 use crate::stop;
 
@@ -85,7 +79,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
 }
 
-fn run_block(args: &BlockArgs, stop: &OwnedFd) -> anyhow::Result<()> {
+fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
     let disk = Block::open(&block::Options {
         path: args.file.clone(),
         read_only: args.read_only,
@@ -107,18 +101,25 @@ fn run_block(args: &BlockArgs, stop: &OwnedFd) -> anyhow::Result<()> {
 /// Lets the vvu device `bdf` use a back-end of this process.
 fn behind_bridge(
     bdf: Bdf,
-    stop: &OwnedFd,
+    stop: &StopToken,
     ready: &str,
     serve: impl Fn(&UnixListener, &Stop) -> anyhow::Result<()> + Sync + Send,
 ) -> anyhow::Result<()> {
     let end = Stop::new().context("cannot make an event")?;
-    let backend = |socket: &Path| serve(ListeningSocket::bind(socket)?.listener(), &end);
+    let backend = |socket: &Path| {
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // An error ends the wait as well, and then the back-end ends early.
+                let _ = wait_readable(&[stop.as_fd()], None);
+                end.stop();
+            });
+            serve(ListeningSocket::bind(socket)?.listener(), &end)
+        })
+    };
     let mut said = Ok(());
-    let served =
-        in_process::serve(open_driver(bdf)?, stop.as_fd(), || said = say(ready), backend, || end.stop());
-    match served {
+    match serve_socket(open_vfio(bdf)?, stop, || said = say(ready), backend) {
         Ok(()) => said,
-        Err(InProcessError::Backend(error)) => Err(error),
+        Err(ServeError::Backend(error)) => Err(error),
         Err(error) => Err(error.into()),
     }
 }
@@ -126,7 +127,7 @@ fn behind_bridge(
 /// Runs a back-end on the socket at `path`.
 fn on_socket(
     path: &Path,
-    stop: &OwnedFd,
+    stop: &StopToken,
     ready: &str,
     serve: impl Fn(&UnixListener, &Stop) -> anyhow::Result<()> + Sync,
 ) -> anyhow::Result<()> {
@@ -145,37 +146,14 @@ fn on_socket(
     })
 }
 
-/// A driver of the vvu device `bdf`.
-fn open_driver(bdf: Bdf) -> anyhow::Result<Driver<VfioDevice>> {
-    let device = VfioDevice::open(PciSysfs::default(), bdf)?;
-    Driver::new(device).with_context(|| format!("cannot drive {bdf}"))
-}
-
-/// A bridge behind the vvu device `bdf`.
-fn open_bridge(bdf: Bdf, options: Options) -> anyhow::Result<Bridge<VfioDevice>> {
-    Ok(Bridge::new(open_driver(bdf)?, options))
-}
-
-fn bridge_to(bdf: Bdf, options: Options, stop: &OwnedFd, ready: &str) -> anyhow::Result<()> {
-    let mut said = Ok(());
-    open_bridge(bdf, options)?.run(stop.as_fd(), || said = say(ready))?;
-    said
-}
-
 /// The line that whoever started us waits for.
 fn say(ready: &str) -> anyhow::Result<()> {
     writeln!(io::stdout(), "vvu: {ready}").context("cannot write to standard output")
 }
 
 /// Waits until one of the two is readable or closed at its other end.
-fn wait_for_one(stop: &OwnedFd, ended: &UnixStream) -> anyhow::Result<()> {
-    let mut fds = [PollFd::new(stop, PollFlags::IN), PollFd::new(ended, PollFlags::IN)];
-    loop {
-        match poll(&mut fds, None) {
-            Err(Errno::INTR) => {}
-            result => return result.map(drop).context("cannot wait"),
-        }
-    }
+fn wait_for_one(stop: &StopToken, ended: &UnixStream) -> anyhow::Result<()> {
+    wait_readable(&[stop.as_fd(), ended.as_fd()], None).map(drop).context("cannot wait")
 }
 
 fn joined(outcome: thread::Result<anyhow::Result<()>>) -> anyhow::Result<()> {
@@ -210,8 +188,8 @@ mod tests {
     fn a_plain_socket_is_served_until_the_back_end_ends() {
         let directory = tempfile::tempdir().expect("directory");
         let path = directory.path().join("s");
-        let (stop, _keep) = UnixStream::pair().expect("pair");
-        let ended = on_socket(&path, &stop.into(), "ready", |_, _| anyhow::bail!("out of order"));
+        let stop = StopToken::new().expect("token");
+        let ended = on_socket(&path, &stop, "ready", |_, _| anyhow::bail!("out of order"));
         assert_eq!(ended.expect_err("error").to_string(), "out of order");
         assert!(!path.exists());
     }
@@ -220,15 +198,15 @@ mod tests {
     fn a_plain_socket_is_served_until_the_signal() {
         let directory = tempfile::tempdir().expect("directory");
         let path = directory.path().join("s");
-        let (stop, signal) = UnixStream::pair().expect("pair");
-        drop(signal);
+        let stop = StopToken::new().expect("token");
+        stop.stop();
         let wait = |_: &UnixListener, stop: &Stop| {
             while !stop.is_requested() {
                 thread::yield_now();
             }
             Ok(())
         };
-        on_socket(&path, &stop.into(), "ready", wait).expect("clean end");
+        on_socket(&path, &stop, "ready", wait).expect("clean end");
         assert!(!path.exists());
     }
 }

@@ -5,12 +5,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
+use vvu::event::wait_readable;
 
 /// How long a program may take to end when asked to.
 const END_TIME: Duration = Duration::from_secs(5);
@@ -55,19 +55,9 @@ impl Program {
         }
     }
 
-    /// An event for whichever comes first: the program's end, or `stop` being readable.
-    ///
-    /// # Errors
-    /// There is no file descriptor left.
-    pub(super) fn exit_or(&self, stop: &OwnedFd) -> anyhow::Result<Either> {
-        let either = || {
-            let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-            for fd in [self.exit.as_fd(), stop.as_fd()] {
-                epoll::add(&set, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
-            }
-            Ok::<_, Errno>(set)
-        };
-        either().map(Either).context("cannot wait for a program")
+    /// Returns a descriptor that is readable once the program has ended.
+    pub(super) fn exit_event(&self) -> BorrowedFd<'_> {
+        self.exit.as_fd()
     }
 
     /// How it ended; `None` while it runs.
@@ -103,38 +93,14 @@ impl Drop for Program {
     }
 }
 
-/// Readable when one of two things has happened.
-pub(super) struct Either(OwnedFd);
-
-impl Either {
-    /// The event.
-    pub(super) fn event(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-/// Whether `fd` is readable or closed at its other end.
-///
-/// # Errors
-/// It cannot be looked at.
-pub(super) fn is_readable(fd: &OwnedFd) -> anyhow::Result<bool> {
-    wait(fd, Duration::ZERO).context("cannot look for a signal")
-}
-
+/// Whether `fd` is readable within `time`.
 fn wait(fd: &OwnedFd, time: Duration) -> io::Result<bool> {
-    let time = Timespec::try_from(time).map_err(io::Error::other)?;
-    loop {
-        match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&time)) {
-            Err(Errno::INTR) => {}
-            result => return Ok(result? > 0),
-        }
-    }
+    Ok(wait_readable(&[fd.as_fd()], Some(Instant::now() + time))?.is_some())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixStream;
 
     fn program(script: &str) -> Program {
         Program::start(&["sh".to_owned(), "-c".to_owned(), script.to_owned()]).expect("started")
@@ -143,9 +109,7 @@ mod tests {
     #[test]
     fn its_end_is_seen_and_told() {
         let mut program = program("exit 3");
-        let (stop, _keep) = UnixStream::pair().expect("pair");
-        let either = program.exit_or(&stop.into()).expect("event");
-        assert!(wait(&either.0, END_TIME).expect("waited"));
+        assert!(wait(&program.exit, END_TIME).expect("waited"));
         assert_eq!(program.exit().expect("looked").and_then(|exit| exit.code()), Some(3));
     }
 

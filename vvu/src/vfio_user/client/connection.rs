@@ -2,29 +2,38 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use vmm_sys_util::eventfd::EventFd;
+use crate::event::{Event, wait_any};
+use rustix::event::{PollFd, PollFlags};
 
-use super::{RegionView, io_error, lock};
-use crate::driver::eventfd;
-use crate::driver::pci_device::DeviceError;
+use crate::pci::{DeviceError, vfio_region_index};
 use crate::spec::addr::Iova;
 use crate::spec::pci::Region;
 use crate::vfio_user::protocol::socket::{Message, MessageSocket, SocketError};
 use crate::vfio_user::protocol::{
     Capabilities, Command, DMA_READ, DMA_WRITE, DeviceInfo, DmaMap, FDS_MAX, Header, IRQ_DATA_EVENTFD,
-    IRQ_MSIX, IRQ_TRIGGER, IrqInfo, REGION_COUNT, REGION_MMAP, RegionAccess, RegionInfo, SetIrqs, SparseArea,
-    VERSION, Version, region_index,
+    IRQ_MSIX, IRQ_TRIGGER, IrqInfo, MessageError, REGION_COUNT, REGION_MMAP, RegionAccess, RegionInfo,
+    SetIrqs, SparseArea, VERSION, Version,
 };
 
 /// How long a server may take to answer.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A region as the server described it.
+#[derive(Debug)]
+pub(super) struct RegionView {
+    /// Bytes of the region, 0 if there is none.
+    pub(super) size: u64,
+    /// The file it can be mapped from, and where it starts there.
+    pub(super) file: Option<(File, u64)>,
+}
+
+/// Reads a structure at the start of a payload, and returns what follows it.
+type Parse<T> = fn(&[u8]) -> Result<(T, &[u8]), MessageError>;
 
 /// A connection to a server: one command at a time.
 #[derive(Debug)]
@@ -50,15 +59,16 @@ impl Connection {
         let payload = [&ours.to_bytes()[..], &Capabilities::OURS.to_bytes()].concat();
         let what = "agree on the vfio-user version";
         let reply = connection.request(what, Command::Version, &payload, Vec::new())?;
-        let (theirs, data) = Version::parse(reply.payload()).map_err(|error| io_error(what, error))?;
+        let (theirs, data) =
+            Version::parse(reply.payload()).map_err(|error| DeviceError::other(what, error))?;
         if theirs != ours {
             let (major, minor) = (theirs.major, theirs.minor);
-            return Err(io_error(
+            return Err(DeviceError::other(
                 what,
                 format!("the server speaks {major}.{minor}: want {}.{}", VERSION.0, VERSION.1),
             ));
         }
-        connection.server = Capabilities::parse(data).map_err(|error| io_error(what, error))?;
+        connection.server = Capabilities::parse(data).map_err(|error| DeviceError::other(what, error))?;
         Ok(connection)
     }
 
@@ -70,29 +80,41 @@ impl Connection {
         payload: &[u8],
         fds: Vec<OwnedFd>,
     ) -> Result<Message, DeviceError> {
-        let mut channel = lock(&self.channel);
+        let mut channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
         channel
             .exchange(command, payload, fds)
             .map_err(|source| DeviceError::Io { what: what.into(), source })
     }
 
+    /// Sends a command and reads the structure that its reply begins with.
+    fn ask<T>(
+        &self,
+        what: &str,
+        command: Command,
+        request: &[u8],
+        parse: Parse<T>,
+    ) -> Result<(T, Message), DeviceError> {
+        let reply = self.request(what, command, request, Vec::new())?;
+        let (answer, _) = parse(reply.payload()).map_err(|error| DeviceError::other(what, error))?;
+        Ok((answer, reply))
+    }
+
     pub(super) fn device_info(&self) -> Result<(), DeviceError> {
         let what = "ask for the device";
         let request = DeviceInfo { argsz: argsz(DeviceInfo::SIZE), ..DeviceInfo::default() };
-        let reply = self.request(what, Command::DeviceGetInfo, &request.to_bytes(), Vec::new())?;
-        let (info, _) = DeviceInfo::parse(reply.payload()).map_err(|error| io_error(what, error))?;
+        let (info, _) = self.ask(what, Command::DeviceGetInfo, &request.to_bytes(), DeviceInfo::parse)?;
         if info.num_regions < REGION_COUNT || info.num_irqs <= IRQ_MSIX {
-            return Err(io_error(what, format!("it is no PCI device: {info:?}")));
+            return Err(DeviceError::other(what, format!("it is no PCI device: {info:?}")));
         }
         Ok(())
     }
 
     pub(super) fn region(&self, index: u32) -> Result<RegionView, DeviceError> {
-        let what = || format!("ask for region {index}");
+        let what = format!("ask for region {index}");
         let argsz = argsz(RegionInfo::SIZE + SparseArea::SIZE);
         let request = RegionInfo { argsz, index, ..RegionInfo::default() };
-        let reply = self.request(what(), Command::DeviceGetRegionInfo, &request.to_bytes(), Vec::new())?;
-        let (info, _) = RegionInfo::parse(reply.payload()).map_err(|error| io_error(what(), error))?;
+        let (info, reply) =
+            self.ask(&what, Command::DeviceGetRegionInfo, &request.to_bytes(), RegionInfo::parse)?;
         let file = reply.fds.into_iter().next().filter(|_| info.flags & REGION_MMAP != 0);
         Ok(RegionView { size: info.size, file: file.map(|fd| (File::from(fd), info.offset)) })
     }
@@ -100,8 +122,7 @@ impl Connection {
     pub(super) fn vector_count(&self) -> Result<u32, DeviceError> {
         let what = "ask for the MSI-X vectors";
         let request = IrqInfo { argsz: argsz(IrqInfo::SIZE), index: IRQ_MSIX, ..IrqInfo::default() };
-        let reply = self.request(what, Command::DeviceGetIrqInfo, &request.to_bytes(), Vec::new())?;
-        let (info, _) = IrqInfo::parse(reply.payload()).map_err(|error| io_error(what, error))?;
+        let (info, _) = self.ask(what, Command::DeviceGetIrqInfo, &request.to_bytes(), IrqInfo::parse)?;
         Ok(info.count)
     }
 
@@ -111,9 +132,13 @@ impl Connection {
         for part in data.chunks_mut(self.transfer_size()) {
             let access = region_access(region, at, part.len());
             let reply = self.request(what(), Command::RegionRead, &access.to_bytes(), Vec::new())?;
-            let (_, read) = RegionAccess::parse(reply.payload()).map_err(|error| io_error(what(), error))?;
+            let (_, read) =
+                RegionAccess::parse(reply.payload()).map_err(|error| DeviceError::other(what(), error))?;
             if read.len() != part.len() {
-                return Err(io_error(what(), format!("got {} bytes: want {}", read.len(), part.len())));
+                return Err(DeviceError::other(
+                    what(),
+                    format!("got {} bytes: want {}", read.len(), part.len()),
+                ));
             }
             part.copy_from_slice(read);
             at += u64::from(access.count);
@@ -145,13 +170,10 @@ impl Connection {
     }
 
     /// Gives the vectors from 0 on their eventfds, as many at a time as the server takes.
-    pub(super) fn set_vectors(&self, vectors: &[&EventFd]) -> Result<(), DeviceError> {
+    pub(super) fn set_vectors(&self, vectors: &[&Event]) -> Result<(), DeviceError> {
         let mut start = 0;
         for batch in vectors.chunks(self.server.max_msg_fds.clamp(1, FDS_MAX)) {
-            let fds = batch
-                .iter()
-                .map(|event| eventfd::borrow(event).try_clone_to_owned())
-                .collect::<Result<_, _>>();
+            let fds = batch.iter().map(|event| event.as_fd().try_clone_to_owned()).collect::<Result<_, _>>();
             let fds = fds.map_err(|source| DeviceError::Io { what: "share eventfds".into(), source })?;
             let count = argsz(batch.len());
             self.set_irqs(start, count, fds)?;
@@ -174,7 +196,7 @@ impl Connection {
 }
 
 fn region_access(region: Region, offset: u64, count: usize) -> RegionAccess {
-    RegionAccess { offset, region: region_index(region), count: argsz(count) }
+    RegionAccess { offset, region: vfio_region_index(region), count: argsz(count) }
 }
 
 /// A length that is known to be small.
@@ -224,19 +246,11 @@ impl Channel {
     }
 
     fn wait(&self, interest: PollFlags, deadline: Instant) -> io::Result<()> {
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                let message = format!("no reply within {} s", REPLY_TIMEOUT.as_secs());
-                return Err(io::Error::new(io::ErrorKind::TimedOut, message));
-            }
-            let left = Timespec::try_from(left).map_err(io::Error::other)?;
-            match poll(&mut [PollFd::new(&self.socket, interest)], Some(&left)) {
-                Ok(0) | Err(Errno::INTR) => {}
-                Ok(_) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            }
+        if wait_any(&mut [PollFd::new(&self.socket, interest)], Some(deadline))? > 0 {
+            return Ok(());
         }
+        let message = format!("no reply within {} s", REPLY_TIMEOUT.as_secs());
+        Err(io::Error::new(io::ErrorKind::TimedOut, message))
     }
 }
 

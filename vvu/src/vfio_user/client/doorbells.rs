@@ -4,19 +4,17 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::event::{Event, StopToken};
 use rustix::buffer::spare_capacity;
-use rustix::event::EventfdFlags;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::driver::eventfd;
-use crate::driver::pci_device::DeviceError;
+use crate::pci::DeviceError;
 use crate::spec::pci::Region;
 
 /// Writes registers when eventfds are signalled, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Doorbells {
+pub(crate) struct Doorbells {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -24,7 +22,7 @@ pub(super) struct Doorbells {
 #[derive(Debug)]
 struct Shared {
     poll: OwnedFd,
-    stop: OwnedFd,
+    stop: StopToken,
     bindings: Mutex<Bindings>,
 }
 
@@ -40,7 +38,7 @@ struct Binding {
     region: Region,
     offset: u64,
     value: u16,
-    event: EventFd,
+    event: Event,
 }
 
 /// Key of the stop event; bindings count from 1.
@@ -48,13 +46,13 @@ const STOP: u64 = 0;
 
 impl Doorbells {
     /// Starts the thread; `write` writes a value at an offset of a region.
-    pub(super) fn new<W>(write: W) -> Result<Self, DeviceError>
+    pub(crate) fn new<W>(write: W) -> Result<Self, DeviceError>
     where
         W: Fn(Region, u64, u16) -> Result<(), DeviceError> + Send + 'static,
     {
         let start = || -> std::io::Result<Self> {
             let poll = epoll::create(CreateFlags::CLOEXEC)?;
-            let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
+            let stop = StopToken::new()?;
             epoll::add(&poll, &stop, EventData::new_u64(STOP), EventFlags::IN)?;
             let shared = Arc::new(Shared { poll, stop, bindings: Mutex::default() });
             let thread = std::thread::Builder::new().name("doorbells".into()).spawn({
@@ -68,25 +66,25 @@ impl Doorbells {
 
     /// Writes `value` at `offset` of `region` at each signal of `event`, which must not block, from now
     /// on. An event bound before to the same write is bound no longer.
-    pub(super) fn bind(
+    pub(crate) fn bind(
         &self,
         region: Region,
         offset: u64,
         value: u16,
-        event: &EventFd,
+        event: &Event,
     ) -> Result<(), DeviceError> {
         let what = || format!("bind a doorbell at {offset:#x} of {region:?}");
         let event = event.try_clone().map_err(|source| DeviceError::Io { what: what(), source })?;
         let mut bindings = self.shared.bindings();
         bindings.next_key += 1;
         let key = bindings.next_key;
-        epoll::add(&self.shared.poll, eventfd::borrow(&event), EventData::new_u64(key), EventFlags::IN)
+        epoll::add(&self.shared.poll, &event, EventData::new_u64(key), EventFlags::IN)
             .map_err(|errno| DeviceError::Io { what: what(), source: errno.into() })?;
         let replaced =
             |binding: &Binding| (binding.region, binding.offset, binding.value) == (region, offset, value);
         // The caller's handle keeps a replaced event alive, so it would stay in the poll set.
         for binding in bindings.list.extract_if(.., |binding| replaced(binding)) {
-            if let Err(error) = epoll::delete(&self.shared.poll, eventfd::borrow(&binding.event)) {
+            if let Err(error) = epoll::delete(&self.shared.poll, &binding.event) {
                 log::debug!("cannot stop waiting for a replaced doorbell: {error}");
             }
         }
@@ -126,16 +124,13 @@ impl Shared {
     fn take_signal(&self, key: u64) -> Option<(Region, u64, u16)> {
         let bindings = self.bindings();
         let binding = bindings.list.iter().find(|binding| binding.key == key)?;
-        eventfd::take(&binding.event).then_some((binding.region, binding.offset, binding.value))
+        (binding.event.drain() > 0).then_some((binding.region, binding.offset, binding.value))
     }
 }
 
 impl Drop for Doorbells {
     fn drop(&mut self) {
-        if let Err(error) = rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes()) {
-            // Waiting for a thread that was not told to stop would never end.
-            return log::error!("cannot stop the doorbell thread: {error}");
-        }
+        self.shared.stop.stop();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

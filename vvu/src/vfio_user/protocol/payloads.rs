@@ -2,7 +2,15 @@
 
 use vfio_bindings::bindings::vfio;
 
-use super::MessageError;
+use super::wire::{MessageError, REGION_ACCESS_SIZE, wire_struct};
+use crate::spec::pci::Region;
+
+/// Most DMA maps at one time; what a client assumes when the server names no limit.
+pub const DMA_MAPS_MAX: usize = 65535;
+/// Regions of a PCI device: six BARs, ROM, configuration space, VGA.
+pub const REGION_COUNT: u32 = vfio::VFIO_PCI_NUM_REGIONS;
+/// Kinds of interrupt of a PCI device: `INTx`, MSI, MSI-X, error, request.
+pub const IRQ_COUNT: u32 = vfio::VFIO_PCI_NUM_IRQS;
 
 wire_struct! {
     /// [`Command::DmaMap`](super::Command::DmaMap); the file, if the memory can be mapped, is attached.
@@ -172,5 +180,17 @@ wire_struct! {
         region: u32,
         /// Bytes.
         count: u32,
+    }
+}
+
+const _: () = assert!(RegionAccess::SIZE == REGION_ACCESS_SIZE);
+
+/// Returns the region at an index of the PCI layout; the ROM and VGA regions are never there.
+#[must_use]
+pub fn region_at(index: u32) -> Option<Region> {
+    match index {
+        vfio::VFIO_PCI_CONFIG_REGION_INDEX => Some(Region::Config),
+        0..=vfio::VFIO_PCI_BAR5_REGION_INDEX => u8::try_from(index).ok().map(Region::Bar),
+        _ => None,
     }
 }

@@ -1,7 +1,9 @@
 //! The socket of a vfio-user client or server.
 
+use super::header::Header;
+use super::payloads::RegionAccess;
+use super::wire::{FDS_MAX, HEADER_SIZE, MessageError};
 use crate::framed_socket::{self, FramedSocket, Framing};
-use crate::vfio_user::protocol::{FDS_MAX, HEADER_SIZE, Header, MessageError, RegionAccess};
 
 /// A complete vfio-user message.
 pub type Message = framed_socket::Message<Header>;

@@ -1,6 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::pci::vfio_region_index;
+use crate::spec::pci::Region;
 
 #[test]
 fn header_on_the_wire() {
@@ -112,10 +114,10 @@ fn version_data_is_an_object_ended_by_zero() {
 fn regions_have_indices() {
     for index in 0..6 {
         let region = region_at(index).expect("a BAR");
-        assert_eq!(region_index(region), index);
+        assert_eq!(vfio_region_index(region), index);
     }
     assert_eq!(region_at(7), Some(Region::Config));
-    assert_eq!(region_index(Region::Config), 7);
+    assert_eq!(vfio_region_index(Region::Config), 7);
     assert!([6, 8, 9, 256, u32::MAX].into_iter().all(|index| region_at(index).is_none()));
 }
 

@@ -7,9 +7,9 @@ use vm_memory::Permissions;
 
 use super::dma::DmaError;
 use super::host::VmmHost;
-use crate::device::VvuDevice;
+use crate::pci::{MappableBar, PciFunction};
 use crate::spec::addr::Iova;
-use crate::spec::pci::{Region, SHARED_MEMORY_BAR};
+use crate::spec::pci::Region;
 use crate::vfio_user::protocol::socket::Message;
 use crate::vfio_user::protocol::{
     Capabilities, Command, DEVICE_PCI, DEVICE_RESET, DMA_READ, DMA_UNMAP_ALL, DMA_WRITE, DeviceInfo, DmaMap,
@@ -80,19 +80,19 @@ impl Refusal {
     }
 }
 
-/// Serves the commands of one client.
+/// Carries out the commands of one client.
 #[derive(Debug, Default)]
-pub(super) struct Session {
+pub(super) struct CommandHandler {
     version_agreed: bool,
 }
 
-impl Session {
+impl CommandHandler {
     /// Carries out the command in `message`.
-    pub(super) fn answer(
+    pub(super) fn answer<D: PciFunction>(
         &mut self,
         mut message: Message,
         host: &mut VmmHost,
-        device: &mut VvuDevice,
+        device: &mut D,
     ) -> Result<Answer, Refusal> {
         let header = message.header;
         let fds = std::mem::take(&mut message.fds);
@@ -183,7 +183,7 @@ fn device_info(payload: &[u8]) -> Result<Answer, Refusal> {
     Ok(Answer::payload(info.to_bytes()))
 }
 
-fn region_info(payload: &[u8], device: &VvuDevice) -> Result<Answer, Refusal> {
+fn region_info(payload: &[u8], device: &impl PciFunction) -> Result<Answer, Refusal> {
     let (request, _) = RegionInfo::parse(payload)?;
     check_argsz(request.argsz, RegionInfo::SIZE)?;
     if request.index >= REGION_COUNT {
@@ -198,10 +198,10 @@ fn region_info(payload: &[u8], device: &VvuDevice) -> Result<Answer, Refusal> {
         size,
         ..RegionInfo::default()
     };
-    let (file, shared) = device.shared_memory();
-    if region != Some(Region::Bar(SHARED_MEMORY_BAR)) || shared == 0 || size == 0 {
+    let mappable = device.mappable_bar().filter(|mappable| region == Some(Region::Bar(mappable.bar)));
+    let Some(MappableBar { file, size: mappable, .. }) = mappable.filter(|_| size > 0) else {
         return Ok(Answer::payload(info.to_bytes()));
-    }
+    };
     info.flags |= REGION_MMAP | REGION_CAPS;
     info.argsz = argsz(RegionInfo::SIZE + SparseArea::SIZE);
     // QEMU checks this even in a reply that is too small to hold the capability.
@@ -209,12 +209,12 @@ fn region_info(payload: &[u8], device: &VvuDevice) -> Result<Answer, Refusal> {
     if request.argsz < info.argsz {
         return Ok(Answer::payload(info.to_bytes()));
     }
-    let area = SparseArea::from_start(shared);
+    let area = SparseArea::from_start(mappable);
     let file = file.try_clone_to_owned().map_err(Refusal::File)?;
     Ok(Answer { payload: [&info.to_bytes()[..], &area.to_bytes()].concat(), fds: vec![file] })
 }
 
-fn irq_info(payload: &[u8], device: &VvuDevice) -> Result<Answer, Refusal> {
+fn irq_info(payload: &[u8], device: &impl PciFunction) -> Result<Answer, Refusal> {
     let (request, _) = IrqInfo::parse(payload)?;
     check_argsz(request.argsz, IrqInfo::SIZE)?;
     if request.index >= IRQ_COUNT {
@@ -253,7 +253,7 @@ fn set_irqs(payload: &[u8], eventfds: Vec<OwnedFd>, host: &mut VmmHost) -> Resul
 }
 
 /// The region and length of an access that lies wholly inside.
-fn checked_access(access: RegionAccess, device: &VvuDevice) -> Result<(Region, usize), Refusal> {
+fn checked_access(access: RegionAccess, device: &impl PciFunction) -> Result<(Region, usize), Refusal> {
     let region = region_at(access.region);
     let size = region.map_or(0, |region| device.region_size(region));
     let inside = access.offset.checked_add(access.count.into()).is_some_and(|end| end <= size);
@@ -261,7 +261,7 @@ fn checked_access(access: RegionAccess, device: &VvuDevice) -> Result<(Region, u
     region.zip(count).ok_or(Refusal::Access { access, size })
 }
 
-fn region_read(payload: &[u8], device: &mut VvuDevice) -> Result<Answer, Refusal> {
+fn region_read(payload: &[u8], device: &mut impl PciFunction) -> Result<Answer, Refusal> {
     let (access, _) = RegionAccess::parse(payload)?;
     let (region, count) = checked_access(access, device)?;
     let mut reply = access.to_bytes().to_vec();
@@ -270,7 +270,7 @@ fn region_read(payload: &[u8], device: &mut VvuDevice) -> Result<Answer, Refusal
     Ok(Answer::payload(reply))
 }
 
-fn region_write(payload: &[u8], host: &VmmHost, device: &mut VvuDevice) -> Result<Answer, Refusal> {
+fn region_write(payload: &[u8], host: &VmmHost, device: &mut impl PciFunction) -> Result<Answer, Refusal> {
     let (access, data) = RegionAccess::parse(payload)?;
     let (region, count) = checked_access(access, device)?;
     let short = MessageError::PayloadSize { got: payload.len(), want: RegionAccess::SIZE + count };

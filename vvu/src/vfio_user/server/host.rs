@@ -6,13 +6,13 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
 use super::dma::DmaSpace;
-use crate::device::Host;
+use crate::pci::Host;
 
 /// The client's memory for DMA and its eventfds for MSI-X vectors; both empty without a client.
 #[derive(Debug)]
 pub struct VmmHost {
     /// Device-VM memory by I/O virtual address.
-    pub(super) dma: DmaSpace,
+    pub(crate) dma: DmaSpace,
     vectors: Vec<Option<OwnedFd>>,
 }
 
@@ -28,7 +28,7 @@ impl VmmHost {
     /// # Errors
     /// `EINVAL` for vectors the device does not have and for a number of eventfds that is neither
     /// `count` nor 0; what `fcntl` says to the others.
-    pub(super) fn set_vectors(
+    pub(crate) fn set_vectors(
         &mut self,
         start: u32,
         count: u32,

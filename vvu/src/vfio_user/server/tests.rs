@@ -2,21 +2,20 @@
 //! clients that break the rules in front of it.
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use crate::event::{Event, StopToken, wait_readable};
 use tempfile::TempDir;
 use vm_memory::Bytes;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::device::{DeviceConfig, SiblingMemory, VvuDevice};
-use crate::driver::pci_device::{DeviceError, PciDevice};
 use crate::driver::{Driver, Incoming};
+use crate::pci::{DeviceError, PciDevice};
 use crate::spec::pci::{self, Region};
 use crate::spec::vhost_user;
 use crate::vfio_user::client::VfioUserDevice;
@@ -32,8 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// A server in a thread, stopped when it is dropped.
 struct Rig {
     dir: TempDir,
-    stop: OwnedFd,
-    server: Option<JoinHandle<Result<(), ServeError>>>,
+    stop: StopToken,
+    server: Option<JoinHandle<Result<(), ServerError>>>,
 }
 
 impl Rig {
@@ -44,8 +43,8 @@ impl Rig {
         let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
         let mut device = VvuDevice::new(config).expect("device");
         let listener = UnixListener::bind(dir.path().join("vmm")).expect("bind");
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
-        let mut server = Server::new(listener, stop.try_clone().expect("dup")).expect("server");
+        let stop = StopToken::new().expect("token");
+        let mut server = Server::new(listener, stop.clone()).expect("server");
         let server = Some(std::thread::spawn(move || server.serve(&mut device)));
         Self { dir, stop, server }
     }
@@ -80,7 +79,7 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        rustix::io::write(&self.stop, &1u64.to_ne_bytes()).expect("stop");
+        self.stop.stop();
         let result = self.server.take().expect("a server").join().expect("the server must not panic");
         assert!(result.is_ok(), "{result:?}");
     }
@@ -108,16 +107,14 @@ fn reply(stream: &mut UnixStream) -> (Header, Vec<u8>) {
     (header, payload)
 }
 
-fn event() -> EventFd {
-    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).expect("eventfd")
+fn event() -> Event {
+    Event::new().expect("event")
 }
 
-fn wait(event: &EventFd) {
-    let patience = Timespec::try_from(PATIENCE).expect("seconds");
-    let fd = crate::driver::eventfd::borrow(event);
-    let ready = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&patience)).expect("poll");
-    assert_eq!(ready, 1, "no signal came");
-    event.read().expect("a signal");
+fn wait(event: &Event) {
+    let deadline = Instant::now() + PATIENCE;
+    assert_eq!(wait_readable(&[event.as_fd()], Some(deadline)).expect("wait"), Some(0), "no signal came");
+    event.drain();
 }
 
 /// Whether the server hangs up, perhaps after replies.
@@ -218,12 +215,12 @@ fn doorbells_reach_the_front_end() {
     let mut frontend = crate::message_socket::MessageSocket::new(frontend);
     let header = vhost_user::Header { request: 13, flags: 1, size: 8 };
     let message = crate::message_socket::Message::new(header, &3u64.to_le_bytes());
-    let fd = crate::driver::eventfd::borrow(&call).try_clone_to_owned().expect("dup");
+    let fd = call.as_fd().try_clone_to_owned().expect("dup");
     frontend.send(message.bytes, vec![fd]).expect("send");
     while driver.receive().expect("receive").is_none() {
         wait(driver.rx_event());
     }
-    driver.call(crate::spec::addr::QueueIndex(3)).expect("call").write(1).expect("signal");
+    driver.call(crate::spec::addr::QueueIndex(3)).expect("call").signal();
     wait(&call);
 }
 
@@ -357,8 +354,7 @@ fn a_second_client_waits_for_the_first_to_leave() {
     second.write_all(&version()).expect("write");
     first.write_all(&read_config(0, 1)).expect("write");
     reply(&mut first);
-    let nothing = poll(&mut [PollFd::new(&second, PollFlags::IN)], Some(&Timespec::default())).expect("poll");
-    assert_eq!(nothing, 0);
+    assert_eq!(wait_readable(&[second.as_fd()], Some(Instant::now())).expect("look"), None);
     drop(first);
     assert_eq!(reply(&mut second).0.refusal(), None);
 }

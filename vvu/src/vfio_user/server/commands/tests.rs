@@ -7,17 +7,18 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use super::*;
-use crate::device::{DeviceConfig, Host, SiblingMemory};
+use crate::device::{DeviceConfig, SiblingMemory, VvuDevice};
+use crate::pci::Host;
 use crate::vfio_user::protocol::Header;
 
 const MEMORY: u64 = 3 << 20;
 const PAGE: u64 = 4096;
 
-/// A session past the version exchange.
+/// A handler past the version exchange.
 struct Rig {
     device: VvuDevice,
     host: VmmHost,
-    session: Session,
+    commands: CommandHandler,
     _dir: TempDir,
 }
 
@@ -29,14 +30,14 @@ impl Rig {
         let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
         let device = VvuDevice::new(config).expect("device");
         let host = VmmHost::new(device.vector_count());
-        Self { device, host, session: Session { version_agreed: true }, _dir: dir }
+        Self { device, host, commands: CommandHandler { version_agreed: true }, _dir: dir }
     }
 
     fn answer(&mut self, command: Command, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Answer, Errno> {
         let header = Header::command(1, command, payload.len());
         let mut message = Message::new(header, payload);
         message.fds = fds;
-        self.session.answer(message, &mut self.host, &mut self.device).map_err(|refusal| refusal.errno())
+        self.commands.answer(message, &mut self.host, &mut self.device).map_err(|refusal| refusal.errno())
     }
 
     fn region_info(&mut self, argsz: u32, index: u32) -> Result<Answer, Errno> {

@@ -1,6 +1,9 @@
-//! The loop: one client at a time, the device's own events, and the order to stop.
+//! Serves a PCI function to an unpatched VMM: a vfio-user server, one client at a time.
+//!
+//! [`Server`] is the loop, `commands` answers one message, [`VmmHost`] is what the client lends the function: memory
+//! for DMA ([`DmaSpace`]) and the eventfds of its MSI-X vectors.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 
 use rustix::buffer::spare_capacity;
@@ -8,15 +11,23 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
 
-use super::commands::Session;
-use super::host::VmmHost;
-use crate::device::VvuDevice;
+use crate::event::StopToken;
+use crate::pci::PciFunction;
 use crate::vfio_user::protocol::MessageError;
 use crate::vfio_user::protocol::socket::{Message, MessageSocket, SocketError};
+use commands::CommandHandler;
+pub use dma::{DmaError, DmaSpace};
+pub use host::VmmHost;
 
-/// Why the server cannot go on. What clients do is never a reason.
+mod commands;
+mod dma;
+mod host;
+#[cfg(test)]
+mod tests;
+
+/// The server cannot go on. Nothing that a client does is a reason.
 #[derive(Debug, thiserror::Error)]
-pub enum ServeError {
+pub enum ServerError {
     /// Waiting for events failed.
     #[error("cannot wait for events: {0}")]
     Epoll(#[from] Errno),
@@ -29,7 +40,7 @@ pub enum ServeError {
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
-    stop: OwnedFd,
+    stop: StopToken,
 }
 
 /// What an event is about.
@@ -57,7 +68,7 @@ impl Source {
 /// A connected client.
 struct Client {
     socket: MessageSocket,
-    session: Session,
+    commands: CommandHandler,
     refusals: u32,
 }
 
@@ -65,28 +76,32 @@ struct Client {
 const LOUD_REFUSALS: u32 = 16;
 
 impl Server {
-    /// Serves clients of `listener` until `stop`, an eventfd for example, is readable.
+    /// Makes a server for the clients of `listener`, which [`stop`](StopToken::stop) ends.
     ///
     /// # Errors
     /// When the listener cannot be put into non-blocking mode.
-    pub fn new(listener: UnixListener, stop: OwnedFd) -> std::io::Result<Self> {
+    pub fn new(listener: UnixListener, stop: StopToken) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self { listener, stop })
     }
 
-    /// Serves `device` to one client after the other until told to stop. Between clients the device is
-    /// reset; its own events are served all the time.
+    /// Serves `device` to one client after the other until the stop is requested. The device is reset after each
+    /// client, and its own events are served all the time.
     ///
     /// # Errors
-    /// [`ServeError`].
-    pub fn serve(&mut self, device: &mut VvuDevice) -> Result<(), ServeError> {
+    /// [`ServerError`].
+    pub fn serve<D: PciFunction>(&mut self, device: &mut D) -> Result<(), ServerError> {
         let mut host = VmmHost::new(device.vector_count());
         let result = self.serve_clients(device, &mut host);
         device.reset();
         result
     }
 
-    fn serve_clients(&mut self, device: &mut VvuDevice, host: &mut VmmHost) -> Result<(), ServeError> {
+    fn serve_clients<D: PciFunction>(
+        &mut self,
+        device: &mut D,
+        host: &mut VmmHost,
+    ) -> Result<(), ServerError> {
         let poll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&poll, &self.stop, Source::Stop.data(), EventFlags::IN)?;
         epoll::add(&poll, device.events(), Source::Device.data(), EventFlags::IN)?;
@@ -142,16 +157,16 @@ impl Server {
     }
 
     /// The next client, if it is still there.
-    fn accept(&self) -> Result<Option<Client>, ServeError> {
+    fn accept(&self) -> Result<Option<Client>, ServerError> {
         use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
         match self.listener.accept() {
             Ok((stream, _)) => {
                 log::info!("a vfio-user client connected");
                 let socket = MessageSocket::new(stream);
-                Ok(Some(Client { socket, session: Session::default(), refusals: 0 }))
+                Ok(Some(Client { socket, commands: CommandHandler::default(), refusals: 0 }))
             }
             Err(error) if matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted) => Ok(None),
-            Err(error) => Err(ServeError::Accept(error)),
+            Err(error) => Err(ServerError::Accept(error)),
         }
     }
 }
@@ -164,7 +179,7 @@ impl Client {
 
     /// Goes on with the reply that the client has yet to take, or else with its next message. A
     /// client that takes no replies is not listened to, so at most one reply waits.
-    fn step(&mut self, host: &mut VmmHost, device: &mut VvuDevice) -> Result<(), SocketError> {
+    fn step<D: PciFunction>(&mut self, host: &mut VmmHost, device: &mut D) -> Result<(), SocketError> {
         if self.socket.is_congested() {
             return self.socket.flush();
         }
@@ -173,7 +188,7 @@ impl Client {
         if header.is_reply() {
             return Err(SocketError::Message(MessageError::Type { got: 1 }));
         }
-        let answer = self.session.answer(message, host, device);
+        let answer = self.commands.answer(message, host, device);
         if let Err(refusal) = &answer {
             let loud = self.refusals < LOUD_REFUSALS && !refusal.is_expected();
             let level = if loud { log::Level::Warn } else { log::Level::Debug };
