@@ -6,7 +6,19 @@ use clap::{ArgAction, Parser, Subcommand};
 
 mod commands;
 mod logger;
+#[cfg(feature = "sandbox")]
 mod sandbox;
+#[cfg(not(feature = "sandbox"))]
+mod sandbox {
+    //! Stands for the sandbox in a build without it.
+
+    use std::path::Path;
+
+    /// Refuses to run as if there were a sandbox.
+    pub(crate) fn enter(_names: &[&Path]) -> anyhow::Result<()> {
+        anyhow::bail!("this vvu was built without its sandbox (feature `sandbox`): run with --sandbox off")
+    }
+}
 mod stop;
 
 /// virtio-vhost-user: a vhost-user back-end in one VM serves a virtio device of another.

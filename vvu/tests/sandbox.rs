@@ -54,7 +54,7 @@ impl Proxy {
             stderr.read_to_string(&mut error).expect("standard error");
             return Err(error);
         }
-        assert_eq!(line, "vvu: proxy ready\n");
+        assert_eq!(line.trim_end(), vvu::PROXY_READY);
         Ok(proxy)
     }
 

@@ -10,11 +10,13 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use rustix::event::{EventfdFlags, eventfd};
+
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vvu::device::{VvuDevice, DeviceConfig, SiblingMemory};
 use vvu::vfio_user::protocol::{Capabilities, Command, Header, Version};
-use vvu::vfio_user::{Message, MessageSocket, Server};
+use vvu::StopToken;
+use vvu::vfio_user::protocol::socket::{Message, MessageSocket};
+use vvu::vfio_user::server::Server;
 use vvu_fuzz::{Input, fds};
 
 fuzz_target!(|data: &[u8]| run(Input(data)));
@@ -27,7 +29,7 @@ static SERVER: LazyLock<PathBuf> = LazyLock::new(|| {
     let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
     let mut device = VvuDevice::new(config).expect("device");
     let listener = UnixListener::bind(dir.join("vmm")).expect("bind");
-    let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
+    let stop = StopToken::new().expect("token");
     let mut server = Server::new(listener, stop).expect("server");
     std::thread::spawn(move || {
         let ended = server.serve(&mut device);

@@ -2,14 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::FrontendReq;
 
 use super::options::{BackendSocket, BridgeError, Options, Retry};
 use crate::event::wait_readable;
-use crate::listening_socket::{ListeningSocket, connect_now};
+use crate::listening_socket::connect_now;
 use crate::message_socket::{MessageSocket, SocketError};
 use crate::spec::vhost_user::Header;
 
@@ -84,11 +84,11 @@ fn attempt(
 ) -> Result<Attempt, BridgeError> {
     let opened = match backend {
         BackendSocket::Connect(path) => connect_now(path),
-        BackendSocket::Listen(socket) => {
-            if is_stopped(socket.as_fd(), until, deadline)? {
+        BackendSocket::Listen(listener) => {
+            if is_stopped(listener.as_fd(), until, deadline)? {
                 return Ok(Attempt::Stopped);
             }
-            accept(socket)
+            accept(listener)
         }
         BackendSocket::Pair(sender) => UnixStream::pair().and_then(|(ours, theirs)| {
             sender.send(theirs).map_err(|_| io::Error::other("the back-end has ended"))?;
@@ -118,11 +118,11 @@ fn attempt(
 }
 
 /// Accepts a connection of the back-end without waiting.
-fn accept(socket: &ListeningSocket) -> io::Result<UnixStream> {
-    if wait_readable(&[socket.as_fd()], Some(Instant::now()))?.is_none() {
+fn accept(listener: &UnixListener) -> io::Result<UnixStream> {
+    if wait_readable(&[listener.as_fd()], Some(Instant::now()))?.is_none() {
         return Err(io::Error::other("no back-end has connected"));
     }
-    let (stream, _) = socket.listener().accept()?;
+    let (stream, _) = listener.accept()?;
     Ok(stream)
 }
 

@@ -1,13 +1,12 @@
 //! How a bridge finds its back-end, and why it ends.
 
 use std::io;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use crate::driver::DriverError;
-use crate::listening_socket::ListeningSocket;
 
 /// How a bridge finds its back-end.
 #[derive(Debug)]
@@ -24,7 +23,7 @@ pub enum BackendSocket {
     /// The back-end listens at this path.
     Connect(PathBuf),
     /// The bridge listens, and the back-end connects.
-    Listen(ListeningSocket),
+    Listen(UnixListener),
     /// The back-end is in this process: it receives one end of a socket pair for each connection.
     Pair(Sender<UnixStream>),
 }
@@ -35,7 +34,11 @@ impl BackendSocket {
     pub fn name(&self) -> String {
         match self {
             Self::Connect(path) => format!("{path:?}"),
-            Self::Listen(socket) => format!("{:?}", socket.path()),
+            Self::Listen(listener) => {
+                let address = listener.local_addr().ok();
+                let path = address.as_ref().and_then(|address| address.as_pathname());
+                path.map_or_else(|| "a socket without a name".to_owned(), |path| format!("{path:?}"))
+            }
             Self::Pair(_) => "a socket pair".to_owned(),
         }
     }

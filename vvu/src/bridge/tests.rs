@@ -430,7 +430,10 @@ fn a_back_end_that_connects_is_served_one_connection_after_the_other() {
     let driver = Driver::new(fake.clone()).expect("bring-up");
     let stop = StopToken::new().expect("token");
     let stopped = stop.clone();
-    let options = Options { backend: BackendSocket::Listen(listening), retry: Retry::Forever };
+    let options = Options {
+        backend: BackendSocket::Listen(listening.listener().try_clone().expect("dup")),
+        retry: Retry::Forever,
+    };
     let bridge = std::thread::spawn(move || Bridge::new(driver, options).run(&[stopped.as_fd()], || ()));
     for _ in 0..2 {
         let mut backend = MessageSocket::new(UnixStream::connect(&socket).expect("connect"));

@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use uuid::Uuid;
+use vvu::PROXY_READY;
 use vvu::device::{DeviceConfig, SiblingMemory, Trace, VvuDevice};
 use vvu::listening_socket::ListeningSocket;
 use vvu::vfio_user::server::Server;
@@ -114,7 +115,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
         Sandbox::Off => log::warn!("the proxy runs without its sandbox"),
     }
-    writeln!(io::stdout(), "vvu: proxy ready").context("cannot write to standard output")?;
+    writeln!(io::stdout(), "{PROXY_READY}").context("cannot write to standard output")?;
     server.serve(&mut device)?;
     Ok(())
 }

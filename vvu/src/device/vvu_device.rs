@@ -27,7 +27,7 @@ pub struct DeviceConfig {
     pub memory: SiblingMemory,
     /// Where the sibling's front-end connects.
     pub listener: UnixListener,
-    /// vhost queues, 1 to [`Device::QUEUES_MAX`].
+    /// vhost queues, 1 to [`VvuDevice::QUEUES_MAX`].
     pub queues: u16,
     /// Identifies the device to its driver.
     pub uuid: [u8; 16],

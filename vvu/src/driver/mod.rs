@@ -4,7 +4,9 @@
 //! [`VfioDevice`](vfio::VfioDevice), which [`PciSysfs`](sysfs::PciSysfs) finds and checks; on a host
 //! without a VM it is [`VfioUserDevice`](crate::vfio_user::client::VfioUserDevice).
 
+#[doc(hidden)]
 pub mod bar_view;
+#[doc(hidden)]
 pub mod inspect;
 pub mod sysfs;
 pub mod vfio;
@@ -13,6 +15,9 @@ pub use device::{Driver, Incoming, Link};
 pub use error::DriverError;
 pub use layout::LayoutError;
 pub use queue::QueueError;
+
+#[doc(inline)]
+pub use crate::message_socket::Message;
 
 mod bring_up;
 mod device;

@@ -46,19 +46,22 @@ pub(super) fn run(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
     }
     let socket = args.socket.as_deref().context("name a socket: --socket PATH")?;
     let retry = if args.wait { Retry::Forever } else { Retry::Never };
-    let options = Options { backend: backend_socket(socket, args.listen)?, retry };
+    let (backend, _listening) = backend_socket(socket, args.listen)?;
+    let options = Options { backend, retry };
     let ready = format!("bridge ready on {}, {}", args.vfio, socket.display());
     let mut said = Ok(());
     Bridge::new(open_vfio(args.vfio)?, options).run(&[stop.as_fd()], || said = say(&ready))?;
     said
 }
 
-fn backend_socket(path: &Path, listen: bool) -> anyhow::Result<BackendSocket> {
-    Ok(if listen {
-        BackendSocket::Listen(ListeningSocket::bind(path)?)
-    } else {
-        BackendSocket::Connect(path.to_owned())
-    })
+/// Returns how to connect to the back-end, and the socket that has to be kept until the end.
+fn backend_socket(path: &Path, listen: bool) -> anyhow::Result<(BackendSocket, Option<ListeningSocket>)> {
+    if !listen {
+        return Ok((BackendSocket::Connect(path.to_owned()), None));
+    }
+    let socket = ListeningSocket::bind(path)?;
+    let listener = socket.listener().try_clone().context("cannot share a socket")?;
+    Ok((BackendSocket::Listen(listener), Some(socket)))
 }
 
 fn run_program(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
@@ -67,7 +70,8 @@ fn run_program(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
         directory.context("cannot make a temporary directory: set TMPDIR to one that can be written")?;
     let socket = args.socket.clone().unwrap_or_else(|| directory.path().join("back-end"));
     let words = words(&args.command, &socket, args.socket.is_some())?;
-    let options = Options { backend: backend_socket(&socket, args.listen)?, retry: Retry::For(START_TIME) };
+    let (backend, _listening) = backend_socket(&socket, args.listen)?;
+    let options = Options { backend, retry: Retry::For(START_TIME) };
     let mut bridge = Bridge::new(open_vfio(args.vfio)?, options);
     let ready = format!("bridge ready on {}, {}", args.vfio, words[0]);
     serve(&mut bridge, &words, args.restart, stop, || say(&ready))

@@ -12,11 +12,11 @@ pub enum Command {
     DmaMap = 2,
     /// Take memory away from the device.
     DmaUnmap = 3,
-    /// Ask for [`DeviceInfo`].
+    /// Ask for [`DeviceInfo`](super::DeviceInfo).
     DeviceGetInfo = 4,
-    /// Ask for [`RegionInfo`].
+    /// Ask for [`RegionInfo`](super::RegionInfo).
     DeviceGetRegionInfo = 5,
-    /// Ask for [`IrqInfo`].
+    /// Ask for [`IrqInfo`](super::IrqInfo).
     DeviceGetIrqInfo = 7,
     /// Set eventfds of interrupts, or fire interrupts.
     DeviceSetIrqs = 8,
