@@ -35,6 +35,17 @@ pub(super) enum End {
     BackendLeft { reason: SocketError, serving: bool },
 }
 
+/// What ended a wait.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Woken {
+    /// It is time to stop.
+    Stopped,
+    /// Something can be done.
+    Ready,
+    /// Nothing has happened for a while.
+    Idle,
+}
+
 /// Moves the messages of one front-end. Buffers are bounded: a message is taken from one side only when the other side
 /// takes it.
 pub(super) struct FrontendSession<'d, D: PciDevice> {
@@ -72,11 +83,12 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         let mut more = true;
         let mut left = false;
         loop {
-            if self.wait(until, more)? {
+            let woken = self.wait(until, more)?;
+            if woken == Woken::Stopped {
                 return Ok(End::Stopped);
             }
-            // The link is read before the queue: what a front-end sent before it left is there then.
-            left |= self.driver.rx_event().drain() > 0 && self.link_is_down()?;
+            // The link is read before the queue, which then has all that a front-end sent before it left.
+            left |= (self.driver.rx_event().drain() > 0 || woken == Woken::Idle) && self.link_is_down()?;
             self.driver.tx_event().drain();
             more = match self.pump() {
                 Ok(more) => more,
@@ -93,9 +105,9 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         }
     }
 
-    /// Waits until something can be done, or only looks if there is `more` to do anyway. Returns
-    /// true if it is time to stop.
-    fn wait(&mut self, until: &[BorrowedFd<'_>], more: bool) -> Result<bool, BridgeError> {
+    /// Waits until something can be done, at most until the device has to be checked. Does not wait if there is
+    /// `more` to do anyway.
+    fn wait(&mut self, until: &[BorrowedFd<'_>], more: bool) -> Result<Woken, BridgeError> {
         let room = self.driver.can_send()?;
         let events = [self.driver.rx_event().as_fd(), self.driver.tx_event().as_fd()];
         let mut fds: Vec<_> =
@@ -115,10 +127,11 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         let time = if more { Duration::ZERO } else { CHECK_INTERVAL };
         let ready = wait_any(&mut fds, Some(Instant::now() + time)).map_err(BridgeError::wait)?;
         let stopped = fds[..until.len()].iter().any(|fd| !fd.revents().is_empty());
-        if ready == 0 && !more {
-            self.driver.link()?;
-        }
-        Ok(stopped)
+        Ok(match ready {
+            _ if stopped => Woken::Stopped,
+            0 if !more => Woken::Idle,
+            _ => Woken::Ready,
+        })
     }
 
     /// Whether the device has taken the link down, as it does when the front-end left.

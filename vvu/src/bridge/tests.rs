@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::*;
+use crate::device::LinkState;
 use crate::driver::{Driver, DriverError};
 use crate::event::{StopToken, wait_readable};
 use crate::listening_socket::ListeningSocket;
 use crate::message_socket::{Message, MessageSocket, SocketError};
-use crate::rig::{Liar, LocalDevice};
+use crate::pci::PciDevice;
+use crate::rig::{Liar, LocalDevice, vvu_device};
 use crate::spec::addr::{BarOffset, SiblingGpa, SiblingVa};
 use crate::spec::pci::SHARED_MEMORY_BAR;
 use crate::spec::vhost_user::{Header, MemoryRegion, memory_table_to_bytes};
@@ -86,9 +88,14 @@ impl Drop for Harness {
 fn accept(listener: &UnixListener) -> MessageSocket {
     wait_for(listener);
     let mut socket = MessageSocket::new(listener.accept().expect("accept").0);
-    assert_eq!(receive(&mut socket).expect("question").bytes, message(1, VERSION, &[]));
-    socket.send(message(1, REPLY, &[0; 8]), Vec::new()).expect("answer");
+    answer(&mut socket);
     socket
+}
+
+/// Answers the bridge's question whether anybody is there.
+fn answer(socket: &mut MessageSocket) {
+    assert_eq!(receive(socket).expect("question").bytes, message(1, VERSION, &[]));
+    socket.send(message(1, REPLY, &[0; 8]), Vec::new()).expect("answer");
 }
 
 fn within_deadline<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
@@ -391,6 +398,34 @@ fn a_device_that_goes_without_a_word_is_found_out() {
     harness.fake.lie(|liar| liar.stick_status(0xff));
     let outcome = harness.end();
     assert!(matches!(outcome, Err(BridgeError::Driver(DriverError::Gone))), "{outcome:?}");
+}
+
+#[test]
+fn a_device_that_somebody_else_resets_is_found_out() {
+    let device = LocalDevice::new(vvu_device(4));
+    let driver = Driver::new(device.clone()).expect("bring-up");
+    let (sender, streams) = mpsc::channel();
+    let options = Options { backend: BackendSocket::Pair(sender), retry: Retry::Forever };
+    let stop = StopToken::new().expect("token");
+    let bridge = std::thread::spawn(move || Bridge::new(driver, options).run(&[stop.as_fd()], || ()));
+    let mut backend = MessageSocket::new(streams.recv().expect("a connection"));
+    answer(&mut backend);
+    within_deadline("link up", || (device.lock().function.link() == LinkState::Waiting).then_some(()));
+    // As a function level reset through sysfs does.
+    device.lock().function.reset();
+    let outcome = bridge.join().expect("no panic");
+    assert!(matches!(outcome, Err(BridgeError::Driver(DriverError::WasReset { .. }))), "{outcome:?}");
+}
+
+#[test]
+fn a_link_that_goes_down_without_an_interrupt_is_found_out() {
+    let mut harness = Harness::new(Retry::Never);
+    let mut backend = harness.backend();
+    harness.fake.request(3, VERSION, &[]);
+    receive(&mut backend).expect("SET_OWNER");
+    harness.fake.lie(|liar| liar.link = 0);
+    assert!(matches!(receive(&mut backend), Err(SocketError::Closed)));
+    let _next = harness.backend();
 }
 
 #[test]

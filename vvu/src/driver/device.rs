@@ -148,7 +148,7 @@ impl<D: PciDevice> Driver<D> {
     /// Reads the state of the link.
     ///
     /// # Errors
-    /// [`DriverError::Device`], [`DriverError::Gone`], [`DriverError::NeedsReset`].
+    /// [`DriverError::Device`], [`DriverError::Gone`], [`DriverError::WasReset`], [`DriverError::NeedsReset`].
     pub fn link(&self) -> Result<Link, DriverError> {
         let status = self.registers().common().read8(common::DEVICE_STATUS)?;
         if status == ALL_ONES {
@@ -156,6 +156,9 @@ impl<D: PciDevice> Driver<D> {
         }
         if status & status::NEEDS_RESET != 0 {
             return Err(DriverError::NeedsReset { status });
+        }
+        if status & status::DRIVER_OK == 0 {
+            return Err(DriverError::WasReset { status });
         }
         let link = self.registers().device_config().read32(device_config::STATUS)?;
         Ok(Link {

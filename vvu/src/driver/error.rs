@@ -84,6 +84,15 @@ pub enum DriverError {
         "the device is gone: its registers read all ones; if its proxy ended, start the proxy and both VMs again"
     )]
     Gone,
+    /// Somebody else reset the device.
+    #[error(
+        "somebody else reset the device, through sysfs or with a function level reset: its status is {status:#04x}; \
+         start the back-end again"
+    )]
+    WasReset {
+        /// Device status.
+        status: u8,
+    },
     /// The device failed.
     #[error("the device needs a reset: its status is {status:#04x}")]
     NeedsReset {

@@ -235,3 +235,13 @@ fn dropping_the_driver_resets_the_device() {
     drop(driver(&liar));
     assert_eq!(liar.status(), 0);
 }
+
+#[test]
+fn a_reset_by_somebody_else_is_noticed() {
+    let device = LocalDevice::new(vvu_device(1));
+    let driver = Driver::new(device.clone()).expect("bring-up");
+    assert_eq!(driver.link().expect("link"), Link { backend_up: false, frontend_up: false });
+    device.lock().function.reset();
+    let error = driver.link().expect_err("a reset");
+    assert!(matches!(error, DriverError::WasReset { status: 0 }), "{error}");
+}
