@@ -6,12 +6,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use tempfile::TempDir;
 use vvu::driver::{Driver, Incoming};
+use vvu::event::wait_readable;
 use vvu::message_socket::{Message, MessageSocket};
 use vvu::spec::addr::{BarOffset, QueueIndex, SiblingGpa, SiblingVa};
 use vvu::spec::vhost_user::{FrontendReq, Header, MemoryRegion, memory_table_to_bytes};
@@ -67,6 +68,28 @@ impl Proxy {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("status");
         let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
         line.expect("a field").trim().to_owned()
+    }
+
+    /// Lets it open `count` descriptors at most, from now on.
+    fn limit_descriptors(&self, count: u64) {
+        let limit = Rlimit { current: Some(count), maximum: Some(1024) };
+        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).expect("prlimit");
+    }
+
+    /// Reads standard error up to the line that contains `text`.
+    fn wait_for_log(&mut self, text: &str) {
+        let stderr = self.child.stderr.as_mut().expect("piped");
+        let mut line = Vec::new();
+        while !String::from_utf8_lossy(&line).contains(text) {
+            let fd = [stderr.as_fd()];
+            assert!(
+                wait_readable(&fd, Some(Instant::now() + PATIENCE)).expect("wait").is_some(),
+                "no {text:?}"
+            );
+            line.resize(line.len() + 1, 0);
+            let end = line.len() - 1;
+            assert_eq!(stderr.read(&mut line[end..]).expect("standard error"), 1, "it has ended");
+        }
     }
 
     /// Asks it to end; what it says on standard error.
@@ -206,4 +229,19 @@ fn huge_pages_serve_as_memory_or_their_lack_is_told() {
             );
         }
     }
+}
+
+/// Descriptors that are free again after a while are enough: no client is lost, and the proxy does not end.
+#[test]
+fn a_client_that_comes_when_no_descriptor_is_left_is_served_later() {
+    let mut proxy = Proxy::start(&[]);
+    proxy.limit_descriptors(3);
+    let client = UnixStream::connect(proxy.path("vmm")).expect("backlog");
+    proxy.wait_for_log("cannot accept a vfio-user client yet");
+    proxy.limit_descriptors(1024);
+    let device = VfioUserDevice::from_stream(client).expect("a client that was served late");
+    drop(device);
+    converse(&proxy);
+    let text = proxy.stop();
+    assert!(!text.contains("sandbox refused"), "{text}");
 }

@@ -3,8 +3,10 @@
 //! [`Server`] is the loop, `commands` answers one message, [`VmmHost`] is what the client lends the function: memory
 //! for DMA ([`DmaSpace`]) and the eventfds of its MSI-X vectors.
 
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::Timespec;
@@ -33,7 +35,7 @@ pub enum ServerError {
     Epoll(#[from] Errno),
     /// The listening socket failed.
     #[error("cannot accept a vfio-user client: {0}")]
-    Accept(std::io::Error),
+    Accept(io::Error),
 }
 
 /// A vfio-user server.
@@ -72,6 +74,8 @@ struct Client {
     refusals: u32,
 }
 
+/// Pause before the next attempt to accept a client when the last one failed for want of a resource.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Refused commands of one client that are logged as warnings.
 const LOUD_REFUSALS: u32 = 16;
 
@@ -80,7 +84,7 @@ impl Server {
     ///
     /// # Errors
     /// When the listener cannot be put into non-blocking mode.
-    pub fn new(listener: UnixListener, stop: StopToken) -> std::io::Result<Self> {
+    pub fn new(listener: UnixListener, stop: StopToken) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self { listener, stop })
     }
@@ -91,84 +95,128 @@ impl Server {
     /// # Errors
     /// [`ServerError`].
     pub fn serve<D: PciFunction>(&mut self, device: &mut D) -> Result<(), ServerError> {
-        let mut host = VmmHost::new(device.vector_count());
-        let result = self.serve_clients(device, &mut host);
-        device.reset();
-        result
-    }
-
-    fn serve_clients<D: PciFunction>(
-        &mut self,
-        device: &mut D,
-        host: &mut VmmHost,
-    ) -> Result<(), ServerError> {
         let poll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&poll, &self.stop, Source::Stop.data(), EventFlags::IN)?;
         epoll::add(&poll, device.events(), Source::Device.data(), EventFlags::IN)?;
         epoll::add(&poll, &self.listener, Source::Listener.data(), EventFlags::IN)?;
-        let mut client: Option<Client> = None;
+        let host = VmmHost::new(device.vector_count());
+        let mut service = Service { server: self, poll, device, host, client: None, accept_at: None };
+        let result = service.run();
+        device.reset();
+        result
+    }
+}
+
+/// One call of [`Server::serve`].
+struct Service<'s, D> {
+    server: &'s Server,
+    poll: OwnedFd,
+    device: &'s mut D,
+    host: VmmHost,
+    client: Option<Client>,
+    /// When to try to accept a client again, after a shortage.
+    accept_at: Option<Instant>,
+}
+
+impl<D: PciFunction> Service<'_, D> {
+    fn run(&mut self) -> Result<(), ServerError> {
         let mut events = Vec::with_capacity(Source::ALL.len());
         loop {
-            events.clear();
-            // Nobody tells of a message that was read together with the one before.
-            let ahead = client.as_ref().is_some_and(Client::is_due);
-            match epoll::wait(&poll, spare_capacity(&mut events), ahead.then_some(&Timespec::default())) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            let is_client = |event: &Event| matches!(Source::of(event.data), Some(Source::Client));
-            if ahead && !events.iter().any(is_client) {
-                events.push(Event { flags: EventFlags::IN, data: Source::Client.data() });
-            }
+            self.wait(&mut events)?;
             for event in &events {
                 match Source::of(event.data) {
                     Some(Source::Stop) => return Ok(()),
-                    Some(Source::Device) => device.process(host),
-                    Some(Source::Listener) if client.is_none() => {
-                        client = self.accept()?;
-                        if let Some(client) = &client {
-                            // Further clients stay in the backlog.
-                            epoll::delete(&poll, &self.listener)?;
-                            epoll::add(&poll, &client.socket, Source::Client.data(), EventFlags::IN)?;
-                        }
-                    }
-                    Some(Source::Client) => {
-                        let Some(connected) = &mut client else { continue };
-                        let was_congested = connected.socket.is_congested();
-                        if let Err(error) = connected.step(host, device) {
-                            match error {
-                                SocketError::Closed => log::info!("the vfio-user client disconnected"),
-                                error => log::error!("disconnecting the vfio-user client: {error}"),
-                            }
-                            // Closing the socket takes it out of the poll set.
-                            client = None;
-                            device.reset();
-                            *host = VmmHost::new(device.vector_count());
-                            epoll::add(&poll, &self.listener, Source::Listener.data(), EventFlags::IN)?;
-                        } else if connected.socket.is_congested() != was_congested {
-                            let interest = if was_congested { EventFlags::IN } else { EventFlags::OUT };
-                            epoll::modify(&poll, connected.socket.as_fd(), Source::Client.data(), interest)?;
-                        }
-                    }
+                    Some(Source::Device) => self.device.process(&self.host),
+                    Some(Source::Listener) if self.client.is_none() => self.accept()?,
+                    Some(Source::Client) => self.step()?,
                     Some(Source::Listener) | None => {}
                 }
             }
         }
     }
 
-    /// The next client, if it is still there.
-    fn accept(&self) -> Result<Option<Client>, ServerError> {
-        use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
-        match self.listener.accept() {
-            Ok((stream, _)) => {
-                log::info!("a vfio-user client connected");
-                let socket = MessageSocket::new(stream);
-                Ok(Some(Client { socket, commands: CommandHandler::default(), refusals: 0 }))
-            }
-            Err(error) if matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted) => Ok(None),
-            Err(error) => Err(ServerError::Accept(error)),
+    /// Waits for events, a message that was read already among them.
+    fn wait(&mut self, events: &mut Vec<Event>) -> Result<(), ServerError> {
+        events.clear();
+        // The kernel does not announce a message that was read together with the one before.
+        let ahead = self.client.as_ref().is_some_and(Client::is_due);
+        let pause = self.accept_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let time = if ahead { Some(Duration::ZERO) } else { pause };
+        let time = time.and_then(|time| Timespec::try_from(time).ok());
+        match epoll::wait(&self.poll, spare_capacity(events), time.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
         }
+        let is_client = |event: &Event| matches!(Source::of(event.data), Some(Source::Client));
+        if ahead && !events.iter().any(is_client) {
+            events.push(Event { flags: EventFlags::IN, data: Source::Client.data() });
+        }
+        if self.accept_at.is_some_and(|at| Instant::now() >= at) {
+            events.push(Event { flags: EventFlags::IN, data: Source::Listener.data() });
+        }
+        Ok(())
     }
+
+    /// Accepts the next client, if it is still there. Further clients stay in the backlog.
+    fn accept(&mut self) -> Result<(), ServerError> {
+        use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+        let stream = match self.server.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted) => {
+                if self.accept_at.take().is_some() {
+                    epoll::add(&self.poll, &self.server.listener, Source::Listener.data(), EventFlags::IN)?;
+                }
+                return Ok(());
+            }
+            Err(error) if is_shortage(&error) => {
+                // The listener stays readable, so it must not be waited for meanwhile.
+                if self.accept_at.replace(Instant::now() + ACCEPT_PAUSE).is_none() {
+                    log::warn!(
+                        "cannot accept a vfio-user client yet: {error}; trying again until it is possible"
+                    );
+                    epoll::delete(&self.poll, &self.server.listener)?;
+                }
+                return Ok(());
+            }
+            Err(error) => return Err(ServerError::Accept(error)),
+        };
+        log::info!("a vfio-user client connected");
+        if self.accept_at.take().is_none() {
+            epoll::delete(&self.poll, &self.server.listener)?;
+        }
+        let client =
+            Client { socket: MessageSocket::new(stream), commands: CommandHandler::default(), refusals: 0 };
+        epoll::add(&self.poll, &client.socket, Source::Client.data(), EventFlags::IN)?;
+        self.client = Some(client);
+        Ok(())
+    }
+
+    /// Goes on with the client, if there is one, and makes room for the next when it is gone.
+    fn step(&mut self) -> Result<(), ServerError> {
+        let Some(client) = &mut self.client else { return Ok(()) };
+        let was_congested = client.socket.is_congested();
+        if let Err(error) = client.step(&mut self.host, self.device) {
+            match error {
+                SocketError::Closed => log::info!("the vfio-user client disconnected"),
+                error => log::error!("disconnecting the vfio-user client: {error}"),
+            }
+            // Closing the socket takes it out of the poll set.
+            self.client = None;
+            self.device.reset();
+            self.host = VmmHost::new(self.device.vector_count());
+            epoll::add(&self.poll, &self.server.listener, Source::Listener.data(), EventFlags::IN)?;
+        } else if client.socket.is_congested() != was_congested {
+            let interest = if was_congested { EventFlags::IN } else { EventFlags::OUT };
+            epoll::modify(&self.poll, client.socket.as_fd(), Source::Client.data(), interest)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a call failed for want of something that may be there again later.
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
+    Errno::from_io_error(error).is_some_and(|errno| shortages.contains(&errno))
 }
 
 impl Client {
