@@ -5,7 +5,7 @@
 //! memory files against that.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::iter::FusedIterator;
 use std::os::fd::OwnedFd;
@@ -22,8 +22,8 @@ use vm_memory::{
 use crate::spec::addr::Iova;
 use crate::vfio_user::protocol::DMA_MAPS_MAX;
 
-/// Most files that maps can show parts of at one time. QEMU has one for each memory backend and ROM.
-const FILES_MAX: usize = 64;
+/// Most mappings of files at one time, each with a descriptor. QEMU has one file for each memory backend and ROM.
+const MAPPINGS_MAX: usize = 64;
 
 /// Why a DMA map or unmap was refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -56,7 +56,7 @@ pub enum DmaError {
     #[error("{DMA_MAPS_MAX} DMA maps are in use: unmap some, or map larger pages")]
     TooManyMaps,
     /// Too many files.
-    #[error("DMA maps show parts of {FILES_MAX} files already: want fewer memory backends")]
+    #[error("{MAPPINGS_MAX} files are mapped for DMA already: want fewer memory backends")]
     TooManyFiles,
     /// A file descriptor that is no file in memory or on disk.
     #[error("the file of the DMA map at {iova} is no regular file: use memory-backend-memfd,share=on")]
@@ -113,8 +113,8 @@ impl DmaError {
 pub struct DmaSpace {
     /// By first address; they do not overlap.
     maps: BTreeMap<u64, Map>,
-    /// Files that are mapped for as long as a map shows a part of them.
-    files: HashMap<FileId, Weak<MmapRegion>>,
+    /// Mappings of files, each for as long as a map shows a part of it. A file that has grown has several.
+    mappings: Vec<(FileId, Weak<MmapRegion>)>,
     /// Whether the log says that memory is inaccessible.
     reported: Cell<bool>,
 }
@@ -134,7 +134,7 @@ struct Memory {
     offset: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct FileId {
     device: u64,
     inode: u64,
@@ -200,12 +200,13 @@ impl DmaSpace {
         let id = FileId { device: stat.st_dev, inode: stat.st_ino, writable };
         let length = usize::try_from(file_size).map_err(|_| refused(Errno::FBIG))?;
         // A file that has grown is mapped anew; older maps keep the shorter view of the same bytes.
-        let mapped = self.files.get(&id).and_then(Weak::upgrade);
-        if let Some(mapped) = mapped.filter(|mapped| mapped.size() >= length) {
+        let of_file = self.mappings.iter().filter(|(file, _)| *file == id);
+        let mut mapped = of_file.filter_map(|(_, mapped)| mapped.upgrade());
+        if let Some(mapped) = mapped.find(|mapped| mapped.size() >= length) {
             return Ok(mapped);
         }
-        self.files.retain(|_, mapped| mapped.strong_count() > 0);
-        if self.files.len() >= FILES_MAX {
+        self.mappings.retain(|(_, mapped)| mapped.strong_count() > 0);
+        if self.mappings.len() >= MAPPINGS_MAX {
             return Err(DmaError::TooManyFiles);
         }
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
@@ -216,7 +217,7 @@ impl DmaSpace {
             refused(Errno::NOMEM)
         })?;
         let mapped = Arc::new(mapped);
-        self.files.insert(id, Arc::downgrade(&mapped));
+        self.mappings.push((id, Arc::downgrade(&mapped)));
         Ok(mapped)
     }
 

@@ -29,7 +29,7 @@ fn read_file(fd: &OwnedFd, offset: u64, len: usize) -> Vec<u8> {
 }
 
 fn live_files(space: &DmaSpace) -> usize {
-    space.files.values().filter(|file| file.strong_count() > 0).count()
+    space.mappings.iter().filter(|(_, file)| file.strong_count() > 0).count()
 }
 
 #[test]
@@ -158,7 +158,24 @@ fn files_are_bounded_and_let_go() {
     assert_eq!(live_files(&space), 63);
     one_more(&mut space).expect("map");
     space.clear();
-    assert!(space.maps.is_empty() && space.files.is_empty());
+    assert!(space.maps.is_empty() && space.mappings.is_empty());
+}
+
+/// Each growth needs a mapping of its own, and the older ones stay as long as their maps do.
+#[test]
+fn a_file_that_grows_again_and_again_is_bounded_too() {
+    let ram = memfd(PAGE);
+    let mut space = DmaSpace::default();
+    let mut grow_and_map = |page| {
+        ftruncate(&ram, (page + 1) * PAGE).expect("grow");
+        space.map(Iova(page * PAGE), PAGE, Permissions::ReadWrite, Some((dup(&ram), 0)))
+    };
+    for page in 0..64 {
+        grow_and_map(page).expect("map");
+    }
+    assert_eq!(grow_and_map(64), Err(DmaError::TooManyFiles));
+    space.unmap(Iova(0), PAGE).expect("unmap");
+    space.map(Iova(64 * PAGE), PAGE, Permissions::ReadWrite, Some((ram, 0))).expect("room again");
 }
 
 #[test]
