@@ -250,7 +250,7 @@ fn one(
 ) -> Result<()> {
     report.accelerator = Some(facts::Accelerator::from(&setup.accelerator));
     report.qemu = Some(facts::Qemu::from(&setup.qemu));
-    for (vm, name) in scenario.vms.iter().filter_map(|(vm, spec)| Some((vm, spec.qemu.as_deref()?))) {
+    for (vm, name) in scenario.vms.iter().filter_map(|(vm, spec)| Some((vm, spec.vmm.as_deref()?))) {
         report.qemus.insert(vm.clone(), setup.qemu(Some(name))?.into());
     }
     let kernel = setup.kernel(&scenario.kernel_id())?;

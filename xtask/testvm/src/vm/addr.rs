@@ -1,9 +1,12 @@
 //! Where on its PCI bus a VM's device is.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{Deserialize, Deserializer, Error};
+use serde::ser::{Serialize, Serializer};
 
 /// A slot of the q35 root bus, `0000:00:DEVICE.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,6 +92,30 @@ impl FromStr for Addr {
 impl<'de> Deserialize<'de> for Addr {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(Error::custom)
+    }
+}
+
+impl Serialize for Addr {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Addr::Auto => serializer.serialize_str("auto"),
+            // A scenario's bus is the only one there is.
+            Addr::Fixed(slot) => serializer.serialize_str(slot.to_string().trim_start_matches("0000:")),
+        }
+    }
+}
+
+impl JsonSchema for Addr {
+    fn schema_name() -> Cow<'static, str> {
+        "Addr".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "A PCI address on the root bus, or `auto`: the first free one.",
+            "type": "string",
+            "pattern": "^(auto|(0000:)?00:(0?[1-9a-fA-F]|1[0-9a-eA-E])\\.0)$",
+        })
     }
 }
 

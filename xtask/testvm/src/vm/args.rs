@@ -6,7 +6,7 @@ use anyhow::{Result, bail, ensure};
 use serde_json::json;
 
 use crate::rundir::MAX_SOCKET_PATH;
-use crate::vm::{Frontend, Iommu, Slot};
+use crate::vm::{CpuLevel, Frontend, Iommu, Slot};
 use vvu_artifacts::accel::Kind;
 
 /// The IOMMU's slot.
@@ -72,8 +72,6 @@ pub enum Device {
         socket: String,
         /// What it is.
         frontend: Frontend,
-        /// Its queues, as its kind counts them.
-        queues: u32,
         /// Milliseconds between attempts to make a lost connection again; 0: none are made.
         reconnect_ms: u32,
     },
@@ -190,6 +188,70 @@ fn cmdline(config: &Config, serial: Serial<'_>) -> String {
     words
 }
 
+/// QEMU's CPU model of a level: the oldest that has all of it.
+#[must_use]
+pub fn cpu_model(level: CpuLevel) -> &'static str {
+    match level {
+        CpuLevel::V1 => "qemu64",
+        CpuLevel::V2 => "Nehalem",
+        CpuLevel::V3 => "Haswell",
+        CpuLevel::V4 => "Skylake-Server",
+    }
+}
+
+/// QEMU's words for a front-end: `number` tells the back-ends of a VM apart, `addr` is the slot.
+fn front_end(frontend: &Frontend, number: usize, addr: &str) -> Vec<String> {
+    let chardev = format!("chardev=vhost{number},addr={addr}");
+    let mut words = Vec::new();
+    let (mut device, queue_size) = match frontend {
+        Frontend::Block(block) => {
+            (format!("vhost-user-blk-pci,{chardev},num-queues={}", block.queues), &["queue-size"][..])
+        }
+        Frontend::Fs(fs) => {
+            let queues = fs.request_queues;
+            let device = format!("vhost-user-fs-pci,{chardev},num-request-queues={queues},tag={}", fs.tag);
+            (device, &["queue-size"][..])
+        }
+        Frontend::Rng(_) => (format!("vhost-user-rng-pci,{chardev}"), &[][..]),
+        Frontend::Vsock(_) => (format!("vhost-user-vsock-pci,{chardev}"), &[][..]),
+        // QEMU has no front-end for consoles, but one that is told its type: virtio 1.2, 5.3, is device 3, with two
+        // queues for each of two ports and 12 bytes of configuration.
+        Frontend::Console(_) => {
+            let device = "vhost-user-test-device-pci";
+            (format!("{device},{chardev},virtio-id=3,num_vqs=4,config_size=12"), &[][..])
+        }
+        Frontend::Net(net) => {
+            let queues = net.queue_pairs;
+            let netdev = format!("vhost-user,id=net{number},chardev=vhost{number},queues={queues}");
+            words.extend(["-netdev".to_owned(), netdev]);
+            let multiqueue = if queues > 1 { ",mq=on" } else { "" };
+            let device = format!("virtio-net-pci,netdev=net{number},addr={addr},romfile={multiqueue}");
+            (device, &["rx_queue_size", "tx_queue_size"][..])
+        }
+    };
+    if let Some(size) = frontend.queue_size() {
+        for name in queue_size {
+            device.push_str(&format!(",{name}={size}"));
+        }
+    }
+    let features = frontend.features();
+    for (name, feature) in [
+        ("indirect_desc", features.indirect_desc),
+        ("event_idx", features.event_idx),
+        ("iommu_platform", features.access_platform),
+        ("packed", features.ring_packed),
+    ] {
+        if let Some(offered) = feature {
+            device.push_str(&format!(",{name}={}", if offered { "on" } else { "off" }));
+        }
+    }
+    for (name, value) in frontend.vmm_properties() {
+        device.push_str(&format!(",{name}={value}"));
+    }
+    words.extend(["-device".to_owned(), device]);
+    words
+}
+
 /// `text` as a value in a `key=value,...` list, where a comma is doubled.
 fn escaped(text: &str) -> String {
     text.replace(',', ",,")
@@ -252,13 +314,13 @@ impl Args {
                     });
                     self.pair("-device", device.to_string());
                 }
-                Device::VhostUser { socket, frontend, queues, reconnect_ms, .. } => {
+                Device::VhostUser { socket, frontend, reconnect_ms, .. } => {
                     let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));
                     if *reconnect_ms > 0 {
                         chardev.push_str(&format!(",reconnect-ms={reconnect_ms}"));
                     }
                     self.pair("-chardev", chardev);
-                    self.0.extend(frontend.arguments(number, &addr, *queues));
+                    self.0.extend(front_end(frontend, number, &addr));
                 }
                 Device::VirtioBlk { file, .. } => {
                     let disk = json!({
@@ -279,6 +341,34 @@ impl Args {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::BlockFrontend;
+
+    fn words(text: &str) -> String {
+        let frontend: Frontend = serde_json::from_str(text).expect("a front-end");
+        frontend.check().expect("valid");
+        front_end(&frontend, 1, "11.0").join(" ")
+    }
+
+    #[test]
+    fn each_front_end_becomes_a_device_of_qemu() {
+        let fs = r#"{"fs": {"tag": "t", "request_queues": 2, "queue_size": 64}}"#;
+        assert_eq!(
+            words(fs),
+            "-device vhost-user-fs-pci,chardev=vhost1,addr=11.0,num-request-queues=2,tag=t,queue-size=64"
+        );
+        assert_eq!(words(r#"{"rng": {}}"#), "-device vhost-user-rng-pci,chardev=vhost1,addr=11.0");
+        assert_eq!(
+            words(r#"{"net": {"queue_pairs": 2}}"#),
+            "-netdev vhost-user,id=net1,chardev=vhost1,queues=2 -device virtio-net-pci,netdev=net1,addr=11.0,romfile=,mq=on"
+        );
+        let block = r#"{"block": {"features": {"access_platform": true, "event_idx": false, "indirect_desc": false,
+            "ring_packed": true}, "vmm_properties": {"disable-legacy": "on"}}}"#;
+        assert_eq!(
+            words(block),
+            "-device vhost-user-blk-pci,chardev=vhost1,addr=11.0,num-queues=1,indirect_desc=off,event_idx=off,\
+             iommu_platform=on,packed=on,disable-legacy=on"
+        );
+    }
 
     fn guest() -> Guest<'static> {
         Guest {
@@ -331,8 +421,7 @@ mod tests {
             devices: vec![Device::VhostUser {
                 slot: Slot::DEFAULT,
                 socket: "/r/a,b/v.sock".into(),
-                frontend: Frontend::default(),
-                queues: 2,
+                frontend: Frontend::Block(BlockFrontend { queues: 2, ..BlockFrontend::default() }),
                 reconnect_ms: 100,
             }],
             cmdline: "debug".into(),
