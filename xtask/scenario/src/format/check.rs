@@ -52,12 +52,12 @@ impl Scenario {
 
     fn check_vmm(&self, name: &str, vm: &VmSpec, versions: &Versions<'static>) -> Result<()> {
         let Some(vmm) = &vm.vmm else { return Ok(()) };
-        let has_device = versions.qemu(vmm)?.vfio_user;
+        let hosts = versions.vmm(vmm)?.hosts_vvu_devices();
         ensure!(
-            has_device || self.vvu_of_device(name).next().is_none(),
+            hosts || self.vvu_of_device(name).next().is_none(),
             "{vmm:?} has no {NEEDED_DEVICE}, which a VM with a vvu device needs: want one of {}, or none for the \
              run's VMM",
-            versions.with_vfio_user()
+            versions.with_vvu_devices()
         );
         Ok(())
     }

@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 
 use crate::format::{Action, Scenario};
 use vvu_testvm::rundir::{RunDir, SocketDir};
-use vvu_testvm::vm::args::{Config, Device, cpu_model};
-use vvu_testvm::vm::{Addr, Iommu, ProxyPlan, Slot};
+use vvu_testvm::vm::args::{Config, Device};
+use vvu_testvm::vm::{Addr, Cpu, Iommu, ProxyPlan, Slot};
 
 /// What is going to be started.
 #[derive(Debug)]
@@ -69,10 +69,10 @@ impl Plan {
             }
             let config = Config {
                 name: name.clone(),
-                qemu: spec.vmm.clone(),
+                vmm: spec.vmm.clone(),
                 memory_mib: spec.memory_mib,
                 cpus: spec.cpus,
-                cpu_model: spec.cpu.map(|level| cpu_model(level).to_owned()),
+                cpu: spec.cpu.map_or(Cpu::Best, Cpu::Level),
                 memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
                 iommu,
                 devices: vvu.chain(siblings).collect(),
@@ -178,8 +178,8 @@ mod tests {
             words.contains(&format!("--memory {} --queues 4 --trace /", a.memory_link.display())),
             "{words}"
         );
-        let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().qemu()).collect();
-        assert_eq!(slots, ["10.0", "11.0"]);
+        let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().device()).collect();
+        assert_eq!(slots, [0x10, 0x11]);
         assert_eq!(plan.transient().len(), 5);
     }
 }

@@ -31,9 +31,10 @@ impl Slot {
             .find(|slot| !taken(*slot))
     }
 
-    /// As QEMU's `addr` property has it: `10.0`.
-    pub fn qemu(self) -> String {
-        format!("{:02x}.0", self.0)
+    /// The device number on the bus, 1 to 30.
+    #[must_use]
+    pub const fn device(self) -> u8 {
+        self.0
     }
 }
 
@@ -127,7 +128,7 @@ mod tests {
     fn both_forms_of_an_address_are_read() {
         for text in ["00:10.0", "0000:00:10.0"] {
             let slot: Slot = text.parse().expect(text);
-            assert_eq!((slot.to_string().as_str(), slot.qemu().as_str()), ("0000:00:10.0", "10.0"));
+            assert_eq!((slot.to_string().as_str(), slot.device()), ("0000:00:10.0", 0x10));
         }
         for text in
             ["", "10.0", "00:1f.0", "00:00.0", "01:10.0", "00:10.1", "00:+1.0", "00:010.0", "0001:00:10.0"]

@@ -19,3 +19,28 @@ pub enum CpuLevel {
     #[serde(rename = "x86-64-v4")]
     V4,
 }
+
+impl CpuLevel {
+    /// Its name in scenarios and machine profiles.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            CpuLevel::V1 => "x86-64-v1",
+            CpuLevel::V2 => "x86-64-v2",
+            CpuLevel::V3 => "x86-64-v3",
+            CpuLevel::V4 => "x86-64-v4",
+        }
+    }
+}
+
+/// The CPUs of a VM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Cpu {
+    /// The best that the accelerator has.
+    #[default]
+    Best,
+    /// A model that has this level.
+    Level(CpuLevel),
+    /// A model that can run KVM in the guest, emulated.
+    Hypervisor,
+}

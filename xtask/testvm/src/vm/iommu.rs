@@ -20,3 +20,15 @@ pub enum Iommu {
     #[value(name = "amd-iommu")]
     Amd,
 }
+
+impl Iommu {
+    /// Its name in scenarios, on the command line and in machine profiles.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Iommu::Virtio => "virtio-iommu",
+            Iommu::Intel => "intel-iommu",
+            Iommu::Amd => "amd-iommu",
+        }
+    }
+}

@@ -9,7 +9,7 @@ pub mod proxy;
 mod proxy_plan;
 
 pub use addr::{Addr, Slot};
-pub use cpu::CpuLevel;
+pub use cpu::{Cpu, CpuLevel};
 pub use frontend::{BlockFrontend, Features, Frontend, FsFrontend, MAX_QUEUES, NetFrontend, PlainFrontend};
 pub use iommu::Iommu;
 pub use proxy_plan::ProxyPlan;
