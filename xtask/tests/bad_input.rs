@@ -13,7 +13,7 @@ fn xtask(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_xtask"))
         .args(args)
         .current_dir(dir)
-        .env("CARGO_TARGET_DIR", dir.join("target"))
+        .env("VVU_RUNS", dir.join("target/e2e"))
         .output()
         .expect("xtask starts")
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 /// Exit code, findings by id, and stderr.
 fn doctor(dir: &Path, change: impl FnOnce(&mut Command)) -> (Option<i32>, Value) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-    command.args(["doctor", "--json"]).env("CARGO_TARGET_DIR", dir.join("target"));
+    command.args(["doctor", "--json"]).env("VVU_RUNS", dir.join("target/e2e"));
     change(&mut command);
     let output = command.output().expect("xtask starts");
     let stderr = String::from_utf8_lossy(&output.stderr);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 fn vm(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-    command.arg("vm").args(args).current_dir(dir).env("CARGO_TARGET_DIR", dir.join("target"));
+    command.arg("vm").args(args).current_dir(dir).env("VVU_RUNS", dir.join("target/e2e"));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

@@ -74,7 +74,7 @@ impl Drop for Proxy {
 fn passed_run(target: &Path) -> PathBuf {
     let status = Command::new(env!("CARGO_BIN_EXE_xtask"))
         .args(["e2e", "block"])
-        .env("CARGO_TARGET_DIR", target)
+        .env("VVU_RUNS", target.join("e2e"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 fn e2e(target: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-    command.arg("e2e").args(args).env("CARGO_TARGET_DIR", target).stdin(Stdio::null());
+    command.arg("e2e").args(args).env("VVU_RUNS", target.join("e2e")).stdin(Stdio::null());
     command
 }
 

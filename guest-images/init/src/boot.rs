@@ -31,8 +31,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Options {
     /// `vvu.shell`: a shell on the console.
     pub(crate) shell: bool,
-    /// `vvu.hostname=NAME`.
+    /// `vvu.hostname=NAME`: the guest's host name.
     pub(crate) hostname: Option<String>,
+    /// `vvu.control=NAME`: the control port, a serial port below `/dev`.
+    pub(crate) control: Option<String>,
 }
 
 impl Options {
@@ -43,6 +45,7 @@ impl Options {
             match word.split_once('=') {
                 None if word == "vvu.shell" => options.shell = true,
                 Some(("vvu.hostname", name)) => options.hostname = Some(name.to_owned()),
+                Some(("vvu.control", name)) => options.control = Some(name.to_owned()),
                 _ => {}
             }
         }
@@ -132,8 +135,10 @@ mod tests {
 
     #[test]
     fn options_come_from_whole_words() {
-        let options = Options::parse("console=ttyS0 quiet vvu.shell vvu.hostname=device panic=-1\n");
-        assert_eq!(options, Options { shell: true, hostname: Some("device".into()) });
+        let options =
+            Options::parse("console=ttyS0 quiet vvu.shell vvu.hostname=device vvu.control=ttyS1 panic=-1\n");
+        let (hostname, control) = (Some("device".into()), Some("ttyS1".into()));
+        assert_eq!(options, Options { shell: true, hostname, control });
         assert_eq!(Options::parse("vvu.shellfish novvu.shell vvu.shell=0"), Options::default());
     }
 }

@@ -25,9 +25,6 @@ use control::Control;
 use jobs::Jobs;
 use vvu_init::protocol::{Action, Answer, Empty, Event, Identity, Message, Outcome, READY_LINE, Request};
 
-/// Where the host speaks to us: the second serial port.
-const CONTROL_PORT: &str = "/dev/ttyS1";
-
 /// How long the last words may take to leave before the machine goes away.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -51,7 +48,7 @@ fn main() -> ExitCode {
 /// The running guest.
 struct Guest {
     jobs: Jobs,
-    /// Absent in a machine with one serial port, if it has a shell instead.
+    /// Absent if the kernel command line names no control port.
     control: Option<Control>,
     shell: Option<Shell>,
     /// A byte for each SIGCHLD.
@@ -67,20 +64,15 @@ impl Guest {
         let child_ended = signal_stream(&[SIGCHLD])?;
         let asked_to_end = signal_stream(&[SIGUSR1, SIGUSR2])?;
         let asked_to_reboot = signal_stream(&[SIGTERM])?;
-        let Options { shell, hostname: _ } = boot::set_up()?;
-        let control = match Control::open(Path::new(CONTROL_PORT)) {
-            Ok(control) => Some(control),
-            Err(error) if shell => {
-                println!("vvu-init: no requests from the host, as {CONTROL_PORT} does not open: {error}");
-                None
+        let Options { shell, hostname: _, control } = boot::set_up()?;
+        let control = match control {
+            Some(name) => {
+                let port = Path::new("/dev").join(name);
+                let control = Control::open(&port);
+                Some(control.with_context(|| format!("cannot open the control port {}", port.display()))?)
             }
-            Err(error) => {
-                return Err(error).with_context(|| {
-                    format!(
-                        "cannot open {CONTROL_PORT}: the machine needs a second serial port, or `vvu.shell`"
-                    )
-                });
-            }
+            None if shell => None,
+            None => bail!("nothing to do: want `vvu.control=PORT` or `vvu.shell` on the kernel command line"),
         };
         let shell = if shell { Some(Shell::start()?) } else { None };
         let mut guest =

@@ -1,4 +1,5 @@
-//! The control protocol between the host and PID 1: one JSON object a line, over the second serial port.
+//! The control protocol between the host and PID 1: one JSON object a line, over the serial
+//! port that `vvu.control=` on the kernel command line names.
 //!
 //! ```text
 //! host    {"id":1,"run":{"command":"lspci -s 00:10.0","timeout_ms":10000}}

@@ -54,6 +54,8 @@ struct Index {
     uri: String,
     release: String,
     component: String,
+    /// The file with the keys that may sign it; `None` for the keys that apt trusts for everything.
+    keyring: Option<String>,
 }
 
 impl<'a> Apt<'a> {
@@ -72,7 +74,7 @@ impl<'a> Apt<'a> {
         let lock = cache.lock(&format!("apt/{name}"))?;
         cache.dir(&format!("apt/{name}/lists/partial"))?;
         stage.update("reading the machine's apt configuration");
-        let sources = sources(suites, &machine_indexes()?)?;
+        let sources = sources(suites, &machine_indexes(suites)?)?;
         // The status file says what is installed: nothing, so that dependencies come along.
         for (name, text) in
             [("sources.list", sources), ("apt.conf", config(&dir, suites)?), ("status", String::new())]
@@ -184,65 +186,94 @@ fn capture(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The package indexes of the Debian archive that the machine's apt is configured for.
-fn machine_indexes() -> Result<BTreeSet<Index>> {
-    const FORMAT: &str = "$(ORIGIN)|$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)";
+/// The package indexes of the machine's apt that `suites` can come from: those of Debian, or of a derivative of Debian
+/// if the machine's own suites will do.
+fn machine_indexes(suites: Suites<'_>) -> Result<BTreeSet<Index>> {
+    const FORMAT: &str = "$(ORIGIN)|$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(SIGNED_BY)";
     let known = capture(Command::new("apt-get").args(["indextargets", "--format", FORMAT]))?;
     let indexes = parse_indexes(&known, |origin, _| origin == "Debian");
     if !indexes.is_empty() {
-        return Ok(indexes);
+        return Ok(signed_by_debian(indexes));
     }
-    // Lists never fetched (or removed to save space): nothing says whose archive it is but the release names.
+    let all =
+        capture(Command::new("apt-get").args(["indextargets", "--no-release-info", "--format", FORMAT]))?;
     let os = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
-    let field =
-        |name: &str| os.lines().find_map(|line| line.strip_prefix(name)).map(|text| text.trim_matches('"'));
+    without_release_info(suites, &all, &os)
+}
+
+/// The same from indexes of which nothing is known but their configuration: the lists were never fetched, or removed to
+/// save space, or the machine runs a derivative of Debian.
+fn without_release_info(suites: Suites<'_>, indexes: &str, os_release: &str) -> Result<BTreeSet<Index>> {
+    let field = |name: &str| {
+        let line = os_release.lines().find_map(|line| line.strip_prefix(name));
+        line.map(|text| text.trim_matches('"'))
+    };
     if field("ID=") == Some("debian") {
         let codename = field("VERSION_CODENAME=").unwrap_or("stable");
         let releases = [codename, "stable", "oldstable", "testing"];
-        let all =
-            capture(Command::new("apt-get").args(["indextargets", "--no-release-info", "--format", FORMAT]))?;
-        let indexes = parse_indexes(&all, |_, index| {
+        let indexes = parse_indexes(indexes, |_, index| {
             let release = index.release.split(['-', '/']).next().unwrap_or_default();
             releases.contains(&release) && index.component == "main"
         });
         if !indexes.is_empty() {
+            return Ok(signed_by_debian(indexes));
+        }
+    } else if !matches!(suites, Suites::Named(_)) {
+        let indexes = parse_indexes(indexes, |_, _| true);
+        if !indexes.is_empty() {
             return Ok(indexes);
         }
     }
-    bail!("this machine's apt has no Debian mirror configured, so nothing can be downloaded with it")
+    let what = match suites {
+        Suites::Named(names) => format!("packages of {}", names.join(" and ")),
+        Suites::Machine | Suites::MachineSources => "packages".to_owned(),
+    };
+    bail!(
+        "this machine's apt has no Debian mirror configured, so {what} cannot be downloaded: --qemu FILE replaces \
+         QEMU's, --kernel FILE or --kernel-source DIR the kernel's"
+    )
 }
 
-fn parse_indexes(text: &str, is_debian: impl Fn(&str, &Index) -> bool) -> BTreeSet<Index> {
+/// `indexes` with Debian's keys.
+fn signed_by_debian(indexes: BTreeSet<Index>) -> BTreeSet<Index> {
+    let keyring = KEYRINGS.into_iter().find(|path| Path::new(path).is_file()).map(str::to_owned);
+    indexes.into_iter().map(|index| Index { keyring: keyring.clone(), ..index }).collect()
+}
+
+fn parse_indexes(text: &str, is_wanted: impl Fn(&str, &Index) -> bool) -> BTreeSet<Index> {
     text.lines()
         .filter_map(|line| {
-            let [origin, "Packages", uri, release, component] = line.split('|').collect::<Vec<_>>()[..]
+            let [origin, "Packages", uri, release, component, keyring] =
+                line.split('|').collect::<Vec<_>>()[..]
             else {
                 return None;
             };
-            let index =
-                Index { uri: uri.to_owned(), release: release.to_owned(), component: component.to_owned() };
-            is_debian(origin, &index).then_some(index)
+            let index = Index {
+                uri: uri.to_owned(),
+                release: release.to_owned(),
+                component: component.to_owned(),
+                // apt prints the variable's name for an index without one.
+                keyring: keyring.starts_with('/').then(|| keyring.to_owned()),
+            };
+            is_wanted(origin, &index).then_some(index)
         })
         .collect()
 }
 
 /// The lines of sources.list.
 fn sources(suites: Suites<'_>, indexes: &BTreeSet<Index>) -> Result<String> {
-    let options = KEYRINGS
-        .iter()
-        .find(|path| Path::new(path).is_file())
-        .map_or(String::new(), |path| format!("[signed-by={path}] "));
     let mut text = String::new();
-    // Writing to a String cannot fail.
-    let mut line = |kind: &str, uri: &str, release: &str, component: &str| {
-        let _ = writeln!(text, "{kind} {options}{uri} {release} {component}");
+    let mut line = |kind: &str, index: &Index, release: &str| {
+        let options = index.keyring.as_ref().map_or(String::new(), |path| format!("[signed-by={path}] "));
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{kind} {options}{} {release} {}", index.uri, index.component);
     };
     match suites {
         Suites::Machine | Suites::MachineSources => {
-            for Index { uri, release, component } in indexes {
-                line("deb", uri, release, component);
+            for index in indexes {
+                line("deb", index, &index.release);
                 if matches!(suites, Suites::MachineSources) {
-                    line("deb-src", uri, release, component);
+                    line("deb-src", index, &index.release);
                 }
             }
         }
@@ -252,7 +283,7 @@ fn sources(suites: Suites<'_>, indexes: &BTreeSet<Index>) -> Result<String> {
                 .find(|index| index.component == "main" && !index.release.contains("security"))
                 .context("this machine's apt is configured for Debian's security updates only")?;
             for name in names {
-                line("deb", &archive.uri, name, "main");
+                line("deb", archive, name);
             }
         }
     }
@@ -270,9 +301,6 @@ fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
         text.push('\n');
     }
     let dir = dir.to_str().context("the cache's path is not UTF-8, which apt.conf needs")?;
-    if dir.contains('"') {
-        bail!("the cache's path {dir} has a quotation mark, which apt.conf cannot hold");
-    }
     let architecture = Machine::host()?.debian.architecture;
     let user = if rustix::process::geteuid().is_root() { "root" } else { "_apt" };
     let own = [
@@ -328,10 +356,10 @@ mod tests {
     use super::*;
 
     const TARGETS: &str = "\
-Debian|Packages|http://mirror.example/debian/|bookworm|main
-Debian|DEP-11|http://mirror.example/debian/|bookworm|main
-Debian|Packages|http://mirror.example/debian-security/|bookworm-security|main
-Other|Packages|http://other.example/|bookworm|main
+Debian|Packages|http://mirror.example/debian/|bookworm|main|/etc/keys
+Debian|DEP-11|http://mirror.example/debian/|bookworm|main|/etc/keys
+Debian|Packages|http://mirror.example/debian-security/|bookworm-security|main|$(SIGNED_BY)
+Other|Packages|http://other.example/|bookworm|main|$(SIGNED_BY)
 ";
 
     #[test]
@@ -352,6 +380,30 @@ Other|Packages|http://other.example/|bookworm|main
         assert_eq!(own.lines().filter(|line| line.starts_with("deb-src ")).count(), 2);
         let security = indexes.into_iter().filter(|index| index.release.contains("security")).collect();
         sources(Suites::Named(&["trixie"]), &security).expect_err("no archive");
+    }
+
+    #[test]
+    fn a_derivative_of_debian_has_its_own_suites_and_no_others() {
+        let all = "$(ORIGIN)|Packages|http://u.example/|noble|main|/k\n$(ORIGIN)|Packages|http://u.example/|noble|universe|/k\n";
+        let os = "NAME=Ubuntu\nID=ubuntu\nID_LIKE=debian\n";
+        let indexes = without_release_info(Suites::MachineSources, all, os).expect("has a mirror");
+        let own = sources(Suites::MachineSources, &indexes).expect("has a mirror");
+        assert!(own.contains("deb-src [signed-by=/k] http://u.example/ noble universe\n"), "{own}");
+        let named = without_release_info(Suites::Named(&["trixie"]), all, os).expect_err("not Debian's");
+        let named = named.to_string();
+        for want in
+            ["no Debian mirror", "packages of trixie", "--qemu FILE", "--kernel FILE", "--kernel-source DIR"]
+        {
+            assert!(named.contains(want), "{named}");
+        }
+        without_release_info(Suites::Machine, "", os).expect_err("no mirror at all");
+        // Debian itself, whose lists were never fetched.
+        let os = "ID=debian\nVERSION_CODENAME=bookworm\n";
+        let all = TARGETS.replace("Debian", "$(ORIGIN)").replace("|bookworm|main|$", "|sid|main|$");
+        assert_eq!(
+            without_release_info(Suites::Named(&["trixie"]), &all, os).expect("has a mirror").len(),
+            2
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@
 pub mod accel;
 mod apt;
 pub mod cache;
+mod cargo;
 pub mod image;
 pub mod kernel;
 pub mod machine;
@@ -12,11 +13,4 @@ pub mod packages;
 pub mod qemu;
 pub mod versions;
 
-use std::path::Path;
-
-/// The root directory of the workspace.
-#[must_use]
-pub fn workspace() -> &'static Path {
-    let artifacts = Path::new(env!("CARGO_MANIFEST_DIR"));
-    artifacts.ancestors().nth(2).unwrap_or(artifacts)
-}
+pub use cargo::{target_directory, workspace};

@@ -79,8 +79,8 @@ pub struct QemuNames {
     pub firmware: &'static [&'static str],
     /// Levels of the instruction set, and the CPU model that has each.
     pub cpu_levels: &'static [(&'static str, &'static str)],
-    /// A CPU that QEMU emulates well enough for KVM in the guest; `None` if there is none.
-    pub nested_cpu: Option<&'static str>,
+    /// A CPU model that QEMU emulates well enough for KVM in the guest; `None` if there is none.
+    pub hypervisor_cpu: Option<&'static str>,
 }
 
 /// A PC with a 64-bit CPU of Intel or AMD.
@@ -110,10 +110,10 @@ pub const X86_64: Machine = Machine {
         cpu_levels: &[
             ("x86-64-v1", "qemu64"),
             ("x86-64-v2", "Nehalem"),
-            ("x86-64-v3", "Haswell-noTSX"),
-            ("x86-64-v4", "Skylake-Server-noTSX-IBRS"),
+            ("x86-64-v3", "Haswell"),
+            ("x86-64-v4", "Skylake-Server"),
         ],
-        nested_cpu: Some("EPYC,+svm,+npt"),
+        hypervisor_cpu: Some("EPYC,+svm,+npt"),
     },
     cmdline: "no_timer_check",
     serial_ports: ["ttyS0", "ttyS1"],
@@ -144,8 +144,8 @@ pub const AARCH64: Machine = Machine {
         program: "qemu-system-aarch64",
         machine: "virt,gic-version=max",
         firmware: &[],
-        cpu_levels: &[("armv8-a", "cortex-a57")],
-        nested_cpu: None,
+        cpu_levels: &[],
+        hypervisor_cpu: None,
     },
     cmdline: "",
     serial_ports: ["ttyAMA0", "ttyAMA1"],
@@ -176,11 +176,28 @@ impl Machine {
         })
     }
 
-    /// QEMU's name of a CPU: the model that has the level `name`, else `name` itself, which may be a model.
-    #[must_use]
-    pub fn qemu_cpu<'a>(&self, name: &'a str) -> &'a str {
-        let level = self.qemu.cpu_levels.iter().find(|(level, _)| *level == name);
-        level.map_or(name, |(_, model)| model)
+    /// QEMU's CPU model that has a level of the instruction set.
+    ///
+    /// # Errors
+    ///
+    /// The machine has no such level.
+    pub fn qemu_cpu(&self, level: &str) -> Result<&'static str> {
+        let found = self.qemu.cpu_levels.iter().find(|(name, _)| *name == level);
+        found.map(|(_, model)| *model).with_context(|| {
+            let known: Vec<_> = self.qemu.cpu_levels.iter().map(|(name, _)| *name).collect();
+            format!("a machine of {} has no CPU of level {level}: known are {}", self.title, known.join(", "))
+        })
+    }
+
+    /// QEMU's CPU model that can run KVM in the guest.
+    ///
+    /// # Errors
+    ///
+    /// QEMU emulates none for this machine.
+    pub fn qemu_hypervisor_cpu(&self) -> Result<&'static str> {
+        self.qemu
+            .hypervisor_cpu
+            .with_context(|| format!("QEMU emulates no CPU of {} that runs KVM in the guest", self.title))
     }
 
     /// The library folder of Debian's packages, relative to the root.
@@ -202,9 +219,11 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_is_a_level_or_else_a_model() {
-        assert_eq!(X86_64.qemu_cpu("x86-64-v2"), "Nehalem");
-        assert_eq!(X86_64.qemu_cpu("EPYC-Milan"), "EPYC-Milan");
-        assert_eq!(AARCH64.qemu_cpu("x86-64-v2"), "x86-64-v2");
+    fn a_cpu_is_found_by_its_level() {
+        assert_eq!(X86_64.qemu_cpu("x86-64-v2").expect("known"), "Nehalem");
+        let error = X86_64.qemu_cpu("x86-64-v9").expect_err("unknown").to_string();
+        assert!(error.contains("known are x86-64-v1, x86-64-v2"), "{error}");
+        AARCH64.qemu_cpu("x86-64-v2").expect_err("of another machine");
+        AARCH64.qemu_hypervisor_cpu().expect_err("there is none");
     }
 }

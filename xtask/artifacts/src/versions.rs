@@ -1,8 +1,8 @@
-//! The QEMUs and the kernel sources that a scenario can name: `guest-images/versions.json`.
+//! The VMMs and the kernel sources that a scenario can name: `guest-images/versions.json`.
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 /// Part of this program, which runs without the source too: in the outer VM of `e2e --nested`.
@@ -15,8 +15,27 @@ const DEFAULT_QEMU: &str = "debian-13-backports";
 #[serde(deny_unknown_fields)]
 pub struct Versions<'a> {
     #[serde(borrow)]
-    qemus: BTreeMap<&'a str, QemuSource<'a>>,
+    vmms: BTreeMap<&'a str, VmmSource<'a>>,
     kernels: BTreeMap<&'a str, KernelSource<'a>>,
+}
+
+/// Where a VMM comes from.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmSource<'a> {
+    /// QEMU from Debian's packages.
+    #[serde(borrow)]
+    Qemu(QemuSource<'a>),
+    /// The Cloud Hypervisor that the machine has.
+    CloudHypervisor {},
+}
+
+impl VmmSource<'_> {
+    /// Whether it can host a vvu device.
+    #[must_use]
+    pub fn hosts_vvu_devices(&self) -> bool {
+        matches!(self, VmmSource::Qemu(QemuSource { vfio_user: true, .. }))
+    }
 }
 
 /// A QEMU of Debian's.
@@ -55,13 +74,25 @@ impl Versions<'static> {
         serde_json::from_str(LIST).context("guest-images/versions.json is malformed")
     }
 
-    /// The QEMU `name`.
+    /// The VMM `name`.
     ///
     /// # Errors
     ///
     /// There is none; the message lists those there are.
-    pub fn qemu(&self, name: &str) -> Result<&QemuSource<'static>> {
-        get(&self.qemus, "QEMU", name)
+    pub fn vmm(&self, name: &str) -> Result<&VmmSource<'static>> {
+        get(&self.vmms, "VMM", name)
+    }
+
+    /// The QEMU `name`.
+    ///
+    /// # Errors
+    ///
+    /// There is no VMM of that name, or it is not QEMU.
+    pub(crate) fn qemu(&self, name: &str) -> Result<&QemuSource<'static>> {
+        match self.vmm(name)? {
+            VmmSource::Qemu(source) => Ok(source),
+            VmmSource::CloudHypervisor {} => bail!("the VMM {name:?} is not QEMU"),
+        }
     }
 
     /// The QEMU for a machine that has none that suits.
@@ -69,7 +100,7 @@ impl Versions<'static> {
     /// # Errors
     ///
     /// The list lacks it.
-    pub fn default_qemu(&self) -> Result<&QemuSource<'static>> {
+    pub(crate) fn default_qemu(&self) -> Result<&QemuSource<'static>> {
         self.qemu(DEFAULT_QEMU)
     }
 
@@ -82,9 +113,10 @@ impl Versions<'static> {
         get(&self.kernels, "kernel source", name)
     }
 
-    /// The names of the QEMUs that have vfio-user-pci.
-    pub fn with_vfio_user(&self) -> String {
-        let names = self.qemus.iter().filter(|(_, source)| source.vfio_user).map(|(name, _)| *name);
+    /// The names of the VMMs that can host a vvu device.
+    #[must_use]
+    pub fn with_vvu_devices(&self) -> String {
+        let names = self.vmms.iter().filter(|(_, source)| source.hosts_vvu_devices()).map(|(name, _)| *name);
         names.collect::<Vec<_>>().join(", ")
     }
 }
@@ -104,16 +136,20 @@ mod tests {
     fn the_list_is_well_formed_and_an_unknown_name_is_answered_with_those_there_are() {
         let versions = Versions::read().expect("well formed");
         assert!(versions.default_qemu().expect("there").vfio_user);
-        let suites = versions.qemus.values().map(|qemu| &qemu.suites);
+        let suites = versions.vmms.values().filter_map(|vmm| match vmm {
+            VmmSource::Qemu(source) => Some(&source.suites),
+            VmmSource::CloudHypervisor {} => None,
+        });
         for suites in suites.chain(versions.kernels.values().map(|kernel| &kernel.suites)) {
             // Suites and never hosts: which mirror they come from is the machine's business.
             let plain = |name: &str| name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
             assert!(!suites.is_empty() && suites.iter().all(|suite| plain(suite)), "{suites:?}");
         }
-        for error in [versions.qemu("nonesuch").map(drop), versions.kernel("nonesuch").map(drop)] {
+        for error in [versions.vmm("nonesuch").map(drop), versions.kernel("nonesuch").map(drop)] {
             let error = error.expect_err("unknown").to_string();
             assert!(error.contains("nonesuch") && error.contains("known are "), "{error}");
         }
-        assert!(!versions.with_vfio_user().contains("debian-12"));
+        assert_eq!(versions.with_vvu_devices(), "debian-13-backports, debian-14");
+        versions.qemu("cloud-hypervisor").expect_err("another VMM");
     }
 }

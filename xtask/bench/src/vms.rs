@@ -249,7 +249,6 @@ impl<'a> Lab<'a> {
             slot: Slot::DEFAULT,
             socket: socket.display().to_string(),
             frontend: Frontend::default(),
-            queues: 1,
             reconnect_ms: 0,
         };
         let log = self.run.file(&format!("back-end-{}.log", variant.name()));

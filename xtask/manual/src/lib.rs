@@ -226,7 +226,6 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
         slot: Slot::DEFAULT,
         socket: socket.display().to_string(),
         frontend: Frontend::default(),
-        queues: 1,
         reconnect_ms: 0,
     };
     let config = Config {

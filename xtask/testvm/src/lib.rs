@@ -10,3 +10,4 @@ pub mod prepared;
 pub mod rundir;
 pub mod setup;
 pub mod vm;
+pub mod vmm;

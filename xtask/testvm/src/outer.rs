@@ -14,7 +14,7 @@ use crate::prepared;
 use crate::rundir::RunDir;
 use crate::setup::{Setup, SetupOptions};
 use crate::vm::args::{Config, Guest, Serial, arguments};
-use crate::vm::{Logs, Vm, ending, printed};
+use crate::vm::{Cpu, Logs, Vm, ending, printed};
 use vvu_artifacts::accel::{self, Kind};
 use vvu_artifacts::cache::Cache;
 use vvu_artifacts::image::{OverlayEntry, build_xtask, with_overlay};
@@ -25,8 +25,6 @@ use vvu_process::progress::Progress;
 
 /// Adds KVM to the guest kernel.
 const FRAGMENT: &str = "kvm";
-/// A CPU that QEMU emulates well enough for KVM.
-const CPU: &str = "EPYC,+svm,+npt";
 /// Where the run's needs are in the outer VM.
 pub const PLACE: &str = "/prepared";
 /// Where the run's directory is in the outer VM.
@@ -105,7 +103,10 @@ impl Outer {
         let facts = facts::Outer {
             accelerator: facts::Accelerator {
                 used: Kind::Tcg.to_string(),
-                reason: format!("--nested: it emulates the SVM of -cpu {CPU}"),
+                reason: format!(
+                    "--nested: it emulates the CPU {}",
+                    setup.qemu.machine.qemu_hypervisor_cpu()?
+                ),
             },
             qemu: facts::Qemu::from(&setup.qemu),
             kernel: facts::Kernel::from(kernel),
@@ -115,7 +116,7 @@ impl Outer {
             name: "outer".to_owned(),
             memory_mib,
             cpus: 2,
-            cpu_model: Some(CPU.to_owned()),
+            cpu: Cpu::Hypervisor,
             ..Config::default()
         };
         let guest = Guest { accelerator: Kind::Tcg, kernel: &kernel.vmlinux, initramfs: &initramfs };

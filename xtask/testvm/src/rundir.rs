@@ -154,11 +154,13 @@ fn has_passed(report: &Path, scenario: &str) -> bool {
         .is_some_and(|report| report.scenario == scenario && report.result == Outcome::Pass)
 }
 
-/// Where the run directories are.
+/// The directory of the run directories: what the variable `VVU_RUNS` names, else `e2e` in cargo's target directory.
 #[must_use]
 pub fn runs() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
-    vvu_artifacts::workspace().join(target).join("e2e")
+    match std::env::var_os("VVU_RUNS") {
+        Some(named) => vvu_artifacts::workspace().join(named),
+        None => vvu_artifacts::target_directory().join("e2e"),
+    }
 }
 
 /// Points the link `latest` in `parent` to `path`, in one step so that it exists at every moment.

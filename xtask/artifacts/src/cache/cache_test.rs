@@ -35,6 +35,17 @@ fn key_depends_on_labels_and_borders() {
 }
 
 #[test]
+fn a_path_that_programs_cannot_be_given_is_refused_at_once() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let open = |name: &str| Cache::open_at(dir.path().join(name), &Progress::new(true)).map(drop);
+    for name in ["a:b", "a\"b", "a\nb"] {
+        let error = open(name).expect_err(name).to_string();
+        assert!(error.contains("XDG_CACHE_HOME") && !dir.path().join(name).exists(), "{error}");
+    }
+    open("my j\u{fc}rgen's cache").expect("opens");
+}
+
+#[test]
 fn the_cache_is_private() {
     let (_dir, cache) = cache();
     assert_eq!(fs::metadata(&cache.root).expect("made").mode() & 0o777, 0o700);

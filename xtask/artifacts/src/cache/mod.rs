@@ -18,7 +18,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 pub(crate) use self::key::{Key, hex, sha256_file};
 use self::manifest::{FILES, MANIFEST, scan, verify, write_manifest};
@@ -75,6 +75,14 @@ impl Cache {
     }
 
     fn open_with(root: PathBuf, progress: &Progress, uses: Uses) -> Result<Self> {
+        // A colon ends a name in the loader's list of library folders, a quotation mark one in apt's configuration.
+        let usable = root.to_str().is_some_and(|path| !path.contains([':', '"', '\n']));
+        ensure!(
+            usable,
+            "the cache cannot be in {}: want a path in UTF-8 without colon, quotation mark and line break; \
+             XDG_CACHE_HOME names another place",
+            root.display()
+        );
         make_dir(&root)?;
         let cache = Self { root, progress: progress.clone(), uses };
         cache.sweep()?;

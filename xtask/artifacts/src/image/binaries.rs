@@ -4,10 +4,10 @@ use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::cargo::{cargo, target_directory, workspace};
 use crate::machine::Machine;
 use vvu_process::logged;
 use vvu_process::progress::{Progress, Stage};
@@ -64,12 +64,12 @@ pub(super) fn build_example(stage: &Stage, name: &str) -> Result<PathBuf> {
 
 /// Builds what cargo's words `wanted` name and returns the directory it is in.
 fn build(stage: &Stage, wanted: &[&str]) -> Result<PathBuf> {
-    let root = crate::workspace();
+    let root = workspace();
     let triple = Machine::host()?.rust_target;
     // A directory of its own: other flags would throw the developer's build away.
-    let target = root.join("target").join(PROFILE);
+    let target = target_directory().join(PROFILE);
     fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = cargo();
     command
         .current_dir(root)
         .arg("build")

@@ -2,7 +2,6 @@
 //! `guest-images/programs.json`.
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::binaries::build_example;
 use crate::apt::{self, Apt, Suites};
 use crate::cache::{Cache, Key, sha256_file};
+use crate::cargo::cargo;
 use crate::machine::Machine;
 use crate::packages;
 use vvu_process::logged;
@@ -125,7 +125,7 @@ impl GuestPrograms {
 fn from_crate(cache: &Cache, stage: &Stage, name: &str, version: &str, dir: &Path) -> Result<()> {
     // Goes away with the entry's temporary directory if this run dies.
     let work = dir.join("work");
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = cargo();
     command
         .args(["install", "--locked", "--target", Machine::host()?.rust_target])
         .args(["--config", "profile.release.strip=true"])

@@ -1,5 +1,6 @@
 //! Configuring and compiling a kernel out of tree.
 
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,6 +14,8 @@ use vvu_process::logged;
 use vvu_process::progress::{Progress, Stage};
 
 const BAR_WIDTH: usize = 24;
+/// Variables that a build takes from the caller's environment: what finds programs and places for temporary files.
+const KEPT_VARIABLES: [&str; 4] = ["PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR"];
 
 /// A kernel build: from `tree`, in `dir`.
 pub(super) struct Build<'a> {
@@ -115,20 +118,27 @@ impl Build<'_> {
         }
     }
 
+    /// make for this build, with nothing of the caller's environment that could change the kernel: options such as
+    /// `KCFLAGS`, `LLVM` and `KBUILD_OUTPUT` would not be part of the kernel's cache key.
     fn make<'s>(&self, shell: &'s Shell) -> Cmd<'s> {
         let (tree, dir) = (self.tree, self.dir);
+        let kept = KEPT_VARIABLES.iter().filter_map(|name| Some((name, env::var_os(name)?)));
         // What would make the same source another kernel on another machine or day.
         cmd!(shell, "nice -n 10 make -C {tree} O={dir}")
+            .env_clear()
+            .envs(kept)
             .env("KBUILD_BUILD_TIMESTAMP", "1970-01-01")
             .env("KBUILD_BUILD_USER", "vvu")
             .env("KBUILD_BUILD_HOST", "vvu")
             .env("KBUILD_BUILD_VERSION", "1")
             .env("LC_ALL", "C")
-            .env_remove("MAKEFLAGS")
-            .env_remove("MAKELEVEL")
-            .env_remove("ARCH")
-            .env_remove("CROSS_COMPILE")
     }
+}
+
+/// Whether Kbuild can build in a folder: it takes a space or a colon in its path for the end of a name.
+pub(super) fn is_buildable(path: &Path) -> bool {
+    let path = path.as_os_str().as_encoded_bytes();
+    !path.iter().any(|byte| byte.is_ascii_whitespace() || *byte == b':')
 }
 
 /// Whether a line of make's output announces an object of the kernel.
@@ -151,6 +161,31 @@ fn bar(done: usize, expected: usize, elapsed: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::X86_64;
+
+    #[test]
+    fn the_callers_environment_does_not_reach_the_build() {
+        let tree = tempfile::tempdir().expect("a directory");
+        fs::write(tree.path().join("Makefile"), "all:\n\tenv > $(O)/environment\n").expect("written");
+        let dir = tempfile::tempdir().expect("a directory");
+        let log = dir.path().join("log");
+        let build = Build { machine: &X86_64, tree: tree.path(), dir: dir.path(), log: &log };
+        let shell = Shell::new().expect("a working directory");
+        build.make(&shell).quiet().ignore_stdout().run().expect("made");
+        let environment = fs::read_to_string(dir.path().join("environment")).expect("there");
+        let has = |name: &str| environment.lines().any(|line| line.starts_with(&format!("{name}=")));
+        assert!(has("PATH") && has("KBUILD_BUILD_USER"), "{environment}");
+        // Cargo sets it for tests.
+        assert!(env::var_os("CARGO_MANIFEST_DIR").is_some() && !has("CARGO_MANIFEST_DIR"), "{environment}");
+    }
+
+    #[test]
+    fn kbuild_takes_no_spaces_and_colons() {
+        assert!(is_buildable(Path::new("/home/j\u{fc}rgen/.cache")));
+        for path in ["/my cache", "/a:b", "/a\tb"] {
+            assert!(!is_buildable(Path::new(path)), "{path}");
+        }
+    }
 
     #[test]
     fn objects_are_counted_and_nothing_else() {

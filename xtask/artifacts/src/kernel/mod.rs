@@ -11,6 +11,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
 
 use self::build::Build;
 use self::config::{Config, Requests};
@@ -177,16 +178,62 @@ fn from_archive(
         .part("arch", std::env::consts::ARCH);
     let entry = cache.entry("kernel", &key, |dir| {
         progress.note(format!("kernel: building {name}; this happens once"));
-        check_space(dir)?;
-        // Goes away with the entry's temporary directory if this run dies.
-        let work = dir.join("work");
+        let scratch = Scratch::for_entry(dir)?;
+        let work = scratch.path();
+        check_space(work)?;
         let (tree, log) = (work.join("tree"), cache.dir("logs")?.join(format!("kernel-{}.log", key.name())));
         source::unpack(progress, archive, &tree, &work.join("package"), &log)?;
         let build = Build { machine: Machine::host()?, tree: &tree, dir: &work.join("build"), log: &log };
         make_kernel(progress, cache, &build, requests, name, dir)?;
-        cache.discard(&work).map(drop)
+        scratch.remove(cache)
     })?;
     read_kernel(progress, &entry.path)
+}
+
+/// Where a kernel is unpacked and built.
+enum Scratch {
+    /// In the entry that is made, so that the next run removes it should this one die.
+    InEntry(PathBuf),
+    /// Elsewhere, since the path of the cache is none that Kbuild takes.
+    Elsewhere(TempDir),
+}
+
+impl Scratch {
+    fn for_entry(entry: &Path) -> Result<Self> {
+        let within = entry.join("work");
+        if build::is_buildable(&within) {
+            fs::create_dir_all(&within).with_context(|| format!("cannot make {}", within.display()))?;
+            return Ok(Self::InEntry(within));
+        }
+        let places = [std::env::temp_dir(), "/var/tmp".into(), "/tmp".into()];
+        let made = places
+            .iter()
+            .filter(|place| build::is_buildable(place))
+            .find_map(|place| tempfile::Builder::new().prefix("vvu-kernel-").tempdir_in(place).ok());
+        made.map(Self::Elsewhere).with_context(|| {
+            format!(
+                "a kernel cannot be built in {}, as there is a space or colon in its path, nor in a temporary \
+                 directory; XDG_CACHE_HOME names another place for the cache",
+                entry.display()
+            )
+        })
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::InEntry(path) => path,
+            Self::Elsewhere(dir) => dir.path(),
+        }
+    }
+
+    fn remove(self, cache: &Cache) -> Result<()> {
+        match self {
+            Self::InEntry(path) => cache.discard(&path).map(drop),
+            Self::Elsewhere(dir) => {
+                dir.close().context("cannot remove the folder that the kernel was built in")
+            }
+        }
+    }
 }
 
 /// Builds from a tree that the user may be changing: make decides what is out of date.
@@ -197,6 +244,11 @@ fn from_tree(progress: &Progress, cache: &Cache, requests: &Requests, tree: &Pat
     let _lock = cache.lock(&name)?;
     let dir = cache.dir(&name)?;
     let log = cache.dir("logs")?.join(format!("kernel-{}.log", key.name()));
+    for (what, path) in [("--kernel-source", tree), ("the cache's path (XDG_CACHE_HOME)", &dir)] {
+        if !build::is_buildable(path) {
+            bail!("{what}: {}: Kbuild takes no path with a space or colon; name another one", path.display());
+        }
+    }
     let build = Build { machine: Machine::host()?, tree, dir: &dir.join("build"), log: &log };
     make_kernel(progress, cache, &build, requests, &tree.display().to_string(), &dir)?;
     read_kernel(progress, &dir)
@@ -291,6 +343,25 @@ mod tests {
         for symbol in config::SEED {
             assert!(text.contains(&format!("{symbol}=y\n")), "{symbol}");
         }
+    }
+
+    #[test]
+    fn a_kernel_is_built_elsewhere_if_the_cache_has_a_space_in_its_path() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let cache = Cache::open_at(dir.path().join("vvu"), &Progress::new(true)).expect("opens");
+        for (name, within) in [("entry", true), ("my entry", false), ("a:b", false)] {
+            let entry = dir.path().join("vvu").join(name);
+            let scratch = Scratch::for_entry(&entry).expect("a place");
+            let path = scratch.path().to_owned();
+            assert!(path.is_dir() && build::is_buildable(&path), "{name}: {}", path.display());
+            assert_eq!(path.starts_with(&entry), within, "{name}");
+            scratch.remove(&cache).expect("removed");
+            assert!(!path.exists());
+        }
+        let error = from_tree(&Progress::new(true), &cache, &Requests::default(), Path::new("/a b"))
+            .expect_err("refused")
+            .to_string();
+        assert!(error.contains("--kernel-source: /a b: Kbuild takes no path"), "{error}");
     }
 
     #[test]

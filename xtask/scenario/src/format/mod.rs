@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use vvu_testvm::setup::{KernelId, Needs};
-use vvu_testvm::vm::{Addr, Frontend, Iommu};
+use vvu_testvm::vm::{Addr, CpuLevel, Frontend, Iommu};
 
 pub use step::{Action, Placed, Step};
 pub use text::Values;
@@ -59,12 +59,12 @@ pub struct VmSpec {
     /// For a sibling VM: take the RAM from the host's huge pages.
     #[serde(default)]
     pub huge_pages: bool,
-    /// QEMU's model of the CPUs.
+    /// What the CPUs can do, if programs need more than the VMM's default.
     #[serde(default)]
-    pub cpu: Option<String>,
-    /// The QEMU that runs it, if not the run's: a name in `guest-images/versions.json`.
+    pub cpu: Option<CpuLevel>,
+    /// The VMM that runs it, if not the run's: a name in `guest-images/versions.json`.
     #[serde(default)]
-    pub qemu: Option<String>,
+    pub vmm: Option<String>,
     /// The IOMMU in front of the VM's PCI devices.
     #[serde(default)]
     pub iommu: Option<Iommu>,
@@ -92,9 +92,9 @@ pub struct VvuSpec {
     /// Where the PCI device is in the device VM.
     #[serde(default)]
     pub addr: Addr,
-    /// Queues of the front-end's device.
-    #[serde(default = "one")]
-    pub queues: u32,
+    /// Virtqueues that the vvu device carries; as many as the front-end has unless given.
+    #[serde(default)]
+    pub queues: Option<u16>,
     /// Milliseconds after which a front-end that lost its connection makes another one; 0: it never does.
     #[serde(default)]
     pub reconnect_ms: u32,
@@ -142,6 +142,14 @@ pub enum Pattern {
     Random,
     /// Zeroes.
     Zero,
+}
+
+impl VvuSpec {
+    /// The virtqueues that the vvu device carries.
+    #[must_use]
+    pub fn virtqueues(&self) -> u16 {
+        self.queues.unwrap_or_else(|| self.frontend.virtqueues())
+    }
 }
 
 impl Scenario {
@@ -243,7 +251,7 @@ pub fn needs<'a>(scenarios: impl IntoIterator<Item = &'a Scenario>) -> Needs {
     let mut needs = Needs::default();
     for scenario in scenarios {
         needs.kernels.insert(scenario.kernel_id());
-        needs.qemus.extend(scenario.vms.values().filter_map(|vm| vm.qemu.clone()));
+        needs.qemus.extend(scenario.vms.values().filter_map(|vm| vm.vmm.clone()));
         needs.programs.extend(scenario.vms.values().flat_map(|vm| &vm.programs).cloned());
     }
     needs

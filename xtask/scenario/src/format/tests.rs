@@ -34,13 +34,13 @@ fn a_minimal_scenario_gets_its_defaults() {
 }
 
 #[test]
-fn a_vm_may_name_its_qemu_and_a_scenario_its_kernels_source() {
+fn a_vm_may_name_its_vmm_and_a_scenario_its_kernels_source() {
     let text = MINIMAL
-        .replace(r#""sibling": {"#, r#""sibling": {"qemu": "debian-12", "#)
-        .replace(r#""device": {"#, r#""device": {"qemu": "debian-14", "#)
+        .replace(r#""sibling": {"#, r#""sibling": {"vmm": "debian-12", "#)
+        .replace(r#""device": {"#, r#""device": {"vmm": "debian-14", "#)
         .replace(r#""name": "one""#, r#""name": "one", "kernel_source": "6.1""#);
     let scenario = parse(&text).expect("valid");
-    assert_eq!(scenario.vms["sibling"].qemu.as_deref(), Some("debian-12"));
+    assert_eq!(scenario.vms["sibling"].vmm.as_deref(), Some("debian-12"));
     assert_eq!(scenario.kernel_source.as_deref(), Some("6.1"));
 }
 
@@ -53,18 +53,28 @@ fn errors_name_the_json_path_and_what_is_wanted() {
     refused(r#""vvu": {}"#, r#""vvu": {"queues": 0}"#, &["vvu.vvu.queues"]);
     refused(r#""vvu": {}"#, r#""vvu": {"device_vm": "x"}"#, &["vvu.vvu", "\"x\"", "device, sibling"]);
     refused(r#""vvu": {}"#, r#""vvu": {}, "b": {}"#, &["vvu.vvu.addr", "00:10.0"]);
-    refused(r#""vvu": {}"#, r#""vvu": {"frontend": {"kind": "x"}}"#, &["vvu.vvu.frontend.kind", "console"]);
-    let comma = r#""vvu": {"frontend": {"properties": {"a": "b,c"}}}"#;
-    refused(r#""vvu": {}"#, comma, &["vvu.vvu.frontend", "\"b,c\""]);
+    let frontend = |frontend: &str, want: &[&str]| {
+        refused(r#""vvu": {}"#, &format!(r#""vvu": {{"frontend": {frontend}}}"#), want);
+    };
+    frontend(r#"{"x": {}}"#, &["vvu.vvu.frontend", "`x`", "console"]);
+    frontend(r#"{"fs": {}}"#, &["vvu.vvu.frontend.fs", "tag"]);
+    frontend(r#"{"rng": {"queues": 2}}"#, &["vvu.vvu.frontend.rng.queues", "vmm_properties"]);
+    frontend(r#"{"block": {"queue_size": "16"}}"#, &["vvu.vvu.frontend.block.queue_size"]);
+    frontend(r#"{"block": {"queue_size": 17}}"#, &["at vvu.vvu.frontend", "power of two"]);
+    frontend(
+        r#"{"block": {"features": {"packed": true}}}"#,
+        &["frontend.block.features.packed", "ring_packed"],
+    );
+    frontend(r#"{"rng": {"vmm_properties": {"a": "b,c"}}}"#, &["at vvu.vvu.frontend", "\"b,c\""]);
     refused(
         r#""memory_mib": 256}, "s"#,
         r#""memory_mib": 256, "programs": ["x"]}, "s"#,
         &["vms.device", "\"x\""],
     );
-    let qemu = |name: &str| format!(r#""memory_mib": 256, "qemu": "{name}"}}, "s"#);
-    refused(r#""memory_mib": 256}, "s"#, &qemu("x"), &["vms.device.qemu", "\"x\"", "debian-12"]);
-    let old = qemu("debian-12");
-    refused(r#""memory_mib": 256}, "s"#, &old, &["vms.device.qemu", "vfio-user-pci", "debian-14"]);
+    let vmm = |name: &str| format!(r#""memory_mib": 256, "vmm": "{name}"}}, "s"#);
+    refused(r#""memory_mib": 256}, "s"#, &vmm("x"), &["vms.device.vmm", "\"x\"", "debian-12"]);
+    let old = vmm("debian-12");
+    refused(r#""memory_mib": 256}, "s"#, &old, &["vms.device.vmm", "vfio-user-pci", "debian-14"]);
     refused(r#""name": "one""#, r#""kernel_source": "x", "name": "one""#, &["kernel_source", "newest"]);
     refused(r#""name": "one""#, r#""kernel": ["../x"], "name": "one""#, &["at kernel", "../x"]);
     refused(r#""size_mib": 1"#, r#""size_mib": 0"#, &["disks.disk", "size_mib"]);
@@ -95,7 +105,7 @@ fn errors_name_the_json_path_and_what_is_wanted() {
         let with = format!(r#"{step}, {{"vm": "sibling", "run""#);
         refused(r#"{"vm": "sibling", "run""#, &with, &["steps[1]", error]);
     }
-    refused(r#""memory_mib": 256"#, r#""memory_mib": 256, "cpu": "max,+x""#, &["cpu: want the name"]);
+    refused(r#""memory_mib": 256"#, r#""memory_mib": 256, "cpu": "max""#, &["vms.device.cpu", "x86-64-v2"]);
     refused(
         r#"{"vm": "sibling", "run""#,
         r#"{"vm": "sibling", "kill_vm": true}, {"vm": "sibling", "run""#,

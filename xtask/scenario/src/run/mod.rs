@@ -250,7 +250,7 @@ fn one(
 ) -> Result<()> {
     report.accelerator = Some(facts::Accelerator::from(&setup.accelerator));
     report.qemu = Some(facts::Qemu::from(&setup.qemu));
-    for (vm, name) in scenario.vms.iter().filter_map(|(vm, spec)| Some((vm, spec.qemu.as_deref()?))) {
+    for (vm, name) in scenario.vms.iter().filter_map(|(vm, spec)| Some((vm, spec.vmm.as_deref()?))) {
         report.qemus.insert(vm.clone(), setup.qemu(Some(name))?.into());
     }
     let kernel = setup.kernel(&scenario.kernel_id())?;
@@ -454,7 +454,7 @@ impl<'a> Bench<'a> {
             qemu: self.run.file(&format!("{name}-qemu.log")),
         };
         let args = arguments(config, self.guest(&config.name), Serial::Inherited(&logs.console))?;
-        let qemu = self.setup.qemu(config.qemu.as_deref())?;
+        let qemu = self.setup.qemu(config.vmm.as_deref())?;
         let mut words = qemu.argv_prefix();
         words.extend(args.iter().cloned());
         self.note(name, &words)?;
@@ -508,7 +508,7 @@ impl<'a> Bench<'a> {
         names.sort_by_key(|name| steps.iter().position(|placed| in_vm(placed, name)));
         for name in names {
             let config = self.plan.vms.get(name).context("every VM is planned")?;
-            let mut words = self.setup.qemu(config.qemu.as_deref())?.argv_prefix();
+            let mut words = self.setup.qemu(config.vmm.as_deref())?.argv_prefix();
             words.extend(arguments(config, self.guest(name), Serial::Terminal)?);
             let steps = steps.iter().filter(|placed| in_vm(placed, name));
             let steps = steps.filter_map(|placed| placed.step.action()).map(|action| {

@@ -45,7 +45,7 @@ pub(super) fn run_all(
             "{}: --nested takes no scenario that names files: {files:?}",
             scenario.name
         );
-        let named = scenario.vms.values().filter_map(|vm| vm.qemu.as_ref()).chain(&scenario.kernel_source);
+        let named = scenario.vms.values().filter_map(|vm| vm.vmm.as_ref()).chain(&scenario.kernel_source);
         let named: Vec<_> = named.collect();
         ensure!(
             named.is_empty(),

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use crate::format::{Action, Scenario};
 use vvu_testvm::rundir::{RunDir, SocketDir};
 use vvu_testvm::vm::args::{Config, Device};
-use vvu_testvm::vm::{Addr, Iommu, ProxyPlan, Slot};
+use vvu_testvm::vm::{Addr, Cpu, Iommu, ProxyPlan, Slot};
 
 /// What is going to be started.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ impl Plan {
                 memory_mib: (first == name).then_some(memory_mib),
                 huge_pages: scenario.vms.get(sibling).is_some_and(|vm| vm.huge_pages),
                 trace: Some(run.file(&format!("trace-{name}.jsonl"))),
-                queues: vvu.frontend.vhost_queues(vvu.queues),
+                queues: vvu.virtqueues().into(),
             };
             proxies.insert(name.clone(), proxy);
         }
@@ -64,16 +64,15 @@ impl Plan {
                     slot: slot.with_context(|| format!("no PCI slot of {name:?} is left for {vvu:?}"))?,
                     socket: text(&proxies[*vvu].vhost_user),
                     frontend: spec.frontend.clone(),
-                    queues: spec.queues,
                     reconnect_ms: spec.reconnect_ms,
                 });
             }
             let config = Config {
                 name: name.clone(),
-                qemu: spec.qemu.clone(),
+                vmm: spec.vmm.clone(),
                 memory_mib: spec.memory_mib,
                 cpus: spec.cpus,
-                cpu_model: spec.cpu.clone(),
+                cpu: spec.cpu.map_or(Cpu::Best, Cpu::Level),
                 memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
                 iommu,
                 devices: vvu.chain(siblings).collect(),
@@ -123,7 +122,7 @@ fn text(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vvu_testvm::vm::Frontend;
+    use vvu_testvm::vm::{BlockFrontend, Frontend};
 
     fn plan(text: &str) -> Plan {
         let dir = tempfile::tempdir().expect("a directory");
@@ -139,7 +138,7 @@ mod tests {
         let plan = plan(
             r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 512, "iommu": "amd-iommu"},
                 "one": {"memory_mib": 1024}, "two": {"memory_mib": 128}, "bare": {"memory_mib": 64}},
-                "vvu": {"a": {"sibling_vm": "one", "addr": "auto"}, "b": {"sibling_vm": "two", "queues": 2}},
+                "vvu": {"a": {"sibling_vm": "one", "addr": "auto"}, "b": {"sibling_vm": "two", "frontend": {"block": {"queues": 2}}}},
                 "steps": [{"vm": "bare", "power_off": true}]}"#,
         );
         assert_eq!(plan.proxies["b"].slot, Slot::DEFAULT);
@@ -152,8 +151,8 @@ mod tests {
         assert_eq!(plan.vms["device"].iommu, Some(Iommu::Amd));
         assert_eq!(plan.vms["device"].devices.len(), 2);
         let socket = plan.proxies["b"].vhost_user.display().to_string();
-        let frontend = Frontend::default();
-        let want = Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, queues: 2, reconnect_ms: 0 };
+        let frontend = Frontend::Block(BlockFrontend { queues: 2, ..BlockFrontend::default() });
+        let want = Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, reconnect_ms: 0 };
         assert_eq!(plan.vms["two"].devices, [want]);
         assert_eq!(plan.transient().len(), 6);
         let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");
@@ -168,7 +167,7 @@ mod tests {
     fn devices_of_one_sibling_share_its_memory_file() {
         let plan = plan(
             r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 512}, "sibling": {"memory_mib": 256}},
-                "vvu": {"a": {}, "b": {"addr": "auto", "queues": 2, "frontend": {"kind": "net"}}},
+                "vvu": {"a": {}, "b": {"addr": "auto", "frontend": {"net": {"queue_pairs": 2}}}},
                 "steps": [{"vm": "device", "power_off": true}]}"#,
         );
         let (a, b) = (&plan.proxies["a"], &plan.proxies["b"]);
@@ -179,8 +178,8 @@ mod tests {
             words.contains(&format!("--memory {} --queues 4 --trace /", a.memory_link.display())),
             "{words}"
         );
-        let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().qemu()).collect();
-        assert_eq!(slots, ["10.0", "11.0"]);
+        let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().device()).collect();
+        assert_eq!(slots, [0x10, 0x11]);
         assert_eq!(plan.transient().len(), 5);
     }
 }

@@ -1,9 +1,12 @@
 //! Where on its PCI bus a VM's device is.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{Deserialize, Deserializer, Error};
+use serde::ser::{Serialize, Serializer};
 
 /// A slot of the q35 root bus, `0000:00:DEVICE.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,9 +31,10 @@ impl Slot {
             .find(|slot| !taken(*slot))
     }
 
-    /// As QEMU's `addr` property has it: `10.0`.
-    pub fn qemu(self) -> String {
-        format!("{:02x}.0", self.0)
+    /// The device number on the bus, 1 to 30.
+    #[must_use]
+    pub const fn device(self) -> u8 {
+        self.0
     }
 }
 
@@ -92,6 +96,30 @@ impl<'de> Deserialize<'de> for Addr {
     }
 }
 
+impl Serialize for Addr {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Addr::Auto => serializer.serialize_str("auto"),
+            // A scenario's bus is the only one there is.
+            Addr::Fixed(slot) => serializer.serialize_str(slot.to_string().trim_start_matches("0000:")),
+        }
+    }
+}
+
+impl JsonSchema for Addr {
+    fn schema_name() -> Cow<'static, str> {
+        "Addr".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "A PCI address on the root bus, or `auto`: the first free one.",
+            "type": "string",
+            "pattern": "^(auto|(0000:)?00:(0?[1-9a-fA-F]|1[0-9a-eA-E])\\.0)$",
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,7 +128,7 @@ mod tests {
     fn both_forms_of_an_address_are_read() {
         for text in ["00:10.0", "0000:00:10.0"] {
             let slot: Slot = text.parse().expect(text);
-            assert_eq!((slot.to_string().as_str(), slot.qemu().as_str()), ("0000:00:10.0", "10.0"));
+            assert_eq!((slot.to_string().as_str(), slot.device()), ("0000:00:10.0", 0x10));
         }
         for text in
             ["", "10.0", "00:1f.0", "00:00.0", "01:10.0", "00:10.1", "00:+1.0", "00:010.0", "0001:00:10.0"]

@@ -1,9 +1,10 @@
 //! The IOMMU of a VM.
 
-use serde::Deserialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// How a VM's devices reach its memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 pub enum Iommu {
     /// virtio-iommu; it does not remap interrupts, so the guest kernel gets
     /// `vfio_iommu_type1.allow_unsafe_interrupts=1`.
@@ -18,4 +19,16 @@ pub enum Iommu {
     #[serde(rename = "amd-iommu")]
     #[value(name = "amd-iommu")]
     Amd,
+}
+
+impl Iommu {
+    /// Its name in scenarios, on the command line and in machine profiles.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Iommu::Virtio => "virtio-iommu",
+            Iommu::Intel => "intel-iommu",
+            Iommu::Amd => "amd-iommu",
+        }
+    }
 }

@@ -2,13 +2,15 @@
 
 mod addr;
 pub mod args;
+mod cpu;
 mod frontend;
 mod iommu;
 pub mod proxy;
 mod proxy_plan;
 
 pub use addr::{Addr, Slot};
-pub use frontend::{Frontend, FrontendKind};
+pub use cpu::{Cpu, CpuLevel};
+pub use frontend::{BlockFrontend, Features, Frontend, FsFrontend, MAX_QUEUES, NetFrontend, PlainFrontend};
 pub use iommu::Iommu;
 pub use proxy_plan::ProxyPlan;
 

@@ -1,0 +1,29 @@
+//! The kernel command line of the guests, whatever VMM starts them.
+
+use vvu_artifacts::machine::Machine;
+
+use crate::vm::Iommu;
+use crate::vm::args::{Config, Serial};
+
+/// For every guest. Without `quiet` the kernel prints messages up to "notice", among them the one that announces
+/// `/dev/vda`; fewer messages save boot time. A kernel that panics reboots, which ends the VM.
+const COMMON: &str = "loglevel=6 panic=-1";
+
+/// The kernel command line of a VM whose console is the first serial port of `machine`.
+pub(super) fn cmdline(machine: &Machine, config: &Config, serial: Serial<'_>) -> String {
+    let [console, control] = machine.serial_ports;
+    let mut words = vec![format!("console={console}"), COMMON.to_owned(), machine.cmdline.to_owned()];
+    words.push(format!("vvu.hostname={}", config.name));
+    words.push(match serial {
+        Serial::Inherited(_) => format!("vvu.control={control}"),
+        Serial::Terminal => "vvu.shell".to_owned(),
+    });
+    let iommu = match config.iommu {
+        Some(Iommu::Virtio) => "vfio_iommu_type1.allow_unsafe_interrupts=1",
+        Some(Iommu::Intel) => "intel_iommu=on",
+        Some(Iommu::Amd) | None => "",
+    };
+    words.extend([iommu.to_owned(), config.cmdline.clone()]);
+    words.retain(|word| !word.is_empty());
+    words.join(" ")
+}

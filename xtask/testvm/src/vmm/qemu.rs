@@ -1,0 +1,250 @@
+//! QEMU: the words of its command line.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+use vvu_artifacts::accel::Kind;
+use vvu_artifacts::machine::Machine;
+use vvu_artifacts::qemu::Qemu;
+
+use super::cmdline::cmdline;
+use super::words::Words;
+use super::{Capabilities, Vmm, check_devices};
+use crate::vm::args::{Config, Device, Guest, Serial};
+use crate::vm::{Cpu, Frontend, Iommu, Slot};
+
+/// The slot of an IOMMU that is a PCI device.
+const IOMMU_SLOT: Slot = Slot::new(5);
+/// Milliseconds that QEMU waits for an answer of the proxy before it gives the vvu device up. Its own 5 s are too few
+/// on a loaded machine.
+const VFIO_USER_TIMEOUT_MS: u32 = 60_000;
+
+impl Vmm for Qemu {
+    fn name(&self) -> &'static str {
+        "QEMU"
+    }
+
+    fn program(&self) -> &Path {
+        &self.path
+    }
+
+    fn version(&self) -> &str {
+        &self.version
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            accelerators: &[Kind::Kvm, Kind::Tcg],
+            vvu_devices: self.vfio_user,
+            inherited_ports: true,
+            cpu_models: true,
+            iommus: true,
+        }
+    }
+
+    fn failures(&self) -> &'static [&'static str] {
+        &["emulation failure", "KVM internal error", "terminating on signal"]
+    }
+
+    fn command(&self) -> Command {
+        Qemu::command(self)
+    }
+
+    fn argv_prefix(&self) -> Vec<String> {
+        Qemu::argv_prefix(self)
+    }
+
+    fn arguments(&self, config: &Config, guest: Guest<'_>, serial: Serial<'_>) -> Result<Vec<String>> {
+        self.capabilities().check(self.name(), config, guest.accelerator, serial)?;
+        arguments(self.machine, config, guest, serial)
+    }
+}
+
+/// The arguments of the QEMU that emulates `machine`.
+pub(super) fn arguments(
+    machine: &Machine,
+    config: &Config,
+    guest: Guest<'_>,
+    serial: Serial<'_>,
+) -> Result<Vec<String>> {
+    let mut words = Words::default();
+    words.flag("-no-user-config").flag("-nodefaults");
+    if !config.reboots {
+        words.flag("-no-reboot");
+    }
+    words.pair("-display", "none").pair("-name", escaped(&config.name));
+    // Interrupt remapping needs the interrupt controller of the I/O bus in QEMU itself.
+    let irqchip = if config.iommu == Some(Iommu::Intel) { ",kernel-irqchip=split" } else { "" };
+    words.pair("-machine", format!("{},memory-backend=mem{irqchip}", machine.qemu.machine));
+    words.pair(
+        "-accel",
+        match guest.accelerator {
+            Kind::Kvm => "kvm",
+            Kind::Tcg => "tcg,thread=multi",
+        },
+    );
+    if let Some(model) = cpu(machine, config, guest.accelerator)? {
+        words.pair("-cpu", model);
+    }
+    words.pair("-smp", config.cpus.to_string()).pair("-m", format!("{}M", config.memory_mib));
+    let memory = format!("id=mem,size={}M,share=on", config.memory_mib);
+    words.pair(
+        "-object",
+        match &config.memory_file {
+            None => format!("memory-backend-memfd,{memory}"),
+            Some(path) => format!("memory-backend-file,{memory},mem-path={}", escaped(path)),
+        },
+    );
+    words.pair("-kernel", guest.kernel.display().to_string());
+    words.pair("-initrd", guest.initramfs.display().to_string());
+    words.pair("-append", cmdline(machine, config, serial));
+    match serial {
+        Serial::Inherited(log) => {
+            let log = escaped(&log.display().to_string());
+            words
+                .pair("-chardev", format!("file,id=console,path=/proc/self/fd/1,logfile={log},logappend=on"))
+                .pair("-serial", "chardev:console")
+                .pair("-chardev", "socket,id=control,fd=0")
+                .pair("-serial", "chardev:control");
+        }
+        Serial::Terminal => {
+            words.pair("-serial", "mon:stdio");
+        }
+    }
+    if let Some(iommu) = config.iommu {
+        words.pair("-device", self::iommu(machine, config, iommu)?);
+    }
+    let taken = if config.iommu.is_some() { &[IOMMU_SLOT][..] } else { &[] };
+    check_devices(config, taken)?;
+    for (number, device) in config.devices.iter().enumerate() {
+        self::device(&mut words, number, device);
+    }
+    Ok(words.done())
+}
+
+/// The CPU model; `None` for QEMU's default.
+fn cpu(machine: &Machine, config: &Config, accelerator: Kind) -> Result<Option<&'static str>> {
+    Ok(match (config.cpu, accelerator) {
+        (Cpu::Best, Kind::Kvm) => Some("host"),
+        (Cpu::Best, Kind::Tcg) => None,
+        (Cpu::Level(level), _) => Some(machine.qemu_cpu(level.name())?),
+        (Cpu::Hypervisor, _) => Some(machine.qemu_hypervisor_cpu()?),
+    })
+}
+
+/// The value of `-device` for an IOMMU.
+fn iommu(machine: &Machine, config: &Config, iommu: Iommu) -> Result<String> {
+    ensure!(
+        machine.iommus.contains(&iommu.name()),
+        "{}: a machine of {} has no {}: want one of {}",
+        config.name,
+        machine.title,
+        iommu.name(),
+        machine.iommus.join(", ")
+    );
+    // Without it QEMU takes what a guest maps for VFIO devices to be guest-physical addresses.
+    let has_vvu = config.devices.iter().any(|device| matches!(device, Device::Vvu { .. }));
+    let remap = if has_vvu { ",dma-remap=on" } else { "" };
+    Ok(match iommu {
+        Iommu::Virtio => format!("virtio-iommu-pci,addr={},boot-bypass=off", address(IOMMU_SLOT)),
+        Iommu::Intel => "intel-iommu,intremap=on,caching-mode=on,aw-bits=48".to_owned(),
+        Iommu::Amd => format!("amd-iommu,intremap=on{remap}"),
+    })
+}
+
+/// Adds a device; `number` tells the back-ends of a VM apart.
+fn device(words: &mut Words, number: usize, device: &Device) {
+    let addr = address(device.slot());
+    match device {
+        Device::Vvu { socket, .. } => {
+            let device = json!({
+                "driver": "vfio-user-pci",
+                "socket": {"type": "unix", "path": socket},
+                "addr": addr,
+                "rombar": 0,
+                "x-msg-timeout": VFIO_USER_TIMEOUT_MS,
+            });
+            words.pair("-device", device.to_string());
+        }
+        Device::VhostUser { socket, frontend, reconnect_ms, .. } => {
+            let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));
+            if *reconnect_ms > 0 {
+                chardev.push_str(&format!(",reconnect-ms={reconnect_ms}"));
+            }
+            words.pair("-chardev", chardev);
+            self::frontend(words, number, &addr, frontend);
+        }
+        Device::VirtioBlk { file, .. } => {
+            let disk = json!({
+                "driver": "raw",
+                "node-name": format!("disk{number}"),
+                "file": {"driver": "file", "filename": file},
+            });
+            words.pair("-blockdev", disk.to_string());
+            words.pair("-device", format!("virtio-blk-pci,drive=disk{number},addr={addr},num-queues=1"));
+        }
+    }
+}
+
+/// Adds the front-end whose socket is the character device `vhost{number}`.
+fn frontend(words: &mut Words, number: usize, addr: &str, frontend: &Frontend) {
+    let chardev = format!("chardev=vhost{number},addr={addr}");
+    let (mut device, queue_size) = match frontend {
+        Frontend::Block(block) => {
+            (format!("vhost-user-blk-pci,{chardev},num-queues={}", block.queues), &["queue-size"][..])
+        }
+        Frontend::Fs(fs) => {
+            let queues = fs.request_queues;
+            let device = format!("vhost-user-fs-pci,{chardev},num-request-queues={queues},tag={}", fs.tag);
+            (device, &["queue-size"][..])
+        }
+        Frontend::Rng(_) => (format!("vhost-user-rng-pci,{chardev}"), &[][..]),
+        Frontend::Vsock(_) => (format!("vhost-user-vsock-pci,{chardev}"), &[][..]),
+        // QEMU has no front-end for consoles, but one that is told its type: virtio 1.2, 5.3, is device 3, with two
+        // queues for each of two ports and 12 bytes of configuration.
+        Frontend::Console(_) => {
+            let device = "vhost-user-test-device-pci";
+            (format!("{device},{chardev},virtio-id=3,num_vqs=4,config_size=12"), &[][..])
+        }
+        Frontend::Net(net) => {
+            let queues = net.queue_pairs;
+            words.pair("-netdev", format!("vhost-user,id=net{number},chardev=vhost{number},queues={queues}"));
+            let multiqueue = if queues > 1 { ",mq=on" } else { "" };
+            let device = format!("virtio-net-pci,netdev=net{number},addr={addr},romfile={multiqueue}");
+            (device, &["rx_queue_size", "tx_queue_size"][..])
+        }
+    };
+    let mut property = |name: &str, value: &str| device.push_str(&format!(",{name}={value}"));
+    if let Some(size) = frontend.queue_size() {
+        queue_size.iter().for_each(|name| property(name, &size.to_string()));
+    }
+    let features = frontend.features();
+    for (name, feature) in [
+        ("indirect_desc", features.indirect_desc),
+        ("event_idx", features.event_idx),
+        ("iommu_platform", features.access_platform),
+        ("packed", features.ring_packed),
+    ] {
+        if let Some(offered) = feature {
+            property(name, if offered { "on" } else { "off" });
+        }
+    }
+    frontend.vmm_properties().iter().for_each(|(name, value)| property(name, value));
+    words.pair("-device", device);
+}
+
+/// A slot as the property `addr` has it: device and function, `10.0`.
+fn address(slot: Slot) -> String {
+    format!("{:02x}.0", slot.device())
+}
+
+/// `text` as a value in a `key=value,...` list, where a comma is doubled.
+fn escaped(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+#[cfg(test)]
+#[path = "qemu_test.rs"]
+mod tests;

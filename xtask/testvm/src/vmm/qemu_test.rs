@@ -1,0 +1,129 @@
+use vvu_artifacts::accel::Kind;
+use vvu_artifacts::machine::{AARCH64, X86_64};
+
+use super::super::rig::{device, guest, sibling, with_frontend};
+use super::*;
+use crate::vm::CpuLevel;
+
+fn line_of(machine: &Machine, config: &Config, serial: Serial<'_>) -> String {
+    arguments(machine, config, guest(Kind::Tcg), serial).expect("valid").join(" ")
+}
+
+fn line(config: &Config, serial: Serial<'_>) -> String {
+    line_of(&X86_64, config, serial)
+}
+
+#[test]
+fn the_device_vm_is_as_measured() {
+    let line = line(&device(), Serial::Inherited(Path::new("/r/console.log")));
+    assert_eq!(
+        line,
+        "-no-user-config -nodefaults -no-reboot -display none -name device \
+         -machine q35,hpet=off,sata=off,smbus=off,memory-backend=mem -accel tcg,thread=multi -smp 1 -m 512M \
+         -object memory-backend-memfd,id=mem,size=512M,share=on -kernel /c/vmlinux -initrd /c/device.cpio \
+         -append console=ttyS0 loglevel=6 panic=-1 no_timer_check vvu.hostname=device vvu.control=ttyS1 \
+         vfio_iommu_type1.allow_unsafe_interrupts=1 \
+         -chardev file,id=console,path=/proc/self/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
+         -chardev socket,id=control,fd=0 -serial chardev:control \
+         -device virtio-iommu-pci,addr=05.0,boot-bypass=off \
+         -device {\"addr\":\"10.0\",\"driver\":\"vfio-user-pci\",\"rombar\":0,\
+         \"socket\":{\"path\":\"/r/vfio-user.sock\",\"type\":\"unix\"},\"x-msg-timeout\":60000}"
+    );
+}
+
+#[test]
+fn another_machine_takes_nothing_but_its_profile() {
+    let line = line_of(&AARCH64, &device(), Serial::Inherited(Path::new("/r/console.log")));
+    assert!(line.contains(" -machine virt,gic-version=max,memory-backend=mem "), "{line}");
+    assert!(
+        line.contains("console=ttyAMA0 loglevel=6 panic=-1 vvu.hostname=device vvu.control=ttyAMA1 "),
+        "{line}"
+    );
+    for word in ["q35", "ttyS", "no_timer_check"] {
+        assert!(!line.contains(word), "{line}");
+    }
+    let refused = |config| {
+        arguments(&AARCH64, &config, guest(Kind::Tcg), Serial::Terminal).expect_err("refused").to_string()
+    };
+    let intel = refused(Config { iommu: Some(Iommu::Intel), ..device() });
+    assert!(intel.contains("no intel-iommu: want one of virtio-iommu"), "{intel}");
+    let level = refused(Config { cpu: Cpu::Level(CpuLevel::V2), ..device() });
+    assert!(level.contains("no CPU of level x86-64-v2"), "{level}");
+}
+
+#[test]
+fn the_siblings_ram_is_the_memory_file() {
+    let line = line(&sibling(), Serial::Terminal);
+    assert!(line.contains("-object memory-backend-file,id=mem,size=256M,share=on,mem-path=/r/a,,b/memory "));
+    assert!(line.contains("-chardev socket,id=vhost0,path=/r/a,,b/v.sock,reconnect-ms=100 "));
+    assert!(!line.contains("-no-reboot"), "{line}");
+    assert!(line.ends_with("-device vhost-user-blk-pci,chardev=vhost0,addr=10.0,num-queues=2"), "{line}");
+    assert!(line.contains("vvu.hostname=sibling vvu.shell debug -serial mon:stdio"), "{line}");
+}
+
+#[test]
+fn interrupt_remapping_needs_no_unsafe_flag() {
+    for (iommu, want) in
+        [(Iommu::Intel, "intel-iommu,intremap=on"), (Iommu::Amd, "amd-iommu,intremap=on,dma-remap=on")]
+    {
+        let line = line(&Config { iommu: Some(iommu), ..device() }, Serial::Terminal);
+        assert!(line.contains(want) && !line.contains("allow_unsafe"), "{line}");
+        assert_eq!(line.contains("kernel-irqchip=split"), iommu == Iommu::Intel, "{line}");
+    }
+}
+
+#[test]
+fn a_cpu_is_the_accelerators_best_or_has_what_is_asked_for() {
+    let cpu = |cpu, accelerator| {
+        let config = Config { cpu, ..device() };
+        let words = arguments(&X86_64, &config, guest(accelerator), Serial::Terminal).expect("valid");
+        words.iter().skip_while(|word| *word != "-cpu").nth(1).cloned()
+    };
+    assert_eq!(cpu(Cpu::Best, Kind::Tcg), None);
+    assert_eq!(cpu(Cpu::Best, Kind::Kvm).as_deref(), Some("host"));
+    assert_eq!(cpu(Cpu::Level(CpuLevel::V2), Kind::Kvm).as_deref(), Some("Nehalem"));
+    assert_eq!(cpu(Cpu::Hypervisor, Kind::Tcg).as_deref(), Some("EPYC,+svm,+npt"));
+    for level in [CpuLevel::V1, CpuLevel::V2, CpuLevel::V3, CpuLevel::V4] {
+        X86_64.qemu_cpu(level.name()).expect("every level has a model");
+    }
+}
+
+#[test]
+fn each_front_end_becomes_a_device_of_qemu() {
+    let words = |text: &str| {
+        let line = line(&with_frontend(text), Serial::Terminal);
+        line.split_once("path=/s ").expect("the socket").1.to_owned()
+    };
+    assert_eq!(
+        words(r#"{"fs": {"tag": "t", "request_queues": 2, "queue_size": 64}}"#),
+        "-device vhost-user-fs-pci,chardev=vhost0,addr=11.0,num-request-queues=2,tag=t,queue-size=64"
+    );
+    assert_eq!(words(r#"{"rng": {}}"#), "-device vhost-user-rng-pci,chardev=vhost0,addr=11.0");
+    assert_eq!(
+        words(r#"{"net": {"queue_pairs": 2}}"#),
+        "-netdev vhost-user,id=net0,chardev=vhost0,queues=2 -device virtio-net-pci,netdev=net0,addr=11.0,romfile=,mq=on"
+    );
+    let block = r#"{"block": {"features": {"access_platform": true, "event_idx": false, "indirect_desc": false,
+        "ring_packed": true}, "vmm_properties": {"disable-legacy": "on"}}}"#;
+    assert_eq!(
+        words(block),
+        "-device vhost-user-blk-pci,chardev=vhost0,addr=11.0,num-queues=1,indirect_desc=off,event_idx=off,\
+         iommu_platform=on,packed=on,disable-legacy=on"
+    );
+}
+
+#[test]
+fn what_cannot_work_is_refused() {
+    let refused = |config: &Config| {
+        arguments(&X86_64, config, guest(Kind::Tcg), Serial::Terminal).expect_err("refused").to_string()
+    };
+    let mut config = device();
+    config.devices.push(config.devices[0].clone());
+    assert!(refused(&config).contains("two devices at 0000:00:10.0"));
+    let mut config = device();
+    config.devices = vec![Device::Vvu { slot: IOMMU_SLOT, socket: "/s".into() }];
+    assert!(refused(&config).contains("two devices at 0000:00:05.0"));
+    let mut config = device();
+    config.devices = vec![Device::Vvu { slot: Slot::DEFAULT, socket: "/".repeat(108) }];
+    assert!(refused(&config).contains("108 bytes"));
+}
