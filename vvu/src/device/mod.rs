@@ -1,4 +1,10 @@
-//! The vvu device: its registers and queues, and the connection to the sibling's front-end.
+//! The vvu device: a virtio PCI device whose registers and queues face the guest driver, and whose socket
+//! faces the sibling's front-end.
+//!
+//! [`VvuDevice`] has the registers and hands the rest to the relay, which accepts front-ends
+//! and moves messages: it asks the table of requests what to do with each, keeps the link's
+//! state, and ties the front-end's eventfds to the device's vectors and doorbells. The device does not
+//! know its VMM: that is a [`Host`].
 
 use vm_memory::GuestMemory;
 
@@ -23,29 +29,25 @@ mod treatment;
 mod vrings;
 mod vvu_device;
 
-#[cfg(test)]
-mod hostile_tests;
 #[cfg(any(test, fuzzing))]
 pub mod rig;
-#[cfg(test)]
-mod tests;
 
-/// What the device needs from whatever connects it to the device VM.
+/// The device VM as the device sees it: memory and interrupts.
 ///
-/// The vfio-user server is one implementation, tests have another, and a VMM that embeds this crate
-/// would be a third.
+/// The vfio-user server implements it, and so do tests. A VMM that embeds this crate would be a third
+/// implementation.
 pub trait Host {
     /// Device-VM memory as the device reaches it: addresses are [`Iova`](crate::spec::addr::Iova)s.
     type Memory: GuestMemory;
 
-    /// Memory that is mapped for the device at this moment.
+    /// Memory that the device can reach at this moment.
     fn memory(&self) -> &Self::Memory;
 
-    /// Sends MSI-X interrupt `vector`; one that is not enabled is lost, as on real hardware.
+    /// Raises MSI-X interrupt `vector`. If the guest has not enabled it, it is lost, as with a real device.
     fn signal(&self, vector: u16);
 }
 
-/// Copies what `bytes` has at `offset`; zeroes after its end.
+/// Fills `data` with the bytes at `offset` of `bytes`, and with zeroes after their end.
 fn copy_at(bytes: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let rest = usize::try_from(offset).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
