@@ -1,21 +1,21 @@
-//! Takes the fuzzer's bytes apart, and makes the file descriptors that hostile peers attach.
+//! Parses the fuzzer's bytes, and makes the file descriptors that hostile peers attach.
 
 use std::os::fd::OwnedFd;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-/// The fuzzer's bytes, first to last; what is missing is 0.
+/// The fuzzer's bytes, read from first to last. Bytes after the end read as 0.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a>(pub &'a [u8]);
 
 impl<'a> Input<'a> {
-    /// Whether anything is left.
+    /// Whether all bytes are read.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// At most `count` bytes.
+    /// Reads up to `count` bytes.
     pub fn bytes(&mut self, count: usize) -> &'a [u8] {
         let (bytes, rest) = self.0.split_at(count.min(self.0.len()));
         self.0 = rest;
@@ -45,20 +45,20 @@ impl<'a> Input<'a> {
         u64::from_le_bytes(self.array())
     }
 
-    /// As many bytes as the next one says.
+    /// Reads a length of one byte, then as many bytes.
     pub fn block(&mut self) -> &'a [u8] {
         let count = self.u8();
         self.bytes(count.into())
     }
 
-    /// A number below `end`.
+    /// Reads a number below `end`.
     pub fn below(&mut self, end: u8) -> u8 {
         self.u8() % end
     }
 }
 
-/// Makes file descriptors: a byte says how many and of which kinds. `own` is one that the peer was
-/// given before.
+/// Makes file descriptors. `pattern` says how many and of which kinds: an eventfd, a memfd, a pipe, or one
+/// from `own`, which the peer was given before.
 pub fn fds(pattern: u8, own: &impl Fn() -> OwnedFd) -> Vec<OwnedFd> {
     let count = pattern & 3;
     (0..count).map(|index| fd(pattern >> (2 + 2 * index) & 3, own)).collect()

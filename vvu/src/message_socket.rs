@@ -1,18 +1,18 @@
-//! The socket of a vhost-user front-end or back-end.
+//! vhost-user messages on a socket.
 
 use crate::framed_socket::{self, FramedSocket, Framing};
 use crate::spec::vhost_user::{HEADER_SIZE, Header, MessageError, REGIONS_MAX};
 
 /// A complete vhost-user message.
 pub type Message = framed_socket::Message<Header>;
-/// Why a vhost-user socket cannot be used any longer.
+/// The error that ends the use of a vhost-user socket.
 pub type SocketError = framed_socket::SocketError<MessageError>;
-/// A vhost-user socket.
+/// A connected socket of a vhost-user front-end or back-end.
 pub type MessageSocket = FramedSocket<Header>;
 
 impl Framing for Header {
     const SIZE: usize = HEADER_SIZE;
-    /// A memory table has the most: one for each region.
+    /// `SET_MEM_TABLE` has the most: one for each region.
     const FDS_MAX: usize = REGIONS_MAX;
     type Error = MessageError;
 

@@ -1,4 +1,4 @@
-//! Descriptor chains and rings that a sibling's driver makes, on the block back-end.
+//! Feeds the block back-end descriptor chains and rings of a hostile driver in the sibling.
 
 #![no_main]
 
@@ -15,7 +15,7 @@ thread_local! {
 
 fuzz_target!(|data: &[u8]| RIG.with_borrow_mut(|rig| run(rig, Input(data))));
 
-/// Where request headers are, and a sample of a valid one.
+/// Address of the request header.
 const HEADER: u64 = 0x4000;
 
 fn run(rig: &mut Rig, mut input: Input<'_>) {
@@ -34,7 +34,7 @@ fn run(rig: &mut Rig, mut input: Input<'_>) {
                 rig.offer(&chain);
                 rig.process();
             }
-            // Rings and descriptors of any content.
+            // Overwrite rings and descriptors.
             _ => {
                 let base = [0, AVAILABLE, USED][usize::from(input.below(3))];
                 let at = base + u64::from(input.u8());
@@ -43,7 +43,7 @@ fn run(rig: &mut Rig, mut input: Input<'_>) {
             }
         }
     }
-    // A queue that was given up works after a restart.
+    // A queue that stopped with an error works after a restart.
     rig.restart();
     rig.memory.write_slice(&[0; 16], GuestAddress(HEADER)).expect("header");
     rig.offer(&[
@@ -55,7 +55,8 @@ fn run(rig: &mut Rig, mut input: Input<'_>) {
     assert_eq!(rig.used(), (1, 513));
 }
 
-/// Mostly one of a sound chain: a header, data, a status.
+/// Makes descriptor `index` of a chain of `count`: mostly that of a valid chain of header, data and
+/// status.
 fn descriptor(index: u8, count: u8, input: &mut Input<'_>) -> Descriptor {
     let shape = input.u8();
     let last = index + 1 == count;

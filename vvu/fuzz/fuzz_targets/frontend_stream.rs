@@ -1,14 +1,14 @@
-//! What a front-end sends, with file descriptors where they belong and where not, to a device whose
-//! driver is up and answers.
+//! Feeds a device the messages of a hostile front-end, with and without the file descriptors that belong
+//! to them. The guest driver is up and answers.
 
 #![no_main]
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use libfuzzer_sys::fuzz_target;
-use vvu::message_socket::{Message, MessageSocket};
 use vvu::device::LinkState;
 use vvu::device::rig::{BUFFER, Rig};
+use vvu::message_socket::{Message, MessageSocket};
 use vvu::spec::vhost_user::Header;
 use vvu::spec::virtio::feature;
 use vvu_fuzz::{Input, fds};
@@ -22,7 +22,7 @@ fn run(mut input: Input<'_>) {
     let mut last = None;
     while !input.is_empty() {
         match input.below(10) {
-            // One that QEMU sends, with up to one byte changed.
+            // A message that QEMU sends, with up to one byte changed.
             8 | 9 => {
                 let (request, mut payload, count) = sound(input.u8());
                 let (at, change) = (usize::from(input.u8()), input.u8());
@@ -31,11 +31,11 @@ fn run(mut input: Input<'_>) {
                 }
                 let size = u32::try_from(payload.len()).expect("small");
                 let header = Header { request, flags: 1 | u32::from(input.u8() & 8), size };
-                // A pattern of zeroes is a number of memory files; others are eventfds.
+                // Bits of zero are memory files, bits of 01 are eventfds.
                 let pattern = if request == 5 { count } else { count | 0b01_01_01_00 };
                 send(&mut rig, &mut frontend, Message::new(header, &payload).bytes, pattern);
             }
-            // A message with a true header.
+            // A message whose header has the right size.
             0..=3 => {
                 let (request, flags, pattern) = (u32::from(input.u8()), input.u8() & 0xc | 1, input.u8());
                 let payload = input.block();
@@ -43,7 +43,7 @@ fn run(mut input: Input<'_>) {
                 let message = Message::new(Header { request, flags: flags.into(), size }, payload);
                 send(&mut rig, &mut frontend, message.bytes, pattern);
             }
-            // Any bytes.
+            // Arbitrary bytes.
             4 => {
                 let (pattern, bytes) = (input.u8(), input.block().to_vec());
                 if !bytes.is_empty() {
@@ -51,7 +51,7 @@ fn run(mut input: Input<'_>) {
                 }
             }
             5 => frontend = rig.connect(),
-            // The back-end answers the last message, or asks something.
+            // The back-end replies to the last message, or sends a request.
             6 => {
                 let (request, is_reply, payload) =
                     (u32::from(input.u8()), input.u8() & 1 == 0, input.block());
@@ -72,7 +72,8 @@ fn run(mut input: Input<'_>) {
         }
         rig.device.process(&rig.host);
         let _ = frontend.receive();
-        // The driver takes what came, offers its buffers again, and goes on after the end of a session.
+        // The driver takes the messages, offers its buffers again, and asks for the next front-end after
+        // the end of a connection.
         while let Some(bytes) = rig.used(0) {
             if !bytes.is_empty() {
                 last = Some(Header::parse(&bytes).expect("the driver gets nothing but messages"));
@@ -85,7 +86,7 @@ fn run(mut input: Input<'_>) {
             _ => rig.notify(0),
         }
     }
-    // Whatever came before, a front-end is served after a reset.
+    // After a reset the device serves a front-end.
     rig.device.reset();
     rig.bring_up(feature::OFFERED);
     drop(frontend);
@@ -97,7 +98,7 @@ fn run(mut input: Input<'_>) {
     );
 }
 
-/// Request, payload and number of file descriptors of a message of QEMU's.
+/// Returns a message that QEMU sends: request code, payload and number of file descriptors.
 fn sound(index: u8) -> (u32, Vec<u8>, u8) {
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
     let sound = [
@@ -126,7 +127,7 @@ fn sound(index: u8) -> (u32, Vec<u8>, u8) {
 fn send(rig: &mut Rig, frontend: &mut MessageSocket, bytes: Vec<u8>, pattern: u8) {
     let own = || -> OwnedFd { rig.device.shared_memory().0.as_fd().try_clone_to_owned().expect("dup") };
     let attached = fds(pattern, &own);
-    // The device may have hung up.
+    // Sending fails if the device has hung up.
     if !frontend.is_congested() {
         let _ = frontend.send(bytes, attached);
     }

@@ -1,5 +1,5 @@
-//! Anything a guest writes to and reads from the device and its own memory, in any state, while
-//! front-ends come, send and go.
+//! Feeds a device the register accesses and the queues of a hostile guest, while front-ends connect, send
+//! and leave.
 
 #![no_main]
 
@@ -8,18 +8,18 @@ use std::os::unix::net::UnixStream;
 
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
-use vvu::message_socket::Message;
 use vvu::device::LinkState;
 use vvu::device::rig::{BAR0, BAR2, BUFFER, Rig};
+use vvu::message_socket::Message;
 use vvu::spec::pci::{self, Region};
 use vvu::spec::virtio::feature;
 use vvu_fuzz::Input;
 
 fuzz_target!(|data: &[u8]| run(Input(data)));
 
-/// Front-ends that are connected at one time.
+/// Most front-ends that are connected at one time.
 const FRONTENDS: usize = 4;
-/// Front-ends in all: those that leave stay in the socket's backlog.
+/// Most front-ends in one run; those that leave stay in the socket's backlog.
 const CONNECTIONS: usize = 16;
 
 fn run(mut input: Input<'_>) {
@@ -38,7 +38,7 @@ fn run(mut input: Input<'_>) {
                 let _: [u8; 8] = rig.read(region, offset);
             }
             6 => rig.bring_up(feature::OFFERED),
-            // Rings and descriptors.
+            // Overwrite rings and descriptors.
             7 | 8 => {
                 let ring = rig.rings[usize::from(input.below(2))].base;
                 let address = ring + u64::from(input.u16() % 0x4000);
@@ -79,7 +79,7 @@ fn run(mut input: Input<'_>) {
     }
     drop(frontends);
     rig.device.reset();
-    // Those that left before they were accepted are served first.
+    // The device first accepts the front-ends that left before it did.
     for _ in 0..=connections {
         rig.bring_up(feature::OFFERED);
         rig.device.process(&rig.host);
@@ -89,7 +89,7 @@ fn run(mut input: Input<'_>) {
     assert_eq!(rig.device.link(), LinkState::Connected);
 }
 
-/// A write of up to eight bytes, mostly where registers are.
+/// Writes up to eight bytes, mostly to registers.
 fn write(rig: &mut Rig, region: Region, input: &mut Input<'_>) {
     let offset = u64::from(input.u16());
     let offset = if offset & 1 << 15 == 0 { offset & 0xff } else { offset };

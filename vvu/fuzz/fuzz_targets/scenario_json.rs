@@ -1,4 +1,4 @@
-//! A scenario file of a stranger.
+//! Feeds the parser of scenario files arbitrary text.
 
 #![no_main]
 

@@ -1,4 +1,5 @@
-//! What a vfio-user client sends, with file descriptors where they belong and where not.
+//! Feeds a vfio-user server the commands of a hostile client, with and without the file descriptors that
+//! belong to them.
 
 #![no_main]
 
@@ -12,7 +13,7 @@ use std::sync::LazyLock;
 use libfuzzer_sys::fuzz_target;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vvu::device::{VvuDevice, DeviceConfig, SiblingMemory};
+use vvu::device::{DeviceConfig, SiblingMemory, VvuDevice};
 use vvu::vfio_user::protocol::{Capabilities, Command, Header, Version};
 use vvu::StopToken;
 use vvu::vfio_user::protocol::socket::{Message, MessageSocket};
@@ -21,7 +22,7 @@ use vvu_fuzz::{Input, fds};
 
 fuzz_target!(|data: &[u8]| run(Input(data)));
 
-/// The socket of a server that runs as long as the process does.
+/// The socket of a server that serves for as long as the process runs.
 static SERVER: LazyLock<PathBuf> = LazyLock::new(|| {
     let dir = tempfile::tempdir().expect("directory").keep();
     let listener = UnixListener::bind(dir.join("sibling")).expect("bind");
@@ -41,7 +42,7 @@ static SERVER: LazyLock<PathBuf> = LazyLock::new(|| {
 fn run(mut input: Input<'_>) {
     let stream = connect(&SERVER);
     let mut client = MessageSocket::new(stream.try_clone().expect("dup"));
-    // One file for all maps, as a VMM has.
+    // One file for all maps, as with a VMM.
     let memory = memfd_create("fuzz", MemfdFlags::CLOEXEC).expect("memfd");
     ftruncate(&memory, 0x10000).expect("size");
     let own = || -> OwnedFd { memory.try_clone().expect("dup") };
@@ -62,18 +63,18 @@ fn run(mut input: Input<'_>) {
                 let (pattern, payload) = (input.u8(), input.block());
                 let command = COMMANDS[usize::from(input.u8()) % COMMANDS.len()];
                 let mut header = Header::command(id, command, payload.len());
-                // Most wait for no reply, so that the socket does not fill up.
+                // Most commands want no reply, so that the socket does not fill up.
                 header.flags |= if kind < 6 { 1 << 4 } else { 0 };
                 send(&mut client, Message::new(header, payload).bytes, fds(pattern, &own));
             }
         }
     }
     stream.shutdown(Shutdown::Write).expect("shutdown");
-    // The server hangs up after the last message, or before.
+    // The server hangs up after the last message or earlier.
     let mut stream = stream;
     stream.set_nonblocking(false).expect("blocking");
     let _ = stream.read_to_end(&mut Vec::new());
-    // The next client is served.
+    // The server serves the next client.
     let mut next = connect(&SERVER);
     next.write_all(&version()).expect("write");
     let mut reply = [0; 16];
@@ -104,7 +105,7 @@ fn version() -> Vec<u8> {
     Message::new(Header::command(0, Command::Version, payload.len()), &payload).bytes
 }
 
-/// Sends unless the server hung up, or takes nothing at the moment.
+/// Sends a message, unless the server has hung up or does not read at the moment.
 fn send(client: &mut MessageSocket, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
     if !client.is_congested() {
         let _ = client.send(bytes, fds);

@@ -1,4 +1,4 @@
-//! `vvu proxy`: the vvu device of one device VM.
+//! `vvu proxy`: runs a vvu device for a device VM.
 
 use std::fs;
 use std::io::{self, Write};
@@ -19,24 +19,24 @@ use crate::{sandbox, stop};
 /// Options of `vvu proxy`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Where the device VM's VMM connects: QEMU's vfio-user-pci device.
+    /// Socket that the device VM's VMM connects to (QEMU's vfio-user-pci device).
     #[arg(long, value_name = "PATH")]
     vfio_user: PathBuf,
-    /// Where the sibling's vhost-user front-end connects.
+    /// Socket that the sibling's vhost-user front-end connects to.
     #[arg(long, value_name = "PATH")]
     vhost_user: PathBuf,
     #[command(flatten)]
     memory: Memory,
-    /// Write every vhost-user message there as a line of JSON; `vvu trace` prints it.
+    /// Write every vhost-user message to this file, as JSON; vvu trace prints it.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// vhost queues that the device can carry.
+    /// Number of vhost queues that the device can carry.
     #[arg(long, value_name = "N", default_value_t = 16)]
     queues: u16,
-    /// Identifies the device to its driver.
+    /// UUID that identifies the device to its driver.
     #[arg(long, value_name = "UUID", default_value_t = Uuid::nil())]
     uuid: Uuid,
-    /// Give up all access that a running proxy does not need.
+    /// Whether to refuse system calls and file access that a running proxy does not need.
     #[arg(long, value_enum, default_value_t = Sandbox::On)]
     sandbox: Sandbox,
 }
@@ -44,32 +44,32 @@ pub(crate) struct Args {
 /// Whether the proxy runs in its sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Sandbox {
-    /// Refuse what is not needed.
+    /// Refuse them.
     On,
-    /// Refuse nothing: to debug the proxy.
+    /// Refuse nothing, to debug the proxy.
     Off,
 }
 
-/// The sibling memory file: a new one, or that of another device of the same sibling.
+/// The sibling memory file: a new one, or the one of another proxy for the same sibling.
 #[derive(Debug, clap::Args)]
 #[group(required = true)]
 struct Memory {
-    /// Memory of the sibling VM in bytes, or with K, M or G.
+    /// Size of the sibling VM's memory in bytes, or with K, M or G.
     #[arg(long, value_name = "SIZE", requires = "memory_link")]
     memory_size: Option<Size>,
-    /// Take the sibling's memory from the huge pages of 2 MiB that this machine has reserved.
+    /// Use huge pages of 2 MiB for the sibling's memory; the host must have reserved them.
     #[arg(long, requires = "memory_size")]
     huge_pages: bool,
-    /// Name to make for the sibling memory file: the sibling's memory-backend-file,mem-path.
+    /// Symbolic link to create for the sibling memory file: the sibling's memory-backend-file,mem-path.
     #[arg(long, value_name = "PATH", requires = "memory_size")]
     memory_link: Option<PathBuf>,
-    /// The sibling memory file of another proxy: its --memory-link.
+    /// Use the sibling memory file of another proxy: its --memory-link.
     #[arg(long, value_name = "PATH", conflicts_with_all = ["memory_size", "memory_link"])]
     memory: Option<PathBuf>,
 }
 
 impl Memory {
-    /// The file, and its name if it is a new one.
+    /// Creates or opens the file; a new file has a link.
     fn open(&self) -> anyhow::Result<(SiblingMemory, Option<MemoryLink>)> {
         match (self.memory_size, &self.memory_link, &self.memory) {
             (Some(Size(size)), Some(path), _) => {
@@ -80,16 +80,17 @@ impl Memory {
                 Ok((memory, Some(link)))
             }
             (_, _, Some(path)) => {
-                let context = || format!("cannot use {}: does its proxy run?", path.display());
+                let context =
+                    || format!("cannot use {}: is the proxy that created it running?", path.display());
                 let file = fs::File::options().read(true).write(true).open(path).with_context(context)?;
                 Ok((SiblingMemory::open(file).with_context(context)?, None))
             }
-            _ => bail!("name a sibling memory file: --memory-size and --memory-link, or --memory"),
+            _ => bail!("want --memory-size and --memory-link, or --memory"),
         }
     }
 }
 
-/// Runs the device until a signal asks it to end.
+/// Serves the device until a signal asks the process to end.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = stop::on_signal().context("cannot catch signals")?;
     let (memory, _link) = args.memory.open()?;
@@ -120,7 +121,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The name of the sibling memory file, which has no other; it goes when the proxy goes.
+/// The symbolic link to the sibling memory file, which has no other name. It is removed with the value.
 #[derive(Debug)]
 struct MemoryLink {
     path: PathBuf,
@@ -131,8 +132,11 @@ impl MemoryLink {
     fn new(path: &Path, memory: i32) -> anyhow::Result<Self> {
         match fs::symlink_metadata(path) {
             Ok(found) if found.is_symlink() => fs::remove_file(path)
-                .with_context(|| format!("cannot replace {}, left by an earlier proxy", path.display()))?,
-            Ok(_) => bail!("{} is in the way: remove it or choose another --memory-link", path.display()),
+                .with_context(|| format!("cannot replace {}, which an earlier proxy left", path.display()))?,
+            Ok(_) => bail!(
+                "{} exists and is not a link of vvu proxy: remove it or choose another --memory-link",
+                path.display()
+            ),
             Err(_) => {}
         }
         let target = PathBuf::from(format!("/proc/{}/fd/{memory}", std::process::id()));
@@ -152,7 +156,7 @@ impl Drop for MemoryLink {
     }
 }
 
-/// A number of bytes.
+/// A number of bytes, from a text such as `512M`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Size(u64);
 

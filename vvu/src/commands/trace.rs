@@ -1,4 +1,4 @@
-//! `vvu trace`: prints what `vvu proxy --trace` wrote.
+//! `vvu trace`: prints the file that `vvu proxy --trace` writes.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Write};
@@ -10,7 +10,7 @@ use serde_json::Value;
 /// Options of `vvu trace`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// File that `vvu proxy --trace` wrote.
+    /// File that vvu proxy --trace wrote
     #[arg(value_name = "FILE")]
     file: PathBuf,
 }
@@ -26,7 +26,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             format!("{}, line {}: not a trace of vvu proxy", args.file.display(), index + 1)
         })?;
         match writeln!(out, "{}", describe(&message)) {
-            // Whoever reads has seen enough.
+            // The reader, for example `head`, has closed the pipe.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),
             result => result.context("cannot write to standard output")?,
         }
@@ -34,7 +34,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `     0.001234  front-end > SET_OWNER  relayed`.
+/// Formats a message as `     0.001234  front-end > SET_OWNER  relayed`.
 fn describe(message: &Value) -> String {
     let text = |key: &str| message[key].as_str().unwrap_or_default();
     let time = message["time_us"].as_u64().unwrap_or_default();
@@ -63,7 +63,7 @@ fn describe(message: &Value) -> String {
     line
 }
 
-/// `key=value key=[a, b]`, without quotation marks.
+/// Formats JSON as `key=value key=[a, b]`, without quotation marks.
 fn values(fields: &Value) -> String {
     match fields {
         Value::Object(fields) => {

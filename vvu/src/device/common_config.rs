@@ -1,4 +1,5 @@
-//! The virtio common configuration registers (virtio 1.2, 4.1.4.3) and the queues they set up.
+//! The registers of the virtio common configuration (virtio 1.2, 4.1.4.3), and the virtqueues that the
+//! driver sets up with them.
 
 use virtio_queue::{Queue, QueueT};
 
@@ -27,7 +28,7 @@ pub(crate) struct CommonConfig {
     pub(crate) rx: VirtQueue,
     pub(crate) tx: VirtQueue,
     pub(crate) config_vector: u16,
-    /// Vectors the device has; others cannot be selected.
+    /// Number of MSI-X vectors; the driver cannot select a higher one.
     vectors: u16,
     status: u8,
     device_feature_select: u32,
@@ -57,17 +58,18 @@ impl CommonConfig {
         *self = Self::new(self.vectors);
     }
 
-    /// Whether the driver said that it is ready, and the device did not find it broken.
+    /// Whether `DRIVER_OK` is set and `DEVICE_NEEDS_RESET` is not.
     pub(crate) fn driver_ok(&self) -> bool {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
 
-    /// Tells the driver that only a reset helps.
+    /// Sets `DEVICE_NEEDS_RESET`: the device does nothing more until the driver resets it.
     pub(crate) fn set_needs_reset(&mut self) {
         self.status |= status::NEEDS_RESET;
     }
 
-    /// Tells the driver that a read of the device configuration may have been torn.
+    /// Changes the configuration generation, so that the driver repeats a read of the device configuration
+    /// that may have been torn (virtio 1.2, 2.5.1).
     pub(crate) fn bump_generation(&mut self) {
         self.config_generation = self.config_generation.wrapping_add(1);
     }
@@ -88,12 +90,12 @@ impl CommonConfig {
         }
     }
 
-    /// Reads `data.len()` bytes at `offset`.
+    /// Reads the registers from `offset` on; bytes after the last register are zeroes.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         copy_at(&self.image(), offset, data);
     }
 
-    /// The registers as bytes.
+    /// Returns all registers as bytes.
     fn image(&self) -> [u8; 56] {
         let mut image = [0; 56];
         let mut put = |offset: u64, bytes: &[u8]| {
@@ -126,7 +128,7 @@ impl CommonConfig {
         image
     }
 
-    /// Writes `data` at `offset`: one field, or one half of a 64-bit field. Anything else is ignored.
+    /// Writes one field, or one half of a 64-bit field. Other writes are ignored.
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
         match *data {
             [value] if offset == common::DEVICE_STATUS => self.write_status(value),
@@ -140,7 +142,7 @@ impl CommonConfig {
         }
     }
 
-    /// A status of 0 is a reset, which is the caller's to carry out.
+    /// Writes the device status. The caller handles a write of 0, which is a reset.
     fn write_status(&mut self, value: u8) {
         let mut value = value | self.status & status::NEEDS_RESET;
         let known = self.driver_features & !feature::OFFERED == 0;
@@ -203,7 +205,8 @@ impl CommonConfig {
     }
 }
 
-/// The half of `value` that `select` chooses; there are only two.
+/// Returns the 32 bits of `value` that a feature select register chooses: 0 is the low half, 1 the high
+/// half, and all others are zeroes.
 fn half(value: u64, select: u32) -> u32 {
     let shifted = match select {
         0 => value,

@@ -3,25 +3,25 @@
 use super::copy_at;
 use crate::spec::pci::{self, CONFIG_SPACE_SIZE, af, config, msix, virtio_cap};
 
-/// What a write to the configuration space asks of the device besides being remembered.
+/// What the device has to do after a write to the configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
     /// Nothing.
     None,
-    /// A function level reset.
+    /// Carry out a function level reset.
     Reset,
-    /// A write of `pci_cfg_data` through the window.
+    /// Write `pci_cfg_data` to the BAR that the window selects.
     WindowWrite,
 }
 
-/// An access through `VIRTIO_PCI_CAP_PCI_CFG` (virtio 1.2, 4.1.4.9).
+/// An access to a BAR through `VIRTIO_PCI_CAP_PCI_CFG` (virtio 1.2, 4.1.4.9).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
     pub(crate) bar: u8,
     pub(crate) offset: u64,
     /// 1, 2 or 4 bytes.
     pub(crate) len: usize,
-    /// Where the bytes are in the configuration space.
+    /// Offset of `pci_cfg_data` in the configuration space.
     pub(crate) data: usize,
 }
 
@@ -29,12 +29,13 @@ pub(crate) struct Window {
 pub(crate) struct ConfigSpace {
     initial: pci::ConfigSpace,
     bytes: [u8; CONFIG_SPACE_SIZE],
-    /// Bits the guest can change.
+    /// Bits that the guest can change.
     writable: [u8; CONFIG_SPACE_SIZE],
 }
 
 impl ConfigSpace {
-    /// `bar_size` gives the size of each BAR, a power of two, or 0 for none.
+    /// A configuration space with the content `initial`. `bar_size` returns the size of a BAR in bytes: a
+    /// power of two, or 0 if the BAR does not exist.
     pub(crate) fn new(initial: pci::ConfigSpace, bar_size: impl Fn(u8) -> u64) -> Self {
         let mut writable = [0; CONFIG_SPACE_SIZE];
         let command = config::COMMAND_MEMORY | config::COMMAND_BUS_MASTER | config::COMMAND_INTX_DISABLE;
@@ -78,7 +79,7 @@ impl ConfigSpace {
         }
     }
 
-    /// The access that reading or writing `pci_cfg_data` stands for, if it is a valid one.
+    /// Returns the access that the guest has selected in the window; `None` if it is not valid.
     pub(crate) fn window(&self) -> Option<Window> {
         let cap = self.initial.pci_cfg;
         let word = |at: usize| {
@@ -94,25 +95,25 @@ impl ConfigSpace {
         (aligned && bar <= pci::NOTIFY_BAR).then_some(Window { bar, offset, len, data })
     }
 
-    /// Whether an access of `len` bytes at `offset` reads `pci_cfg_data`.
+    /// Whether a read of `len` bytes at `offset` reads `pci_cfg_data`.
     pub(crate) fn is_window(&self, offset: u64, len: usize) -> bool {
         let data = self.initial.pci_cfg + virtio_cap::EXTENSION;
         usize::try_from(offset).is_ok_and(|at| at == data) && len <= 4
     }
 
-    /// Stores what a read through the window found.
+    /// Stores the bytes that a read through the window returned.
     pub(crate) fn set_window_data(&mut self, window: Window, data: &[u8]) {
         self.bytes[window.data..][..window.len].copy_from_slice(data);
     }
 
-    /// What is to be written through the window.
+    /// Returns the bytes that a write through the window writes.
     pub(crate) fn window_data(&self, window: Window) -> [u8; 4] {
         let mut data = [0; 4];
         data.copy_from_slice(&self.bytes[window.data..][..4]);
         data
     }
 
-    /// Whether the guest lets the device access memory and send interrupts.
+    /// Whether the bus master bit is set: the device may access memory and send interrupts.
     pub(crate) fn bus_master(&self) -> bool {
         let [command, _] = config::COMMAND_BUS_MASTER.to_le_bytes();
         self.bytes[config::COMMAND] & command != 0

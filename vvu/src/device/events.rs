@@ -1,8 +1,8 @@
-//! What wakes the device: an epoll instance that a host polls as a whole.
+//! The epoll instance of a device, which its host polls as one file descriptor.
 //!
-//! Everything is edge-triggered: an event says that something may be possible now, and the device
-//! then goes on until nothing is. So a source that cannot be served yet costs nothing, and the
-//! counters of the front-end's eventfds need not be read.
+//! All events are edge-triggered: after an event the device works until there is nothing left to do. So
+//! a source that the device cannot serve yet causes no further wake-ups, and the device never has to
+//! read the front-end's eventfds.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,17 +12,17 @@ use rustix::io::Errno;
 
 use crate::spec::addr::QueueIndex;
 
-/// Events taken at once.
+/// Most events that one call of [`Events::take`] returns.
 const BATCH: usize = 64;
 
-/// Where an event comes from.
+/// The source of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// A front-end may be waiting in the backlog.
+    /// The backlog of the listening socket may have a front-end.
     Listener,
-    /// A socket of the session may be readable or writable.
+    /// The front-end's socket or the back-end channel may be readable or writable.
     Socket,
-    /// The device stopped in the middle of its work.
+    /// The device interrupted its own work; see [`Events::again`].
     Again,
     /// The front-end kicked a queue.
     Kick(QueueIndex),
@@ -67,7 +67,8 @@ impl Events {
         Ok(events)
     }
 
-    /// Watches `fd` until it is closed everywhere or removed.
+    /// Watches `fd`. The kernel watches a closed descriptor for as long as another process has its file
+    /// open, so [`remove`](Self::remove) it before closing it.
     pub(crate) fn add(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
         let mut flags = EventFlags::ET | EventFlags::IN;
         if source == Source::Socket {
@@ -76,21 +77,22 @@ impl Events {
         epoll::add(&self.epoll, fd, EventData::new_u64(source.to_data()), flags)
     }
 
-    /// No longer watches `fd`.
+    /// Stops watching `fd`.
     pub(crate) fn remove(&self, fd: impl AsFd) {
         if let Err(error) = epoll::delete(&self.epoll, fd) {
-            log::warn!("no longer watching a file descriptor: {error}");
+            log::warn!("cannot stop watching a file descriptor: {error}");
         }
     }
 
-    /// Makes [`take`](Self::take) return [`Source::Again`].
+    /// Makes the next [`take`](Self::take) return [`Source::Again`], so that the device goes on with its work
+    /// after other events had their turn.
     pub(crate) fn again(&self) {
         if let Err(error) = rustix::io::write(&self.again, &1u64.to_ne_bytes()) {
-            log::warn!("waking the device up again: {error}");
+            log::warn!("cannot schedule the rest of the device's work: {error}");
         }
     }
 
-    /// What happened since the last call.
+    /// Returns the events since the last call; does not wait.
     pub(crate) fn take(&self) -> Vec<Source> {
         let mut events: [Event; BATCH] =
             [Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; BATCH];
@@ -98,7 +100,7 @@ impl Events {
             Ok(count) => events[..count].iter().map(|event| Source::from_data(event.data.u64())).collect(),
             Err(Errno::INTR) => Vec::new(),
             Err(error) => {
-                log::error!("waiting for events: {error}");
+                log::error!("cannot read the device's events: {error}");
                 Vec::new()
             }
         }

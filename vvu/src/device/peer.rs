@@ -1,4 +1,4 @@
-//! Which process is at the other end of a front-end's socket.
+//! The process at the other end of a front-end's socket.
 #![expect(
     unsafe_code,
     reason = "rustix's type for credentials cannot hold the process id 0, which the kernel gives"
@@ -9,13 +9,16 @@ use std::num::NonZeroI32;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-/// A process that connected to a socket.
+/// The id of a process that connected to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Peer(NonZeroI32);
 
 impl Peer {
-    /// The process that made the connection `stream`; `None` if it has no id here, as one in another process id
+    /// Returns the process that made the connection `stream`; `None` if it has no id in this process id
     /// namespace.
+    ///
+    /// # Errors
+    /// When the kernel has no credentials for the socket.
     pub(crate) fn of(stream: &UnixStream) -> io::Result<Option<Self>> {
         let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
         let mut size = libc::socklen_t::try_from(size_of::<libc::ucred>()).map_err(io::Error::other)?;
@@ -38,7 +41,7 @@ impl Peer {
 
 #[cfg(test)]
 impl Peer {
-    /// Another process than this one.
+    /// A peer that is not this one.
     pub(crate) fn other(self) -> Self {
         Self(-self.0)
     }

@@ -1,4 +1,4 @@
-//! A host and a driver played for tests and fuzz targets.
+//! A device with a host and a guest driver that tests and fuzz targets play.
 
 use std::cell::RefCell;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -11,23 +11,23 @@ use crate::message_socket::{Message, MessageSocket};
 use crate::spec::pci::{self, Region};
 use crate::spec::virtio::{common, device_config, status};
 
-/// Bytes of device-VM memory, which the device sees from address 0 on.
+/// Bytes of device-VM memory; it begins at address 0.
 pub const MEMORY: usize = 1 << 20;
 /// Descriptors of each queue.
 pub const QUEUE_SIZE: u16 = 8;
 /// Bytes of each of the driver's buffers.
 pub const BUFFER: u32 = 4096;
-/// The registers.
+/// The BAR of the registers.
 pub const BAR0: Region = Region::Bar(pci::REGISTER_BAR);
-/// Doorbells and vector select.
+/// The BAR of doorbells and vector select.
 pub const BAR2: Region = Region::Bar(pci::NOTIFY_BAR);
 
-/// Lends the device memory, and notes which vectors it signals.
+/// A host that records the vectors that the device raises.
 #[derive(Debug)]
 pub struct TestHost {
     /// Device-VM memory.
     pub memory: GuestMemoryMmap,
-    /// Vectors signalled, oldest first.
+    /// Vectors raised, oldest first.
     pub signals: RefCell<Vec<u16>>,
 }
 
@@ -43,10 +43,10 @@ impl Host for TestHost {
     }
 }
 
-/// Addresses of a virtqueue of the test's driver.
+/// A virtqueue of the rig's driver.
 #[derive(Clone, Copy, Debug)]
 pub struct Ring {
-    /// Where its descriptors are; the rings and buffers follow.
+    /// Address of the descriptor table; the rings and buffers follow it.
     pub base: u64,
     next_avail: u16,
     next_used: u16,
@@ -58,16 +58,16 @@ impl Ring {
     const BUFFERS: u64 = 0x4000;
 }
 
-/// A device, its host and its driver.
+/// A device with its host and its driver.
 #[derive(Debug)]
 pub struct Rig {
-    /// The device.
+    /// The device under test.
     pub device: VvuDevice,
-    /// Its host.
+    /// The host of the device.
     pub host: TestHost,
     /// The receive and the transmit queue.
     pub rings: [Ring; 2],
-    /// Holds the socket `s` of the front-end.
+    /// Directory of the socket `s` that front-ends connect to.
     pub dir: TempDir,
 }
 
@@ -109,18 +109,18 @@ impl Rig {
         data
     }
 
-    /// Device status.
+    /// Reads the device status.
     pub fn status(&mut self) -> u8 {
         let [status] = self.read(BAR0, pci::COMMON_CFG.offset + common::DEVICE_STATUS);
         status
     }
 
-    /// Link status of the device configuration.
+    /// Reads the link status from the device configuration.
     pub fn link_status(&mut self) -> u32 {
         u32::from_le_bytes(self.read(BAR0, pci::DEVICE_CFG.offset))
     }
 
-    /// Brings the device up as a driver does, up to and including `BACKEND_UP`.
+    /// Brings the device up as a driver does; `BACKEND_UP` is the last step.
     pub fn bring_up(&mut self, features: u64) {
         self.write(Region::Config, 4, &6u16.to_le_bytes());
         self.common(common::DEVICE_STATUS, &[0]);
@@ -154,7 +154,8 @@ impl Rig {
         self.write(BAR0, pci::DEVICE_CFG.offset, &device_config::BACKEND_UP.to_le_bytes());
     }
 
-    /// Makes a buffer available without a notification: `bytes` to read, or `room` bytes to write.
+    /// Makes a buffer available without a notification: one with `bytes` for the device to read, or one of
+    /// `room` bytes for the device to write.
     pub fn offer(&mut self, queue: usize, bytes: &[u8], room: u32) {
         let memory = &self.host.memory;
         let ring = &mut self.rings[queue];
@@ -174,7 +175,7 @@ impl Rig {
         memory.write_obj(ring.next_avail, GuestAddress(ring.base + Ring::AVAIL + 2)).expect("avail index");
     }
 
-    /// Takes the next used buffer: as many bytes as the device says it wrote.
+    /// Takes the next used buffer and returns the bytes that the device wrote to it.
     pub fn used(&mut self, queue: usize) -> Option<Vec<u8>> {
         let memory = &self.host.memory;
         let ring = &mut self.rings[queue];
@@ -191,7 +192,7 @@ impl Rig {
         Some(bytes)
     }
 
-    /// Sends a message as the driver.
+    /// Sends a message as the driver does.
     pub fn send(&mut self, message: &Message) {
         self.offer(1, &message.bytes, 0);
         self.notify(1);
@@ -202,7 +203,7 @@ impl Rig {
         self.write(BAR0, pci::NOTIFY_CFG.offset + queue * u64::from(pci::NOTIFY_MULTIPLIER), &[1, 0]);
     }
 
-    /// Connects a front-end.
+    /// Connects a front-end and lets the device accept it.
     pub fn connect(&mut self) -> MessageSocket {
         let stream = UnixStream::connect(self.dir.path().join("s")).expect("connect");
         self.device.process(&self.host);

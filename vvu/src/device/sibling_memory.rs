@@ -1,4 +1,4 @@
-//! The sibling memory file: the sibling's RAM, which the shared memory BAR is a window of.
+//! The sibling memory file: it holds the sibling's RAM, and the shared memory BAR shows it.
 
 use std::fs::File;
 use std::io;
@@ -16,16 +16,15 @@ use crate::spec::addr::BarOffset;
 use crate::spec::vhost_user::{InflightArea, MemoryRegion};
 use crate::spec::{HUGE_PAGE_SIZE, PAGE_SIZE};
 
-/// Bytes of a back-end's in-flight region, of which there are some after the sibling's RAM: both the
-/// front-end and the device VM can map them there (vhost-user, "Inflight I/O tracking"). Enough for 128
-/// queues of 1024 descriptors.
+/// Bytes of an in-flight region (vhost-user, "Inflight I/O tracking"), enough for 128 queues of 1024
+/// descriptors. The regions follow the sibling's RAM, where front-end and device VM can map them.
 const INFLIGHT_SIZE: u64 = 4 << 20;
-/// In-flight regions in the file, and so devices that can share one sibling.
+/// In-flight regions in the file. Each device of a sibling uses one.
 const INFLIGHT_REGIONS: u64 = 8;
-/// Bytes after the sibling's RAM. They take no memory until they are used.
+/// Bytes after the sibling's RAM. The kernel allocates them when they are used.
 const TAIL_SIZE: u64 = INFLIGHT_REGIONS * INFLIGHT_SIZE;
 
-/// Why a memory region of the front-end cannot be shown in the shared memory BAR.
+/// Why the shared memory BAR cannot show a memory region of the front-end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MemoryError {
     #[error(
@@ -48,10 +47,10 @@ pub(crate) enum MemoryError {
     File(io::Error),
 }
 
-/// Why there is no sibling memory file to use.
+/// Why a sibling memory file cannot be created or opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Such a size cannot be.
+    /// The size is 0 or not a multiple of the page size.
     #[error("sibling memory of {got} bytes: want a multiple of {page} above 0")]
     Size {
         /// Bytes asked for.
@@ -59,10 +58,10 @@ pub enum OpenError {
         /// Bytes of a page.
         page: u64,
     },
-    /// The kernel has not enough huge pages.
+    /// The host has not reserved enough huge pages.
     #[error(
         "cannot have {wanted} huge pages of 2 MiB: {source}; reserve them with `sysctl vm.nr_hugepages={wanted}`, and \
-         more if others use some"
+         more if other programs use some"
     )]
     HugePages {
         /// Pages asked for.
@@ -70,13 +69,13 @@ pub enum OpenError {
         /// The cause.
         source: io::Error,
     },
-    /// The file is not one that another proxy made.
-    #[error("this is no sibling memory file: want one that another vvu proxy made")]
+    /// The file is not a sibling memory file.
+    #[error("this is not a sibling memory file: want one that another vvu proxy made")]
     Kind,
-    /// All in-flight regions are taken.
-    #[error("{INFLIGHT_REGIONS} proxies use this sibling memory file already: no more can")]
+    /// Other devices use all in-flight regions.
+    #[error("{INFLIGHT_REGIONS} proxies use this sibling memory file already, which is the maximum")]
     Full,
-    /// The kernel refused, for instance for want of memory.
+    /// A system call failed, for instance because there is not enough memory.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -87,7 +86,7 @@ impl From<Errno> for OpenError {
     }
 }
 
-/// The sibling memory file. Several devices may serve one sibling, and then share it.
+/// A sibling memory file. The devices of one sibling share one file.
 #[derive(Debug)]
 pub struct SiblingMemory {
     file: File,
@@ -95,18 +94,18 @@ pub struct SiblingMemory {
     /// Offset of the in-flight region of this device.
     inflight: u64,
     identity: (u64, u64),
-    /// The file is made of huge pages.
+    /// The file consists of huge pages.
     huge: bool,
 }
 
 impl SiblingMemory {
-    /// Nobody can resize the file: neither the front-end nor a guest can make an access to the shared
-    /// memory BAR fault.
+    /// Seals that fix the size. So neither a front-end nor a guest can truncate the file and make an
+    /// access to the shared memory BAR fault.
     const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
     const NAME: &str = "vvu-sibling-memory";
     const FLAGS: MemfdFlags = MemfdFlags::CLOEXEC.union(MemfdFlags::ALLOW_SEALING);
 
-    /// Creates a file for `ram` bytes of sibling RAM, a multiple of the page size above 0.
+    /// Creates a file for `ram` bytes of sibling RAM, a multiple of [`PAGE_SIZE`] above 0.
     ///
     /// # Errors
     /// [`OpenError::Size`], [`OpenError::Io`].
@@ -118,8 +117,8 @@ impl SiblingMemory {
         Self::open(file.into())
     }
 
-    /// Creates a file of huge pages of 2 MiB, which are all taken at once: nobody who uses the memory can find later
-    /// that there are none left.
+    /// Creates a file that consists of huge pages of 2 MiB; `ram` is a multiple of [`HUGE_PAGE_SIZE`] above
+    /// 0. All pages are allocated at once, so that no later access fails for want of one.
     ///
     /// # Errors
     /// [`OpenError::Size`], [`OpenError::HugePages`], [`OpenError::Io`].
@@ -140,7 +139,7 @@ impl SiblingMemory {
         size.ok_or(OpenError::Size { got: ram, page })
     }
 
-    /// Uses the file that another device of the same sibling has; `file` must be an opening of its own.
+    /// Opens the file of another device of the same sibling. `file` must come from open(2), not from dup(2).
     ///
     /// # Errors
     /// [`OpenError::Kind`], [`OpenError::Full`], [`OpenError::Io`].
@@ -162,18 +161,18 @@ impl SiblingMemory {
         Err(OpenError::Full)
     }
 
-    /// The file; the sibling's RAM is at its start.
+    /// The file, which begins with the sibling's RAM.
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Bytes in the file, which are more than the sibling's RAM.
+    /// Bytes of the file: the sibling's RAM and the in-flight regions.
     pub(crate) fn size(&self) -> u64 {
         self.ram + TAIL_SIZE
     }
 
-    /// Checks that `region`, which the front-end says is in the file `fd`, is in this file's RAM.
+    /// Checks that `fd`, which came with a memory region, is this file and that the region lies in its RAM.
     pub(crate) fn check(&self, region: &MemoryRegion, fd: impl AsFd) -> Result<(), MemoryError> {
         let MemoryRegion { gpa, size, offset, .. } = *region;
         if !self.is(fd)? {
@@ -186,14 +185,14 @@ impl SiblingMemory {
         Ok(())
     }
 
-    /// Checks that an in-flight region, which the front-end says is in the file `fd`, is where this
-    /// file has one.
+    /// Checks that `fd`, which came with an in-flight region, is this file and that the region is this
+    /// device's.
     pub(crate) fn check_inflight(&self, area: InflightArea, fd: impl AsFd) -> Result<(), MemoryError> {
         let fits = area.offset.0 == self.inflight && area.size <= INFLIGHT_SIZE;
         if fits && self.is(fd)? { Ok(()) } else { Err(MemoryError::Inflight { size: area.size }) }
     }
 
-    /// Gives the back-end `size` zeroed bytes to track requests in.
+    /// Zeroes this device's in-flight region and returns where `size` bytes of it are.
     pub(crate) fn allocate_inflight(&self, size: u64) -> Result<InflightArea, MemoryError> {
         if size > INFLIGHT_SIZE {
             return Err(MemoryError::Inflight { size });
@@ -201,156 +200,38 @@ impl SiblingMemory {
         let zero = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, zero, self.inflight, INFLIGHT_SIZE)?;
         if self.huge {
-            // A huge page is not there for whoever touches it, so it is taken again at once.
+            // The hole is filled at once: a later access must not fail for want of a huge page.
             fallocate(&self.file, FallocateFlags::empty(), self.inflight, INFLIGHT_SIZE)?;
         }
-        // Whole pages: huge ones are not unmapped in part.
+        // A part of a huge page cannot be mapped.
         let size = if self.huge { size.next_multiple_of(HUGE_PAGE_SIZE) } else { size };
         Ok(InflightArea { size, offset: BarOffset(self.inflight) })
     }
 
-    /// Whether `fd` is this very file.
+    /// Whether `fd` refers to this file.
     fn is(&self, fd: impl AsFd) -> Result<bool, MemoryError> {
         let stat = fstat(fd)?;
         Ok((stat.st_dev, stat.st_ino) == self.identity)
     }
 
-    /// Reads for a VMM that does not map the BAR; what is beyond the file reads as zeroes.
+    /// Reads for a VMM that does not map the BAR. Bytes beyond the file read as zeroes.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let end = data.len().min(usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX));
         if let Err(error) = self.file.read_exact_at(&mut data[..end], offset) {
-            log::warn!("reading sibling memory at {offset:#x}: {error}");
+            log::warn!("cannot read sibling memory at {offset:#x}: {error}");
         }
     }
 
-    /// Writes for a VMM that does not map the BAR; what is beyond the file is ignored.
+    /// Writes for a VMM that does not map the BAR. Bytes beyond the file are ignored.
     pub(crate) fn write(&self, offset: u64, data: &[u8]) {
         let end = data.len().min(usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX));
         if let Err(error) = self.file.write_all_at(&data[..end], offset) {
-            log::warn!("writing sibling memory at {offset:#x}: {error}");
+            log::warn!("cannot write sibling memory at {offset:#x}: {error}");
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::spec::addr::{SiblingGpa, SiblingVa};
-
-    fn region(offset: u64, size: u64) -> MemoryRegion {
-        MemoryRegion { gpa: SiblingGpa(0), size, va: SiblingVa(0), offset: BarOffset(offset) }
-    }
-
-    #[test]
-    fn only_ranges_of_this_very_file_are_accepted() {
-        let memory = SiblingMemory::create(0x4000).expect("memory");
-        let other = SiblingMemory::create(0x4000).expect("memory");
-        let same = memory.file().try_clone().expect("dup");
-        assert!(memory.check(&region(0x1000, 0x3000), &same).is_ok());
-        assert!(matches!(memory.check(&region(0, 0x1000), other.file()), Err(MemoryError::Foreign { .. })));
-        for (offset, size) in [(0x1000, 0x4000), (0x4000, 0x1000), (u64::MAX - 0xfff, 0x1000)] {
-            assert!(matches!(memory.check(&region(offset, size), &same), Err(MemoryError::Beyond { .. })));
-        }
-    }
-
-    #[test]
-    fn nobody_can_resize_it() {
-        let memory = SiblingMemory::create(0x4000).expect("memory");
-        assert!(memory.file().set_len(0x1000).is_err());
-        assert!(memory.file().set_len(0x4000_0000).is_err());
-    }
-
-    #[test]
-    fn trapped_accesses_reach_the_file_and_nothing_beyond() {
-        let memory = SiblingMemory::create(0x1000).expect("memory");
-        let end = memory.size();
-        memory.write(end - 4, &[1, 2, 3, 4, 5, 6]);
-        let mut data = [9; 6];
-        memory.read(end - 4, &mut data);
-        assert_eq!(data, [1, 2, 3, 4, 0, 0]);
-        memory.write(u64::MAX, &[1]);
-        memory.read(u64::MAX, &mut data);
-        assert_eq!(data, [0; 6]);
-    }
-
-    #[test]
-    fn an_in_flight_region_is_zeroed_and_has_one_place() {
-        let memory = SiblingMemory::create(0x1000).expect("memory");
-        memory.write(0x1000, &[1; 8]);
-        let area = memory.allocate_inflight(0x2000).expect("area");
-        assert_eq!(area, InflightArea { size: 0x2000, offset: BarOffset(0x1000) });
-        let mut data = [9; 8];
-        memory.read(0x1000, &mut data);
-        assert_eq!(data, [0; 8]);
-        assert!(memory.check_inflight(area, memory.file()).is_ok());
-        let other = SiblingMemory::create(0x1000).expect("memory");
-        assert!(memory.check_inflight(area, other.file()).is_err());
-        assert!(memory.check_inflight(InflightArea { offset: BarOffset(0), ..area }, memory.file()).is_err());
-        assert!(memory.allocate_inflight(INFLIGHT_SIZE + 1).is_err());
-    }
-
-    /// A new opening of the file of `memory`.
-    fn reopen(memory: &SiblingMemory) -> File {
-        use std::os::fd::AsRawFd;
-        let path = format!("/proc/self/fd/{}", memory.file().as_raw_fd());
-        File::options().read(true).write(true).open(path).expect("reopen")
-    }
-
-    #[test]
-    fn devices_that_share_a_file_have_in_flight_regions_of_their_own() {
-        let first = SiblingMemory::create(0x1000).expect("memory");
-        let mut others: Vec<_> =
-            (1..INFLIGHT_REGIONS).map(|_| SiblingMemory::open(reopen(&first)).expect("shared")).collect();
-        assert!(matches!(SiblingMemory::open(reopen(&first)), Err(OpenError::Full)));
-        let last = others.last().expect("last").allocate_inflight(0x1000).expect("area");
-        assert_eq!(last.offset.0, 0x1000 + (INFLIGHT_REGIONS - 1) * INFLIGHT_SIZE);
-        assert!(first.check_inflight(last, first.file()).is_err());
-        others.remove(2);
-        let again = SiblingMemory::open(reopen(&first)).expect("freed");
-        assert_eq!(again.inflight, 0x1000 + 3 * INFLIGHT_SIZE);
-    }
-
-    #[test]
-    fn any_other_file_is_refused() {
-        let plain = tempfile::tempfile().expect("file");
-        plain.set_len(TAIL_SIZE + 0x1000).expect("size");
-        assert!(matches!(SiblingMemory::open(plain), Err(OpenError::Kind)));
-        let unsealed = memfd_create("plain", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("memfd");
-        ftruncate(&unsealed, TAIL_SIZE + 0x1000).expect("size");
-        assert!(matches!(SiblingMemory::open(unsealed.into()), Err(OpenError::Kind)));
-    }
-
-    /// Does what can be done on this machine, and says which: nothing here changes how many huge pages there are.
-    #[test]
-    fn huge_pages_are_all_there_or_their_lack_is_explained() {
-        match SiblingMemory::create_huge(4 << 20) {
-            Ok(memory) => {
-                eprintln!("with the huge pages of this machine");
-                assert_eq!(fstatfs(memory.file()).expect("fstatfs").f_type, libc::HUGETLBFS_MAGIC);
-                let allocated = fstat(memory.file()).expect("fstat").st_blocks * 512;
-                assert_eq!(u64::try_from(allocated), Ok(memory.size()));
-                let area = memory.allocate_inflight(0x2000).expect("area");
-                assert_eq!((area.offset.0, area.size), (4 << 20, HUGE_PAGE_SIZE));
-                let after = fstat(memory.file()).expect("fstat").st_blocks * 512;
-                assert_eq!(after, allocated);
-                let shared = SiblingMemory::open(reopen(&memory)).expect("shared");
-                assert!(shared.check(&region(0, 4 << 20), memory.file()).is_ok());
-            }
-            Err(error) => {
-                eprintln!("without huge pages: {error}");
-                assert!(matches!(error, OpenError::HugePages { wanted: 18, .. }), "{error}");
-                assert!(error.to_string().contains("sysctl vm.nr_hugepages=18"), "{error}");
-            }
-        }
-        let odd = SiblingMemory::create_huge(1 << 20).expect_err("odd").to_string();
-        assert!(odd.contains("want a multiple of 2097152"), "{odd}");
-    }
-
-    #[test]
-    fn odd_sizes_are_refused() {
-        for ram in [0, 1000, !0xfff] {
-            assert!(SiblingMemory::create(ram).is_err());
-        }
-    }
-}
+#[path = "sibling_memory_test.rs"]
+mod tests;

@@ -1,4 +1,4 @@
-//! A record of every vhost-user message that passes the proxy, as JSON lines.
+//! The trace: one line of JSON for every vhost-user message that reaches the device.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -15,24 +15,33 @@ use crate::spec::vhost_user::{
     parse_single_region, parse_u64,
 };
 
-/// Writes one JSON object a line for each message: `time_us` since the start, `from` (`front-end` or `back-end`),
-/// `kind` (`request` or `reply`), `channel` when it belongs to the back-end's own requests, `request` and `code`,
-/// `need_reply`, `fds`, `fields`, and `did`: `relayed`, `rewritten`, `masked` (feature bits or a number of queues were
-/// taken away; `passed` has the fields after it), `refused` or `dropped` (with a `reason`).
+/// Writes one JSON object for each message, one a line. The keys of an object:
+///
+/// - `time_us`: microseconds since the trace began
+/// - `from`: `front-end` or `back-end`
+/// - `kind`: `request` or `reply`
+/// - `channel`: `back-end` for requests of the back-end and the replies to them, else absent
+/// - `request` and `code`: name and code of the request
+/// - `need_reply`: whether the sender asks for an acknowledgement
+/// - `fds`: number of file descriptors
+/// - `fields`: the decoded payload, or `payload` in hexadecimal
+/// - `did`: `relayed`, `masked` (with bits cleared or a number lowered), `rewritten`, `refused` or `dropped`
+/// - `passed`: the fields that were passed on, if the device changed them
+/// - `reason`: why the message was refused or dropped
 #[derive(Debug)]
 pub struct Trace {
     out: File,
     start: Instant,
 }
 
-/// Who sent a message.
+/// The sender of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum From {
     Frontend,
     Backend,
 }
 
-/// A message as it arrived.
+/// A message as it arrived, before the device took its file descriptors and changed it.
 #[derive(Debug)]
 pub(super) struct Arrived {
     header: Header,
@@ -40,24 +49,24 @@ pub(super) struct Arrived {
     fds: usize,
 }
 
-/// What the proxy did with a message.
+/// What the device did with a message.
 pub(super) enum Did<'a> {
-    /// Passed it on, with this payload.
+    /// Passed it on with this payload.
     Passed(&'a [u8]),
-    /// Told the sender that it will not be passed on, or disconnected it.
+    /// Refused it, for this reason: answered with a failure, or disconnected the sender.
     Refused(&'a dyn Display),
-    /// Threw it away.
+    /// Dropped it, for this reason.
     Dropped(&'a dyn Display),
 }
 
 impl Trace {
-    /// A trace into `out`, whose times count from now.
+    /// A trace that writes to `out`; its times count from now.
     #[must_use]
     pub fn new(out: File) -> Self {
         Self { out, start: Instant::now() }
     }
 
-    /// What is to be remembered of a message before it is treated; nothing unless there is a trace.
+    /// Copies a message before the device treats it; `None` if there is no trace.
     pub(super) fn arrived(trace: &Option<Self>, message: &Message) -> Option<Arrived> {
         trace.as_ref().map(|_| Arrived {
             header: message.header,
@@ -66,13 +75,13 @@ impl Trace {
         })
     }
 
-    /// Writes down what became of a message. A trace that cannot be written ends.
+    /// Writes the line of a message. If that fails, there is no trace from then on.
     pub(super) fn record(trace: &mut Option<Self>, from: From, arrived: Option<Arrived>, did: Did<'_>) {
         let (Some(this), Some(arrived)) = (&mut *trace, arrived) else { return };
         let mut line = line(this.start.elapsed().as_micros(), from, &arrived, &did).to_string();
         line.push('\n');
         if let Err(error) = this.out.write_all(line.as_bytes()) {
-            log::warn!("the trace ends here, it cannot be written: {error}");
+            log::warn!("cannot write the trace, which ends here: {error}");
             *trace = None;
         }
     }
@@ -119,13 +128,14 @@ fn line(time_us: u128, from: From, arrived: &Arrived, did: &Did<'_>) -> Value {
     line
 }
 
-/// Decodes a payload; one that is not of its kind, or whose kind is not known, is shown in hexadecimal.
+/// Decodes a payload. A payload that is malformed, or that a device does not look into, is returned in
+/// hexadecimal.
 fn fields(kind: Payload, payload: &[u8]) -> Value {
     decoded(kind, payload).unwrap_or_else(|| raw(payload))
 }
 
 fn decoded(kind: Payload, payload: &[u8]) -> Option<Value> {
-    // The request code would only show in an error.
+    // The code would only appear in an error, which is not shown.
     const CODE: u32 = 0;
     Some(match kind {
         Payload::Features => json!({"features": hex(parse_u64(CODE, payload).ok()?)}),

@@ -1,5 +1,5 @@
-//! The notification paths of the vhost queues: kicks of the front-end become MSI-X vectors, doorbell
-//! writes of the guest signal the front-end's eventfds.
+//! Notifications of the vhost queues: a kick of the front-end raises an MSI-X vector, and a doorbell
+//! write of the guest signals an eventfd of the front-end.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,17 +14,20 @@ use crate::spec::virtio::NO_VECTOR;
 #[derive(Debug)]
 pub(crate) struct Eventfd(OwnedFd);
 
-/// Why a file descriptor is not accepted for notifications.
+/// Why a file descriptor cannot be used for notifications.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum EventfdError {
-    #[error("a file descriptor for notifications is {got:?}: want an eventfd")]
+    #[error("the file descriptor for notifications is {got:?}: want an eventfd")]
     Kind { got: String },
     #[error("cannot use an eventfd: {0}")]
     Io(#[from] Errno),
 }
 
 impl Eventfd {
-    /// Accepts nothing but an eventfd.
+    /// Checks that `fd` is an eventfd.
+    ///
+    /// # Errors
+    /// [`EventfdError`].
     pub(crate) fn new(fd: OwnedFd) -> Result<Self, EventfdError> {
         use std::os::fd::AsRawFd;
         let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())?;
@@ -50,7 +53,7 @@ struct Vring {
     err: Option<Eventfd>,
     /// MSI-X vector that kicks of this queue raise.
     vector: u16,
-    /// A kick came while there was no vector.
+    /// The front-end kicked the queue while it had no vector.
     kick_pending: bool,
 }
 
@@ -60,7 +63,7 @@ impl Vring {
     }
 }
 
-/// Which eventfd of a vhost queue.
+/// One of the three eventfds of a vhost queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Notification {
     Kick,
@@ -75,14 +78,16 @@ pub(crate) struct Vrings {
 }
 
 impl Vrings {
+    /// Makes `queues` queues without eventfds and vectors.
+    ///
     /// # Errors
-    /// Those of [`Signaller::shared`].
+    /// Fails as [`Signaller::shared`] does.
     pub(crate) fn new(queues: u16) -> io::Result<Self> {
         let vrings = (0..queues).map(|_| Vring::new()).collect();
         Ok(Self { vrings, signaller: Signaller::shared()? })
     }
 
-    /// Puts `fd` in the place of the eventfd there was, which is returned.
+    /// Replaces an eventfd of queue `index` and returns the old one.
     pub(crate) fn set(
         &mut self,
         index: QueueIndex,
@@ -98,7 +103,7 @@ impl Vrings {
         std::mem::replace(slot, fd)
     }
 
-    /// Forgets the front-end's eventfds and returns those for kicks; the guest's vectors stay.
+    /// Removes the front-end's eventfds and returns the kick eventfds. The guest's vectors stay.
     pub(crate) fn disconnect(&mut self) -> Vec<Eventfd> {
         let forget = |vring: &mut Vring| {
             let vector = vring.vector;
@@ -107,12 +112,12 @@ impl Vrings {
         self.vrings.iter_mut().filter_map(forget).collect()
     }
 
-    /// Forgets the guest's vectors.
+    /// Removes the guest's vectors.
     pub(crate) fn reset(&mut self) {
         self.vrings.iter_mut().for_each(|vring| vring.vector = NO_VECTOR);
     }
 
-    /// The vector to raise for a kick of queue `index`; if there is none, the kick is kept.
+    /// Returns the vector to raise for a kick of queue `index`. Without a vector, the kick stays pending.
     pub(crate) fn kicked(&mut self, index: QueueIndex) -> Option<u16> {
         let vring = self.vrings.get_mut(usize::from(index.0))?;
         vring.kick_pending = vring.vector == NO_VECTOR;
@@ -124,7 +129,7 @@ impl Vrings {
         self.vrings.get(usize::from(index.0)).map_or(NO_VECTOR, |vring| vring.vector)
     }
 
-    /// Sets the vector of queue `index`; returns it if a kick was kept for it.
+    /// Sets the vector of queue `index`, and returns it if a kick is pending.
     pub(crate) fn set_vector(&mut self, index: QueueIndex, vector: u16) -> Option<u16> {
         let vring = self.vrings.get_mut(usize::from(index.0))?;
         vring.vector = vector;
@@ -133,8 +138,8 @@ impl Vrings {
         due.then_some(vector)
     }
 
-    /// A write to doorbell `index`: with N queues, 0 to N-1 are calls, N to 2N-1 errors. A doorbell
-    /// that nothing is tied to has no effect.
+    /// Signals the eventfd of a doorbell. With N queues, doorbells 0 to N-1 are calls and N to 2N-1 are
+    /// errors. A doorbell without an eventfd does nothing.
     pub(crate) fn ring(&self, doorbell: usize) {
         let eventfd = match self.vrings.get(doorbell) {
             Some(vring) => vring.call.as_ref(),
@@ -143,7 +148,7 @@ impl Vrings {
         if let Some(eventfd) = eventfd
             && let Err(error) = self.signaller.signal(eventfd.as_fd())
         {
-            log::warn!("signalling the front-end: {error}");
+            log::warn!("cannot signal the front-end: {error}");
         }
     }
 }

@@ -20,16 +20,16 @@ use crate::spec::virtio::{NO_VECTOR, common, device_config, isr, vector_select};
 /// Messages moved in one direction before other events get their turn.
 const MESSAGES_PER_TURN: usize = 64;
 
-/// What a vvu device is made of.
+/// Configuration of a vvu device.
 #[derive(Debug)]
 pub struct DeviceConfig {
-    /// The sibling's RAM.
+    /// The file that the sibling's RAM is in.
     pub memory: SiblingMemory,
-    /// Where the sibling's front-end connects.
+    /// Socket that the sibling's front-end connects to.
     pub listener: UnixListener,
-    /// vhost queues, 1 to [`VvuDevice::QUEUES_MAX`].
+    /// Number of vhost queues, 1 to [`VvuDevice::QUEUES_MAX`].
     pub queues: u16,
-    /// Identifies the device to its driver.
+    /// UUID that identifies the device to its driver.
     pub uuid: [u8; 16],
 }
 
@@ -49,14 +49,15 @@ pub struct VvuDevice {
 }
 
 impl VvuDevice {
-    /// Most vhost queues of a device: call and error doorbells are addressed by eight bits of index.
+    /// Most vhost queues of a device: each has a call and an error doorbell, and a doorbell has an index
+    /// of eight bits.
     pub const QUEUES_MAX: u16 = 128;
 
     /// Makes a device in its reset state.
     ///
     /// # Errors
-    /// When the number of queues or the size of the memory file cannot be, or the kernel refuses to
-    /// poll the listener or has no asynchronous I/O.
+    /// When the number of queues is out of range, or when the kernel cannot poll the listener or has no
+    /// asynchronous I/O.
     pub fn new(config: DeviceConfig) -> io::Result<Self> {
         let DeviceConfig { memory, listener, queues, uuid } = config;
         if !(1..=Self::QUEUES_MAX).contains(&queues) {
@@ -83,7 +84,7 @@ impl VvuDevice {
         self.relay.trace = Some(trace);
     }
 
-    /// Size in bytes of `region`: a power of two for a BAR, 0 if there is none.
+    /// Bytes of `region`: a power of two for a BAR, 0 for a BAR that does not exist.
     #[must_use]
     pub fn region_size(&self, region: Region) -> u64 {
         match region {
@@ -92,14 +93,14 @@ impl VvuDevice {
         }
     }
 
-    /// The sibling memory file, and how many of its bytes the shared memory BAR shows, from the start
-    /// of both.
+    /// The sibling memory file, and its size in bytes. The shared memory BAR shows the file from its
+    /// start; the BAR may be larger.
     #[must_use]
     pub fn shared_memory(&self) -> (BorrowedFd<'_>, u64) {
         (self.relay.memory.file().as_fd(), self.relay.memory.size())
     }
 
-    /// MSI-X vectors of the device.
+    /// Number of MSI-X vectors.
     #[must_use]
     pub fn vector_count(&self) -> u16 {
         pci::vector_count(self.queues)
@@ -111,13 +112,13 @@ impl VvuDevice {
         self.relay.state()
     }
 
-    /// Readable whenever [`process`](Self::process) has something to do.
+    /// A file descriptor that is readable whenever [`process`](Self::process) has something to do.
     #[must_use]
     pub fn events(&self) -> BorrowedFd<'_> {
         self.relay.events.as_fd()
     }
 
-    /// Answers a guest's read; what is not there reads as zeroes.
+    /// Answers a guest's read. Offsets without a register or memory read as zeroes.
     pub fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) {
         match region {
             Region::Config => {
@@ -168,7 +169,7 @@ impl VvuDevice {
         bytes
     }
 
-    /// Carries out a guest's write; what is not there ignores it.
+    /// Carries out a guest's write. Offsets without a register or memory ignore it.
     pub fn write<H: Host>(&mut self, host: &H, region: Region, offset: u64, data: &[u8]) {
         match region {
             Region::Config => match self.config_space.write(offset, data) {
@@ -202,7 +203,7 @@ impl VvuDevice {
                 self.update_link(host);
             }
         } else if let Some(at) = pci::DEVICE_CFG.locate(bar, offset, len) {
-            // The one bit the driver may write is in the first byte.
+            // The driver may write one bit, which is in the first byte.
             if let (device_config::STATUS, Some(value)) = (at, data.first()) {
                 self.backend_up = u32::from(*value) & device_config::BACKEND_UP != 0;
                 self.update_link(host);
@@ -230,7 +231,7 @@ impl VvuDevice {
         }
     }
 
-    /// Puts the device into its state after power-on; a connected front-end is disconnected.
+    /// Resets the device to its state after power-on. A connected front-end is disconnected.
     pub fn reset(&mut self) {
         self.config_space.reset();
         self.reset_virtio();
@@ -292,7 +293,8 @@ impl VvuDevice {
         }
     }
 
-    /// Does what is due: connections, messages of the front-end, kicks.
+    /// Handles the events that have happened: connections, messages, kicks. Does not wait, and returns
+    /// after a bounded number of messages.
     pub fn process<H: Host>(&mut self, host: &H) {
         let mut pump = false;
         for source in self.relay.events.take() {
@@ -311,7 +313,7 @@ impl VvuDevice {
     }
 }
 
-/// Size of BAR `bar` for a sibling memory file of `memory` bytes.
+/// Bytes of BAR `bar` for a sibling memory file of `memory` bytes.
 fn bar_size(bar: u8, memory: u64) -> u64 {
     match bar {
         pci::REGISTER_BAR => pci::REGISTER_BAR_SIZE,
@@ -320,3 +322,10 @@ fn bar_size(bar: u8, memory: u64) -> u64 {
         _ => 0,
     }
 }
+
+#[cfg(test)]
+#[path = "hostile_test.rs"]
+mod hostile_tests;
+#[cfg(test)]
+#[path = "vvu_device_test.rs"]
+mod tests;

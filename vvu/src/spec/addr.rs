@@ -1,4 +1,5 @@
-//! Addresses and indices, one type for each address space so that they cannot be mixed up.
+//! Addresses and indices. Each address space has a type of its own, so that the compiler keeps them
+//! apart.
 
 use std::fmt;
 use std::str::FromStr;
@@ -19,7 +20,7 @@ macro_rules! address {
 }
 
 address! {
-    /// I/O virtual address: what the vvu device uses to reach device-VM memory (through the vIOMMU).
+    /// I/O virtual address: the vvu device reaches memory of the device VM by these, through the vIOMMU.
     Iova
 }
 address! {
@@ -36,7 +37,7 @@ address! {
     BarOffset
 }
 
-/// Index of a vhost queue of the device that is served, counted from 0.
+/// Index of a vhost queue, counted from 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QueueIndex(pub u16);
 
@@ -65,7 +66,7 @@ impl fmt::Display for Bdf {
     }
 }
 
-/// A text that is not a PCI address.
+/// The error for a text that is not a PCI address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{got:?} is not a PCI address: want [DOMAIN:]BUS:DEVICE.FUNCTION in hexadecimal, for example 0000:00:10.0"
@@ -97,7 +98,7 @@ impl FromStr for Bdf {
     }
 }
 
-/// Parses at most `width` hexadecimal digits; signs are not digits.
+/// Parses one to `width` hexadecimal digits without a sign.
 fn hex(text: &str, width: usize) -> Option<u16> {
     let well_formed = (1..=width).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_hexdigit());
     well_formed.then(|| u16::from_str_radix(text, 16).ok())?

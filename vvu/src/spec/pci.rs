@@ -1,20 +1,20 @@
 //! PCI identity, BARs and capabilities of the vvu device.
 //!
-//! The layout is the one crosvm shipped in 2021-2023, so that its guest driver binds to this device
+//! The layout is that of crosvm from 2021 to 2023, so that crosvm's guest driver drives this device
 //! unmodified. Numbers are little-endian; offsets and lengths are in bytes.
 
 use super::virtio;
 
-/// Red Hat's PCI vendor id, used by every virtio device (virtio 1.2, 4.1.2).
+/// PCI vendor id of every virtio device (virtio 1.2, 4.1.2).
 pub const VENDOR_ID: u16 = 0x1af4;
 /// PCI device id of a modern virtio device with id [`virtio::DEVICE_ID`] (virtio 1.2, 4.1.2).
 pub const DEVICE_ID: u16 = 0x1040 + virtio::DEVICE_ID;
 /// Revision of a non-transitional virtio device (virtio 1.2, 4.1.2.1).
 pub const REVISION: u8 = 1;
-/// Class 00 ("too old"), subclass ff, interface 00: lspci's "Unclassified device \[00ff\]".
+/// Class 00, subclass ff, interface 00, which lspci calls "Unclassified device \[00ff\]".
 pub const CLASS: [u8; 3] = [0x00, 0xff, 0x00];
 
-/// Size of the configuration space in bytes; the vvu device is conventional PCI.
+/// Bytes of the configuration space. The vvu device is a conventional PCI device.
 pub const CONFIG_SPACE_SIZE: usize = 256;
 
 /// Offsets in the type 0 configuration header (PCI 3.0, 6.1).
@@ -51,13 +51,13 @@ pub mod config {
 
     /// Base address register: a 64-bit memory BAR.
     pub const BAR_64BIT: u32 = 1 << 2;
-    /// Base address register: reads have no side effects.
+    /// Base address register: prefetchable, reads have no side effects.
     pub const BAR_PREFETCHABLE: u32 = 1 << 3;
 }
 
 /// PCI capability ids (PCI Code and ID Assignment).
 pub mod cap_id {
-    /// Vendor specific; virtio structures are found through these.
+    /// Vendor specific; each virtio structure has one.
     pub const VENDOR: u8 = 0x09;
     /// MSI-X.
     pub const MSIX: u8 = 0x11;
@@ -71,7 +71,7 @@ pub mod af {
     pub const CAPABILITIES: usize = 3;
     /// Byte: control.
     pub const CONTROL: usize = 4;
-    /// Capabilities: transactions-pending bit and function level reset are there.
+    /// Capabilities: the function has a transactions-pending bit and a function level reset.
     pub const TP_AND_FLR: u8 = 0b11;
     /// Control: start a function level reset.
     pub const INITIATE_FLR: u8 = 1;
@@ -95,7 +95,7 @@ pub mod msix {
     pub const ENTRY_SIZE: u64 = 16;
 }
 
-/// A part of the device that can be read and written.
+/// A region of the device: a BAR or the configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Region {
     /// Base address register 0 to 5.
@@ -104,20 +104,20 @@ pub enum Region {
     Config,
 }
 
-/// One contiguous virtio structure: a BAR number, an offset and a length in bytes.
+/// Location of a virtio structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Structure {
     /// BAR number, 0 to 5.
     pub bar: u8,
     /// Offset in the BAR.
     pub offset: u64,
-    /// Length.
+    /// Bytes.
     pub length: u64,
 }
 
 impl Structure {
-    /// The offset inside this structure of an access of `len` bytes at `offset` of BAR `bar`, when
-    /// the access lies wholly inside.
+    /// Returns where in this structure an access of `len` bytes at `offset` of BAR `bar` begins; `None` if
+    /// the access is not wholly inside.
     #[must_use]
     pub fn locate(&self, bar: u8, offset: u64, len: usize) -> Option<u64> {
         let start = offset.checked_sub(self.offset).filter(|_| bar == self.bar)?;
@@ -134,7 +134,7 @@ pub const REGISTER_BAR_SIZE: u64 = 0x8000;
 pub const NOTIFY_BAR: u8 = 2;
 /// Size of [`NOTIFY_BAR`].
 pub const NOTIFY_BAR_SIZE: u64 = 0x4000;
-/// BAR that is a window of the sibling memory file (64-bit, prefetchable).
+/// BAR that shows the sibling memory file (64-bit, prefetchable).
 pub const SHARED_MEMORY_BAR: u8 = 4;
 
 /// Virtio common configuration (virtio 1.2, 4.1.4.3).
@@ -167,7 +167,7 @@ pub mod cfg_type {
     pub const ISR: u8 = 3;
     /// Device specific configuration.
     pub const DEVICE: u8 = 4;
-    /// Access to the BARs through the configuration space.
+    /// Window to the BARs in the configuration space.
     pub const PCI: u8 = 5;
     /// Doorbells (`DOORBELL_CFG`).
     pub const DOORBELL: u8 = 6;
@@ -185,7 +185,7 @@ pub mod virtio_cap {
     pub const CFG_TYPE: usize = 3;
     /// Byte: BAR number.
     pub const BAR: usize = 4;
-    /// Byte: tells capabilities of one type apart.
+    /// Byte: number that distinguishes capabilities of one type.
     pub const ID: usize = 5;
     /// le32: offset in the BAR.
     pub const OFFSET: usize = 8;
@@ -202,23 +202,24 @@ pub mod virtio_cap {
     pub const STRUCTURE_LENGTH_HI: usize = 20;
 }
 
-/// Vectors the device has when it serves `queues` vhost queues: config and rx share one by
-/// convention, tx has one, each vhost queue has one; crosvm's table has one more.
+/// Number of MSI-X vectors of a device with `queues` vhost queues: by convention configuration changes
+/// and the receive queue share one, the transmit queue has one, and so has each vhost queue. crosvm's
+/// table has one more, and so has this one.
 #[must_use]
 pub fn vector_count(queues: u16) -> u16 {
     queues + 3
 }
 
-/// The initial configuration space, and where the parts that can be written are.
+/// The initial configuration space, and the offsets of the capabilities that the guest can write.
 #[derive(Clone, Debug)]
 pub struct ConfigSpace {
-    /// The bytes as the guest reads them after reset.
+    /// Content after reset.
     pub bytes: [u8; CONFIG_SPACE_SIZE],
     /// Offset of the MSI-X capability.
     pub msix: usize,
     /// Offset of the Advanced Features capability.
     pub af: usize,
-    /// Offset of the capability that accesses BARs through the configuration space.
+    /// Offset of the capability that is the window to the BARs.
     pub pci_cfg: usize,
 }
 
@@ -269,9 +270,9 @@ pub const fn bar_register(bar: u8) -> usize {
 /// Appends capabilities to a configuration space and links them.
 struct Capabilities {
     bytes: [u8; CONFIG_SPACE_SIZE],
-    /// Where the offset of the next capability is to be written.
+    /// Offset of the byte that links to the next capability.
     link: usize,
-    /// First free byte.
+    /// Offset of the first free byte.
     end: usize,
 }
 
@@ -303,7 +304,7 @@ impl Capabilities {
     }
 }
 
-/// Low 32 bits.
+/// Returns the low 32 bits.
 fn low32(value: u64) -> u32 {
     u32::try_from(value & u64::from(u32::MAX)).unwrap_or(u32::MAX)
 }
@@ -320,7 +321,7 @@ fn put32(bytes: &mut [u8], offset: usize, value: u32) {
 mod tests {
     use super::*;
 
-    /// Capability chain as (offset, bytes up to the next capability's header).
+    /// The chain of capabilities, each as its offset and its id.
     fn walk(bytes: &[u8]) -> Vec<(usize, u8)> {
         let mut found = Vec::new();
         let mut at = usize::from(bytes[config::CAPABILITIES]);

@@ -8,8 +8,9 @@ use proptest::prelude::*;
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::rig::{BAR0, BAR2, BUFFER, QUEUE_SIZE, Rig};
 use super::*;
+use crate::device::SiblingMemory;
+use crate::device::rig::{BAR0, BAR2, BUFFER, QUEUE_SIZE, Rig};
 use crate::message_socket::{Message, MessageSocket};
 use crate::spec::pci::{self, Region};
 use crate::spec::vhost_user::{BackendReq, FrontendReq, HEADER_SIZE, Header};

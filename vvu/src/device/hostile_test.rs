@@ -1,4 +1,4 @@
-//! What hostile front-ends and guests do to the device, one test for each way.
+//! Hostile front-ends and guests: one test for each thing that they do to the device.
 
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::rig::{BAR0, BAR2, BUFFER, QUEUE_SIZE, Rig};
 use super::*;
+use crate::device::rig::{BAR0, BAR2, BUFFER, QUEUE_SIZE, Rig};
 use crate::message_socket::{Message, MessageSocket};
 use crate::spec::addr::{BarOffset, SiblingGpa, SiblingVa};
 use crate::spec::pci::{self, Region};
@@ -75,7 +75,7 @@ fn a_front_end_with_wrong_versions_or_sizes_is_dropped() {
         let mut frontend = rig.connect();
         frontend.send(bytes, vec![]).expect("send");
         rig.process();
-        // The back-end judges what the device has no opinion on.
+        // The device does not examine this payload; the back-end does.
         let relayed = rig.used(0).is_some_and(|bytes| !bytes.is_empty());
         rig.offer(0, &[], BUFFER);
         let dropped = is_dropped_and_the_next_served(&mut rig, frontend);
@@ -387,7 +387,7 @@ fn a_slow_front_end_does_not_keep_the_guest_from_its_registers() {
         assert_ne!(rig.status(), 0);
     }
     assert_eq!(rig.device.link(), LinkState::Connected);
-    // Whoever resets the device need not wait for the rest.
+    // A reset does not wait for the rest of the message.
     rig.device.reset();
     rig.bring_up(feature::OFFERED);
     assert_eq!(rig.device.link(), LinkState::Waiting);

@@ -1,0 +1,118 @@
+use super::*;
+use crate::spec::addr::{SiblingGpa, SiblingVa};
+
+fn region(offset: u64, size: u64) -> MemoryRegion {
+    MemoryRegion { gpa: SiblingGpa(0), size, va: SiblingVa(0), offset: BarOffset(offset) }
+}
+
+#[test]
+fn only_ranges_of_this_very_file_are_accepted() {
+    let memory = SiblingMemory::create(0x4000).expect("memory");
+    let other = SiblingMemory::create(0x4000).expect("memory");
+    let same = memory.file().try_clone().expect("dup");
+    assert!(memory.check(&region(0x1000, 0x3000), &same).is_ok());
+    assert!(matches!(memory.check(&region(0, 0x1000), other.file()), Err(MemoryError::Foreign { .. })));
+    for (offset, size) in [(0x1000, 0x4000), (0x4000, 0x1000), (u64::MAX - 0xfff, 0x1000)] {
+        assert!(matches!(memory.check(&region(offset, size), &same), Err(MemoryError::Beyond { .. })));
+    }
+}
+
+#[test]
+fn nobody_can_resize_it() {
+    let memory = SiblingMemory::create(0x4000).expect("memory");
+    assert!(memory.file().set_len(0x1000).is_err());
+    assert!(memory.file().set_len(0x4000_0000).is_err());
+}
+
+#[test]
+fn trapped_accesses_reach_the_file_and_nothing_beyond() {
+    let memory = SiblingMemory::create(0x1000).expect("memory");
+    let end = memory.size();
+    memory.write(end - 4, &[1, 2, 3, 4, 5, 6]);
+    let mut data = [9; 6];
+    memory.read(end - 4, &mut data);
+    assert_eq!(data, [1, 2, 3, 4, 0, 0]);
+    memory.write(u64::MAX, &[1]);
+    memory.read(u64::MAX, &mut data);
+    assert_eq!(data, [0; 6]);
+}
+
+#[test]
+fn an_in_flight_region_is_zeroed_and_has_one_place() {
+    let memory = SiblingMemory::create(0x1000).expect("memory");
+    memory.write(0x1000, &[1; 8]);
+    let area = memory.allocate_inflight(0x2000).expect("area");
+    assert_eq!(area, InflightArea { size: 0x2000, offset: BarOffset(0x1000) });
+    let mut data = [9; 8];
+    memory.read(0x1000, &mut data);
+    assert_eq!(data, [0; 8]);
+    assert!(memory.check_inflight(area, memory.file()).is_ok());
+    let other = SiblingMemory::create(0x1000).expect("memory");
+    assert!(memory.check_inflight(area, other.file()).is_err());
+    assert!(memory.check_inflight(InflightArea { offset: BarOffset(0), ..area }, memory.file()).is_err());
+    assert!(memory.allocate_inflight(INFLIGHT_SIZE + 1).is_err());
+}
+
+/// Opens the file of `memory` a second time.
+fn reopen(memory: &SiblingMemory) -> File {
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/self/fd/{}", memory.file().as_raw_fd());
+    File::options().read(true).write(true).open(path).expect("reopen")
+}
+
+#[test]
+fn devices_that_share_a_file_have_in_flight_regions_of_their_own() {
+    let first = SiblingMemory::create(0x1000).expect("memory");
+    let mut others: Vec<_> =
+        (1..INFLIGHT_REGIONS).map(|_| SiblingMemory::open(reopen(&first)).expect("shared")).collect();
+    assert!(matches!(SiblingMemory::open(reopen(&first)), Err(OpenError::Full)));
+    let last = others.last().expect("last").allocate_inflight(0x1000).expect("area");
+    assert_eq!(last.offset.0, 0x1000 + (INFLIGHT_REGIONS - 1) * INFLIGHT_SIZE);
+    assert!(first.check_inflight(last, first.file()).is_err());
+    others.remove(2);
+    let again = SiblingMemory::open(reopen(&first)).expect("freed");
+    assert_eq!(again.inflight, 0x1000 + 3 * INFLIGHT_SIZE);
+}
+
+#[test]
+fn any_other_file_is_refused() {
+    let plain = tempfile::tempfile().expect("file");
+    plain.set_len(TAIL_SIZE + 0x1000).expect("size");
+    assert!(matches!(SiblingMemory::open(plain), Err(OpenError::Kind)));
+    let unsealed = memfd_create("plain", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("memfd");
+    ftruncate(&unsealed, TAIL_SIZE + 0x1000).expect("size");
+    assert!(matches!(SiblingMemory::open(unsealed.into()), Err(OpenError::Kind)));
+}
+
+/// Tests with huge pages if the machine has some, and the error if not. The output says which.
+#[test]
+fn huge_pages_are_all_there_or_their_lack_is_explained() {
+    match SiblingMemory::create_huge(4 << 20) {
+        Ok(memory) => {
+            eprintln!("with the huge pages of this machine");
+            assert_eq!(fstatfs(memory.file()).expect("fstatfs").f_type, libc::HUGETLBFS_MAGIC);
+            let allocated = fstat(memory.file()).expect("fstat").st_blocks * 512;
+            assert_eq!(u64::try_from(allocated), Ok(memory.size()));
+            let area = memory.allocate_inflight(0x2000).expect("area");
+            assert_eq!((area.offset.0, area.size), (4 << 20, HUGE_PAGE_SIZE));
+            let after = fstat(memory.file()).expect("fstat").st_blocks * 512;
+            assert_eq!(after, allocated);
+            let shared = SiblingMemory::open(reopen(&memory)).expect("shared");
+            assert!(shared.check(&region(0, 4 << 20), memory.file()).is_ok());
+        }
+        Err(error) => {
+            eprintln!("without huge pages: {error}");
+            assert!(matches!(error, OpenError::HugePages { wanted: 18, .. }), "{error}");
+            assert!(error.to_string().contains("sysctl vm.nr_hugepages=18"), "{error}");
+        }
+    }
+    let odd = SiblingMemory::create_huge(1 << 20).expect_err("odd").to_string();
+    assert!(odd.contains("want a multiple of 2097152"), "{odd}");
+}
+
+#[test]
+fn odd_sizes_are_refused() {
+    for ram in [0, 1000, !0xfff] {
+        assert!(SiblingMemory::create(ram).is_err());
+    }
+}
