@@ -11,7 +11,7 @@ use vvu_artifacts::cache::Cache;
 use vvu_artifacts::kernel::{Kernel, KernelOptions};
 use vvu_process::progress::Progress;
 use vvu_process::{children, interrupt};
-use vvu_scenario::{compatibility, run};
+use vvu_scenario::{compatibility, run, tool};
 use vvu_testvm::rundir::runs;
 
 /// Builds the guests, runs the VMs and proves VVU end to end.
@@ -26,6 +26,9 @@ struct Cli {
 enum Task {
     /// Run scenarios in VMs
     E2e(run::Options),
+    /// Check scenario files, or rewrite those of the old format
+    #[command(subcommand)]
+    Scenario(tool::Task),
     /// Run one VM in this terminal, with a shell on its console
     #[command(subcommand)]
     Vm(vvu_manual::Role),
@@ -74,6 +77,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let kernel = Kernel::obtain(&progress, &Cache::open(&progress)?, options)?;
             println!("{}", kernel.vmlinux.display());
         }
+        Task::Scenario(task) => tool::main(task)?,
         Task::Compatibility => compatibility::main()?,
         Task::Clean => clean()?,
         Task::AccelProbe => serve_probe()?,

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 /// A valid scenario without VMs' devices; `TEXT` is replaced.
 const SCENARIO: &str = r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 128 EXTRA}},
-    "disks": {DISKS}, "steps": [{"check": "c", "vm": "device", "run": "true"}]}"#;
+    "disks": {DISKS}, "steps": [{"run": {"check": "c", "vm": "device", "command": "true"}}]}"#;
 
 fn xtask(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_xtask"))

@@ -104,9 +104,9 @@ fn an_interrupted_run_leaves_nothing_but_its_directory() {
 fn a_failed_check_says_what_was_seen_and_ends_with_1() {
     let (code, report) = steps_in_one(
         r#"
-        {"check": "good", "vm": "one", "run": "echo fine"},
-        {"check": "bad", "vm": "one", "run": "echo seen; exit 3"},
-        {"check": "later", "vm": "one", "power_off": true}"#,
+        {"run": {"check": "good", "vm": "one", "command": "echo fine"}},
+        {"run": {"check": "bad", "vm": "one", "command": "echo seen; exit 3"}},
+        {"power_off": {"check": "later", "vm": "one"}}"#,
     );
     assert_eq!(code, Some(1));
     let results: Vec<_> =
@@ -123,8 +123,8 @@ fn a_failed_check_says_what_was_seen_and_ends_with_1() {
 fn a_spawned_command_that_ends_fails_the_wait_at_once() {
     let (code, report) = steps_in_one(
         r#"
-        {"check": "c", "vm": "one", "spawn": "echo no such device >&2; exit 1", "as": "backend"},
-        {"check": "c", "vm": "one", "console": "^ready$", "timeout_s": 10000}"#,
+        {"spawn": {"check": "c", "vm": "one", "name": "backend", "command": "echo no such device >&2; exit 1"}},
+        {"console": {"check": "c", "vm": "one", "line": "^ready$", "timeout_s": 10000}}"#,
     );
     assert_eq!(code, Some(1));
     let evidence = report["checks"][0]["evidence"].as_str().expect("text");
@@ -137,21 +137,21 @@ fn a_spawned_command_that_ends_fails_the_wait_at_once() {
 fn what_is_taken_away_comes_back_and_is_counted() {
     let (code, report) = steps_in_one(
         r#"
-        {"vm": "one", "start": true},
-        {"check": "commands", "repeat": {"times": 2, "steps": [
-            {"vm": "one", "spawn": "trap '' TERM; while :; do sleep 1; done", "as": "job"},
-            {"vm": "one", "kill": "job", "signal": "KILL"},
-            {"vm": "one", "spawn": "exit 3", "as": "job", "expect": {"exit": 3}},
-            {"vm": "one", "wait": "job"},
-            {"vm": "one", "run": "echo {round}", "expect": {"stdout": "^(\\d)$"}, "save": "rounds", "measure": true}]}},
-        {"check": "guest", "vm": "one", "spawn": "sleep 1000", "as": "job"},
-        {"check": "guest", "vm": "one", "run": "touch /mark"},
-        {"check": "guest", "vm": "one", "reboot": true},
-        {"check": "guest", "vm": "one", "run": "test ! -e /mark"},
-        {"check": "guest", "vm": "one", "spawn": "sleep 1000", "as": "job"},
-        {"check": "qemu", "vm": "one", "kill_vm": true},
-        {"check": "qemu", "vm": "one", "start": true},
-        {"check": "qemu", "vm": "one", "power_off": true}"#,
+        {"start": {"vm": "one"}},
+        {"repeat": {"check": "commands", "times": 2, "steps": [
+            {"spawn": {"vm": "one", "name": "job", "command": "trap '' TERM; while :; do sleep 1; done"}},
+            {"kill": {"vm": "one", "name": "job", "signal": "KILL"}},
+            {"spawn": {"vm": "one", "name": "job", "command": "exit 3", "expect": {"exit": 3}}},
+            {"wait": {"vm": "one", "name": "job"}},
+            {"run": {"vm": "one", "command": "echo {round}", "expect": {"stdout": "^(\\d)$"}, "save": "rounds", "measure": true}}]}},
+        {"spawn": {"check": "guest", "vm": "one", "name": "job", "command": "sleep 1000"}},
+        {"run": {"check": "guest", "vm": "one", "command": "touch /mark"}},
+        {"reboot": {"check": "guest", "vm": "one"}},
+        {"run": {"check": "guest", "vm": "one", "command": "test ! -e /mark"}},
+        {"spawn": {"check": "guest", "vm": "one", "name": "job", "command": "sleep 1000"}},
+        {"kill_vm": {"check": "qemu", "vm": "one"}},
+        {"start": {"check": "qemu", "vm": "one"}},
+        {"power_off": {"check": "qemu", "vm": "one"}}"#,
     );
     assert_eq!(code, Some(0), "{report:#}");
     let want = serde_json::json!({"faults_injected": 4.0, "rounds": 3.0});
@@ -162,8 +162,8 @@ fn what_is_taken_away_comes_back_and_is_counted() {
 fn a_command_that_ends_otherwise_than_expected_fails_the_wait() {
     let (code, report) = steps_in_one(
         r#"
-        {"check": "c", "vm": "one", "spawn": "exit 4", "as": "job", "expect": {"exit": 3}},
-        {"check": "c", "vm": "one", "wait": "job"}"#,
+        {"spawn": {"check": "c", "vm": "one", "name": "job", "command": "exit 4", "expect": {"exit": 3}}},
+        {"wait": {"check": "c", "vm": "one", "name": "job"}}"#,
     );
     assert_eq!(code, Some(1));
     let evidence = report["checks"][0]["evidence"].as_str().expect("text");

@@ -1,4 +1,4 @@
-//! Feeds the parser of scenario files arbitrary text.
+//! Feeds the parsers of scenario files, of the current format and of the old one, arbitrary text.
 
 #![no_main]
 

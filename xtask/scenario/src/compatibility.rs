@@ -15,9 +15,6 @@ use vvu_testvm::rundir::runs;
 
 const BEGIN: &str = "<!-- begin: cargo xtask compatibility -->\n";
 const END: &str = "<!-- end -->";
-/// Programs of the guests that test back-ends and are none.
-const TOOLS: [&str; 1] = ["socat"];
-
 /// What the last run of a scenario showed.
 struct Row {
     scenario: String,
@@ -93,18 +90,19 @@ fn replaced(text: &str, table: &str) -> Option<String> {
     Some(format!("{before}{BEGIN}{table}{END}{after}"))
 }
 
+/// The back-ends that the scenario names, with their versions where they are other people's programs.
 fn backends(scenario: &Scenario, programs: &GuestPrograms) -> String {
-    let spawned: Vec<&str> = scenario.steps.iter().filter_map(|step| step.spawn.as_deref()).collect();
-    let mut names = Vec::new();
-    if spawned.iter().any(|command| command.contains("vvu device block")) {
-        names.push("vvu device block".to_owned());
+    let mut backends = Vec::new();
+    for name in scenario.vvu.values().filter_map(|vvu| vvu.backend.as_ref()) {
+        let backend = match programs.version(name) {
+            Some(version) => format!("{name} {version}"),
+            None => name.clone(),
+        };
+        if !backends.contains(&backend) {
+            backends.push(backend);
+        }
     }
-    let others = scenario.vms.values().flat_map(|vm| &vm.programs).collect::<BTreeSet<_>>();
-    for program in others.into_iter().filter(|program| !TOOLS.contains(&program.as_str())) {
-        let version = programs.version(program).unwrap_or("of docs/library.md");
-        names.push(format!("{program} {version}"));
-    }
-    names.join(", ")
+    backends.join(", ")
 }
 
 /// The newest run of a scenario that has a report.

@@ -5,10 +5,11 @@ pub mod format;
 pub mod matrix;
 pub mod report;
 pub mod run;
+pub mod tool;
 
-/// Whether `text` is a valid scenario file; for the fuzz target.
+/// Whether `text` is a valid scenario file of the current or the old format; for the fuzz target.
 #[cfg(fuzzing)]
 #[must_use]
 pub fn is_scenario(text: &str) -> bool {
-    format::Scenario::parse(text, std::path::Path::new(".")).is_ok()
+    format::Scenario::parse(text, std::path::Path::new(".")).is_ok() || format::upgraded(text).is_ok()
 }

@@ -1,126 +1,151 @@
-//! Scenarios: which VMs to start, what to do in them and what must come of it, as data.
+//! The format of scenario files: which VMs to start, what to do in them and what must come of it, as data.
 //!
-//! The format is described in `scenarios/README.md`; the types here are its definition.
+//! `scenarios/README.md` describes it for people; the types here define it, for serde and for the JSON Schema alike.
 
 mod check;
+mod check_steps;
+mod files;
+mod layout;
+mod message;
+mod placed;
+mod schema;
 mod step;
 mod text;
+mod upgrade;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde::Deserialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use vvu_testvm::setup::{KernelId, Needs};
 use vvu_testvm::vm::{Addr, CpuLevel, Frontend, Iommu};
 
-pub use step::{Action, Placed, Step};
+pub use files::{find, list};
+pub use layout::{laid_out, to_text};
+pub use message::{ExpectedMessage, find_in_order};
+pub use placed::Placed;
+pub use schema::{SCHEMAS, SchemaFile};
+pub use step::{Milestone, RunStep, Signal, Step, TraceStep};
 pub use text::Values;
+pub use upgrade::{is_old, upgraded};
 
 /// The placeholder that numbers the rounds of a repeat.
 pub const ROUND: &str = "round";
 
 /// A scenario file.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
-    /// Name of the scenario; for one under `scenarios/`, its file name without `.json`.
+    /// The JSON Schema of this file, for editors; a run does not read it.
+    #[serde(default, rename = "$schema", skip_serializing_if = "Option::is_none")]
+    pub schema: Option<String>,
+    /// Name of the scenario: lower-case letters, digits, `-` and `_`. It is the file's name without `.json`.
+    #[schemars(regex(pattern = "^[a-z][a-z0-9_-]{0,31}$"))]
     pub name: String,
-    /// One line for `e2e --list`.
+    /// One line for `cargo xtask e2e --list`.
     pub description: String,
-    /// Kernel fragments that its VMs need besides the base: names under `guest-images/kernel`.
-    #[serde(default)]
+    /// Kernel fragments that the VMs need besides the base: names under `guest-images/kernel`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kernel: Vec<String>,
-    /// Where its VMs' kernel comes from, if not from the machine's own suites: a name in
+    /// Where the source of the VMs' kernel comes from, if not from the machine's own suites: a name in
     /// `guest-images/versions.json`.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel_source: Option<String>,
     /// The VMs by name.
     pub vms: BTreeMap<String, VmSpec>,
     /// The vvu devices by name: each joins a device VM and a sibling VM through a proxy of its own.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub vvu: BTreeMap<String, VvuSpec>,
     /// The disk images by name.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub disks: BTreeMap<String, DiskSpec>,
     /// What is done, in this order.
+    #[schemars(length(min = 1))]
     pub steps: Vec<Step>,
 }
 
 /// A VM.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmSpec {
     /// RAM in MiB.
+    #[schemars(range(min = 64))]
     pub memory_mib: u64,
     /// Virtual CPUs.
-    #[serde(default = "one")]
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    #[schemars(range(min = 1, max = 8))]
     pub cpus: u32,
-    /// For a sibling VM: take the RAM from the host's huge pages.
-    #[serde(default)]
-    pub huge_pages: bool,
     /// What the CPUs can do, if programs need more than the VMM's default.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<CpuLevel>,
-    /// The VMM that runs it, if not the run's: a name in `guest-images/versions.json`.
-    #[serde(default)]
+    /// For a sibling VM: take the RAM from the host's huge pages.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub huge_pages: bool,
+    /// The VMM that runs the VM, if not the run's: a name in `guest-images/versions.json`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<String>,
     /// The IOMMU in front of the VM's PCI devices.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommu: Option<Iommu>,
     /// Added to the kernel command line.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub cmdline: String,
     /// A directory whose tree is laid over the VM's root, relative to the scenario file.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<PathBuf>,
-    /// Programs that it gets: names in `guest-images/programs.json`.
-    #[serde(default)]
+    /// Programs that the VM gets: names in `guest-images/programs.json`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub programs: Vec<String>,
 }
 
 /// A vvu device and the proxy that serves it.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VvuSpec {
     /// VM that has the PCI device and runs the back-end.
-    #[serde(default = "device")]
+    #[serde(default = "device", skip_serializing_if = "is_device")]
     pub device_vm: String,
     /// VM that has the front-end.
-    #[serde(default = "sibling")]
+    #[serde(default = "sibling", skip_serializing_if = "is_sibling")]
     pub sibling_vm: String,
     /// Where the PCI device is in the device VM.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default_addr")]
     pub addr: Addr,
     /// Virtqueues that the vvu device carries; as many as the front-end has unless given.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 64))]
     pub queues: Option<u16>,
     /// Milliseconds after which a front-end that lost its connection makes another one; 0: it never does.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub reconnect_ms: u32,
-    /// The sibling VM's device.
-    #[serde(default)]
+    /// The sibling VM's device; a disk unless given.
+    #[serde(default, skip_serializing_if = "is_default_frontend")]
     pub frontend: Frontend,
+    /// The back-end that the scenario puts behind the device, for the table in `docs/compatibility.md`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<String>,
 }
 
-/// A disk image, placed in the root directory of a VM as `NAME.img`.
-#[derive(Debug, Clone, Deserialize)]
+/// A disk image, which is the file `/NAME.img` in a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
     /// VM that gets the image.
-    #[serde(default = "device")]
+    #[serde(default = "device", skip_serializing_if = "is_device")]
     pub vm: String,
-    /// An existing image, relative to the scenario file; else one is generated.
-    #[serde(default)]
+    /// An existing raw image, relative to the scenario file; else one is generated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
     /// Size of a generated image in MiB.
-    #[serde(default)]
-    pub size_mib: u64,
-    /// What a generated image is filled with.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub size_mib: Option<u64>,
+    /// Content of a generated image.
+    #[serde(default, skip_serializing_if = "Pattern::is_default")]
     pub pattern: Pattern,
     /// Another seed gives other content.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub seed: u64,
 }
 
@@ -133,8 +158,8 @@ pub struct DiskFacts {
     pub bytes: u64,
 }
 
-/// What a generated disk is filled with.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+/// Content of a generated disk image.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pattern {
     /// Pseudo-random bytes, different in every sector.
@@ -142,6 +167,12 @@ pub enum Pattern {
     Random,
     /// Zeroes.
     Zero,
+}
+
+impl Pattern {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl VvuSpec {
@@ -153,39 +184,8 @@ impl VvuSpec {
 }
 
 impl Scenario {
-    /// Reads and checks a scenario file.
-    ///
-    /// # Errors
-    ///
-    /// Names the file and the place in it, as a JSON path, and what is wrong there.
-    pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the scenario {}", path.display()))?;
-        let dir = path.parent().unwrap_or(Path::new("."));
-        Self::parse(&text, dir).with_context(|| format!("{} is not a valid scenario", path.display()))
-    }
-
-    /// Reads and checks the text of a scenario file in `dir`.
-    ///
-    /// # Errors
-    ///
-    /// As [`Scenario::load`].
-    pub fn parse(text: &str, dir: &Path) -> Result<Self> {
-        let mut json = serde_json::Deserializer::from_str(text);
-        let mut scenario: Scenario = serde_path_to_error::deserialize(&mut json)
-            .map_err(|error| anyhow::anyhow!("at {}: {}", error.path(), error.inner()))?;
-        json.end().context("after the scenario")?;
-        for vm in scenario.vms.values_mut() {
-            vm.overlay = vm.overlay.take().map(|overlay| dir.join(overlay));
-        }
-        for disk in scenario.disks.values_mut() {
-            disk.file = disk.file.take().map(|file| dir.join(file));
-        }
-        scenario.check()?;
-        Ok(scenario)
-    }
-
-    /// The placeholders of its texts: `bdf` gives the address of a vvu device, `disk` what is known of a disk.
+    /// The placeholders of the scenario's texts: `bdf` gives the address of a vvu device, `disk` what is known of a
+    /// disk.
     pub fn values(&self, bdf: impl Fn(&str) -> String, disk: impl Fn(&str) -> DiskFacts) -> Values {
         let mut values = Values::default();
         for name in self.vvu.keys() {
@@ -211,26 +211,14 @@ impl Scenario {
         values
     }
 
-    /// The steps one after the other, the rounds of a repeat unrolled, at most `rounds` of them.
-    pub fn unrolled(&self, rounds: u32) -> Vec<Placed<'_>> {
-        let placed = |(index, step)| Placed::unroll(step, format!("steps[{index}]"), rounds);
-        self.steps.iter().enumerate().flat_map(placed).collect()
-    }
-
-    /// Whether a step has this action for the VM `vm`.
-    pub fn has(&self, vm: &str, action: Action<'_>) -> bool {
-        self.unrolled(1)
-            .iter()
-            .any(|placed| placed.step.vm.as_deref() == Some(vm) && placed.step.action() == Some(action))
-    }
-
-    /// The kernel that its VMs run.
+    /// The kernel that the VMs run.
     #[must_use]
     pub fn kernel_id(&self) -> KernelId {
         KernelId::new(self.kernel_source.as_deref(), &self.kernel)
     }
 
-    /// RAM of all its VMs in MiB.
+    /// RAM of all VMs in MiB.
+    #[must_use]
     pub fn memory_mib(&self) -> u64 {
         self.vms.values().map(|vm| vm.memory_mib).fold(0, u64::saturating_add)
     }
@@ -246,7 +234,7 @@ impl Scenario {
     }
 }
 
-/// What `scenarios` need.
+/// The kernels, VMMs and programs that `scenarios` need.
 pub fn needs<'a>(scenarios: impl IntoIterator<Item = &'a Scenario>) -> Needs {
     let mut needs = Needs::default();
     for scenario in scenarios {
@@ -257,70 +245,46 @@ pub fn needs<'a>(scenarios: impl IntoIterator<Item = &'a Scenario>) -> Needs {
     needs
 }
 
-/// The scenarios under `dir`, by name.
-///
-/// # Errors
-///
-/// The directory cannot be read, or holds a file that is no scenario or has another name than its scenario.
-pub fn list(dir: &Path) -> Result<BTreeMap<String, Scenario>> {
-    let mut scenarios = BTreeMap::new();
-    for path in files(dir)? {
-        let scenario = Scenario::load(&path)?;
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        ensure!(
-            scenario.name == stem,
-            "{} names itself {:?}: want {stem:?}, its file name",
-            path.display(),
-            scenario.name
-        );
-        scenarios.insert(scenario.name.clone(), scenario);
-    }
-    Ok(scenarios)
-}
-
-/// Finds the scenario `name` under `dir`.
-///
-/// # Errors
-///
-/// There is none of that name; the message lists those there are.
-pub fn find(dir: &Path, name: &str) -> Result<Scenario> {
-    let path = dir.join(format!("{name}.json"));
-    let files = files(dir)?;
-    if files.contains(&path) {
-        return Scenario::load(&path);
-    }
-    let known: Vec<_> =
-        files.iter().filter_map(|file| file.file_stem()).map(|stem| stem.to_string_lossy()).collect();
-    bail!(
-        "there is no scenario {name:?}: known are {}; use --scenario-file for one of your own",
-        known.join(", ")
-    )
-}
-
-fn files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
-    let mut files = Vec::new();
-    for entry in entries {
-        let path = entry.with_context(|| format!("cannot list {}", dir.display()))?.path();
-        if path.extension().is_some_and(|extension| extension == "json") {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
-}
-
 fn one() -> u32 {
     1
+}
+
+fn is_one(number: &u32) -> bool {
+    *number == 1
+}
+
+fn is_zero<N: PartialEq + From<u8>>(number: &N) -> bool {
+    *number == N::from(0)
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 fn device() -> String {
     "device".to_owned()
 }
 
+fn is_device(name: &str) -> bool {
+    name == "device"
+}
+
 fn sibling() -> String {
     "sibling".to_owned()
 }
 
+fn is_sibling(name: &str) -> bool {
+    name == "sibling"
+}
+
+fn is_default_addr(addr: &Addr) -> bool {
+    *addr == Addr::default()
+}
+
+fn is_default_frontend(frontend: &Frontend) -> bool {
+    *frontend == Frontend::default()
+}
+
 #[cfg(test)]
+#[path = "format_test.rs"]
 mod tests;

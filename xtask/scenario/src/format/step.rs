@@ -1,119 +1,301 @@
-//! The steps of a scenario.
+//! The steps of a scenario: each is an object with one key, its action, whose value has that action's own fields.
 
 use std::fmt;
 
-use serde::Deserialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
-/// One step: where, one action, and what must come of it.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Step {
-    /// The check this step belongs to. A check passes when all its steps do.
-    #[serde(default)]
-    pub check: Option<String>,
-    /// The VM it happens in; none for what happens on the host.
-    #[serde(default)]
-    pub vm: Option<String>,
-    /// Start the VM and go on without waiting for it. A VM without such a step starts before the first step.
-    #[serde(default)]
-    pub start: bool,
-    /// Run a shell command to its end.
-    #[serde(default)]
-    pub run: Option<String>,
-    /// Start a shell command that stays; its output goes to the VM's console.
-    #[serde(default)]
-    pub spawn: Option<String>,
-    /// Name of the spawned command, for `kill` and `wait`; `spawned` unless given.
-    #[serde(default, rename = "as")]
-    pub name: Option<String>,
-    /// End the spawned command of this name with a signal and wait until it has ended.
-    #[serde(default)]
-    pub kill: Option<String>,
-    /// The signal of a `kill`.
-    #[serde(default)]
-    pub signal: Signal,
-    /// Wait until the spawned command of this name has ended by itself.
-    #[serde(default)]
-    pub wait: Option<String>,
-    /// Wait until a line of the VM's console matches this regular expression.
-    #[serde(default)]
-    pub console: Option<String>,
-    /// Shut the VM down and wait for its end.
-    #[serde(default)]
-    pub power_off: bool,
-    /// Reboot the VM from inside and wait until it serves requests again.
-    #[serde(default)]
-    pub reboot: bool,
-    /// End the VM's QEMU with SIGKILL.
-    #[serde(default)]
-    pub kill_vm: bool,
-    /// End the proxy of this vvu device with SIGKILL.
-    #[serde(default)]
-    pub kill_proxy: Option<String>,
-    /// Start the proxy of this vvu device again and wait until it listens.
-    #[serde(default)]
-    pub start_proxy: Option<String>,
-    /// Look at the messages of this vvu device so far.
-    #[serde(default)]
-    pub trace: Option<String>,
+use super::message::ExpectedMessage;
+
+/// One step of a scenario.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// Start a VM and go on without waiting for it. A VM without such a step starts before the first step.
+    Start(VmStep),
+    /// Run a shell command in a VM to its end.
+    Run(RunStep),
+    /// Start a shell command in a VM that stays; its output goes to the VM's console, each line behind `[NAME] `.
+    Spawn(SpawnStep),
+    /// Send a signal to a spawned command and wait until it has ended.
+    Kill(KillStep),
+    /// Wait until a spawned command has ended by itself.
+    Wait(WaitStep),
+    /// Wait for a line on a VM's serial console.
+    Console(ConsoleStep),
+    /// Shut a VM down and wait until its VMM has ended with exit code 0.
+    PowerOff(VmWaitStep),
+    /// Reboot a VM from inside and wait until it serves commands again. Its VMM stays.
+    Reboot(VmWaitStep),
+    /// Kill the VMM of a VM with SIGKILL. A `start` may follow.
+    KillVm(VmStep),
+    /// Kill the proxy of a vvu device with SIGKILL.
+    KillProxy(ProxyStep),
+    /// Start the proxy of a vvu device again and wait until it listens.
+    StartProxy(ProxyStep),
+    /// Look for messages among the vhost-user messages that a vvu device has carried so far.
+    Trace(TraceStep),
     /// Carry out steps several times.
-    #[serde(default)]
-    pub repeat: Option<Repeat>,
-    /// What a `run` must give, what a `trace` must show, and how a `spawn` is to end.
-    #[serde(default)]
-    pub expect: Expect,
-    /// Keep the first capture group of `expect.stdout` or `console` (without a group, the whole match) under this
-    /// name, as a placeholder for later steps.
-    #[serde(default)]
-    pub save: Option<String>,
-    /// Add the number that is saved to the report's measurement of the same name.
-    #[serde(default)]
-    pub measure: bool,
-    /// Seconds allowed at native speed; scaled for slower accelerators.
-    #[serde(default)]
+    Repeat(RepeatStep),
+}
+
+/// An action on a whole VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The VM.
+    pub vm: String,
+}
+
+/// An action on a whole VM that takes time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmWaitStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The VM.
+    pub vm: String,
+    /// Seconds allowed at native speed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub timeout_s: Option<u64>,
 }
 
-/// Steps that are carried out several times.
-#[derive(Debug, Clone, Default, Deserialize)]
+/// A command that runs to its end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Repeat {
+pub struct RunStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The VM.
+    pub vm: String,
+    /// The shell command.
+    pub command: String,
+    /// What the command must give.
+    #[serde(default, skip_serializing_if = "ExpectedResult::is_default")]
+    pub expect: ExpectedResult,
+    /// Keeps the first capture group of `expect.stdout` (without a group, the whole match) as a placeholder of this
+    /// name for later steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub save: Option<String>,
+    /// Adds the saved number to the report's measurement of the same name.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub measure: bool,
+    /// What the scenario has reached once this step is done; the report gives its time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub milestone: Option<Milestone>,
+    /// Seconds allowed at native speed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub timeout_s: Option<u64>,
+}
+
+/// A command that stays.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SpawnStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The VM.
+    pub vm: String,
+    /// Name of the command, for `kill` and `wait` and before its lines on the console.
+    pub name: String,
+    /// The shell command.
+    pub command: String,
+    /// How it must end. From now on, its end with another exit code fails the step that is carried out then.
+    #[serde(default, skip_serializing_if = "ExpectedExit::is_default")]
+    pub expect: ExpectedExit,
+    /// Seconds allowed at native speed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub timeout_s: Option<u64>,
+}
+
+/// A signal to a spawned command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KillStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The VM.
+    pub vm: String,
+    /// Name of the spawned command.
+    pub name: String,
+    /// The signal.
+    #[serde(default, skip_serializing_if = "Signal::is_default")]
+    pub signal: Signal,
+    /// Seconds allowed at native speed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub timeout_s: Option<u64>,
+}
+
+/// A wait for the end of a spawned command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WaitStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The VM.
+    pub vm: String,
+    /// Name of the spawned command.
+    pub name: String,
+    /// Seconds allowed at native speed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub timeout_s: Option<u64>,
+}
+
+/// A wait for a line on a console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The VM.
+    pub vm: String,
+    /// Regular expression that the line must match. The search begins after the line that the last one found.
+    pub line: String,
+    /// Keeps the first capture group of `line` (without a group, the whole match) as a placeholder of this name for
+    /// later steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub save: Option<String>,
+    /// Adds the saved number to the report's measurement of the same name.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub measure: bool,
+    /// What the scenario has reached once this step is done; the report gives its time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub milestone: Option<Milestone>,
+    /// Seconds allowed at native speed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub timeout_s: Option<u64>,
+}
+
+/// An action on the proxy of a vvu device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProxyStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The vvu device.
+    pub vvu: String,
+}
+
+/// A look at the messages of a vvu device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TraceStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The vvu device.
+    pub vvu: String,
+    /// Messages that must be there in this order, with any others before, between and after them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub expect: Vec<ExpectedMessage>,
+    /// Regular expression that must match somewhere in the trace, one line of JSON for each message: for what
+    /// `expect` cannot say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub matches: Option<String>,
+    /// Keeps the first capture group of `matches` (without a group, the whole match) as a placeholder of this name for
+    /// later steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub save: Option<String>,
+    /// Adds the saved number to the report's measurement of the same name.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub measure: bool,
+}
+
+/// Steps that are carried out several times.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RepeatStep {
+    /// The check that those of the steps belong to that name none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
     /// How often.
+    #[schemars(range(min = 1, max = 1000))]
     pub times: u32,
-    /// The steps of a round.
+    /// The steps of a round; none of them is a `repeat`.
+    #[schemars(length(min = 1))]
     pub steps: Vec<Step>,
 }
 
 /// What a command must give.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Expect {
-    /// Exit code, 0 unless given.
-    #[serde(default)]
+pub struct ExpectedResult {
+    /// Exit code.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub exit: i32,
-    /// Regular expression that must match somewhere in its standard output, or in the trace.
-    #[serde(default)]
+    /// Regular expression that must match somewhere in its standard output.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdout: Option<String>,
 }
 
+/// How a spawned command must end.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExpectedExit {
+    /// Exit code.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub exit: i32,
+}
+
 /// A signal that ends a process.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Signal {
-    /// Asks it to end.
+    /// SIGTERM, which asks the process to end.
     #[default]
     Term,
-    /// Ends it at once.
+    /// SIGKILL, which ends the process at once.
     Kill,
+}
+
+/// Something that scenarios reach and whose time, counted from the launch of the first VM, the report gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Milestone {
+    /// The sibling VM sees its disk.
+    DiskVisible,
+}
+
+impl ExpectedResult {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl ExpectedExit {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Signal {
     /// Its number on Linux.
+    #[must_use]
     pub fn number(self) -> i32 {
         match self {
             Self::Term => 15,
             Self::Kill => 9,
         }
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 }
 
@@ -126,135 +308,113 @@ impl fmt::Display for Signal {
     }
 }
 
-/// What a step does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action<'a> {
-    /// Start the VM.
-    Start,
-    /// Run a command to its end.
-    Run(&'a str),
-    /// Start a command that stays.
-    Spawn {
-        /// Its name.
-        name: &'a str,
-        /// The shell command.
-        command: &'a str,
-    },
-    /// End a spawned command.
-    Kill {
-        /// Its name.
-        name: &'a str,
-        /// How.
-        signal: Signal,
-    },
-    /// Wait for the end of a spawned command.
-    Wait(&'a str),
-    /// Wait for a line on the console.
-    Console(&'a str),
-    /// Shut the VM down.
-    PowerOff,
-    /// Reboot the VM from inside.
-    Reboot,
-    /// End the VM's QEMU.
-    KillVm,
-    /// End the proxy of a vvu device.
-    KillProxy(&'a str),
-    /// Start the proxy of a vvu device again.
-    StartProxy(&'a str),
-    /// Look at the messages of a vvu device.
-    Trace(&'a str),
-}
-
-/// The keys of the actions, for messages.
-pub(super) const ACTIONS: &str = "start, run, spawn, kill, wait, console, power_off, reboot, kill_vm, kill_proxy, \
-                                  start_proxy, trace and repeat";
-
-impl Action<'_> {
-    /// Whether it takes away by force what others rely on.
-    pub fn is_fault(self) -> bool {
-        matches!(self, Self::Kill { .. } | Self::Reboot | Self::KillVm | Self::KillProxy(_))
+impl Step {
+    /// The check that the step belongs to, if it names one.
+    #[must_use]
+    pub fn check(&self) -> Option<&str> {
+        match self {
+            Step::Start(VmStep { check, .. })
+            | Step::Run(RunStep { check, .. })
+            | Step::Spawn(SpawnStep { check, .. })
+            | Step::Kill(KillStep { check, .. })
+            | Step::Wait(WaitStep { check, .. })
+            | Step::Console(ConsoleStep { check, .. })
+            | Step::PowerOff(VmWaitStep { check, .. })
+            | Step::Reboot(VmWaitStep { check, .. })
+            | Step::KillVm(VmStep { check, .. })
+            | Step::KillProxy(ProxyStep { check, .. })
+            | Step::StartProxy(ProxyStep { check, .. })
+            | Step::Trace(TraceStep { check, .. })
+            | Step::Repeat(RepeatStep { check, .. }) => check.as_deref(),
+        }
     }
 
-    /// Whether it happens on the host rather than in a VM.
-    pub fn is_on_host(self) -> bool {
-        matches!(self, Self::KillProxy(_) | Self::StartProxy(_) | Self::Trace(_))
+    /// The VM that the step is about; none if it happens on the host, or is a repeat.
+    #[must_use]
+    pub fn vm(&self) -> Option<&str> {
+        match self {
+            Step::Start(VmStep { vm, .. })
+            | Step::Run(RunStep { vm, .. })
+            | Step::Spawn(SpawnStep { vm, .. })
+            | Step::Kill(KillStep { vm, .. })
+            | Step::Wait(WaitStep { vm, .. })
+            | Step::Console(ConsoleStep { vm, .. })
+            | Step::PowerOff(VmWaitStep { vm, .. })
+            | Step::Reboot(VmWaitStep { vm, .. })
+            | Step::KillVm(VmStep { vm, .. }) => Some(vm),
+            Step::KillProxy(_) | Step::StartProxy(_) | Step::Trace(_) | Step::Repeat(_) => None,
+        }
+    }
+
+    /// What the scenario has reached once the step is done.
+    #[must_use]
+    pub fn milestone(&self) -> Option<Milestone> {
+        match self {
+            Step::Run(RunStep { milestone, .. }) | Step::Console(ConsoleStep { milestone, .. }) => *milestone,
+            _ => None,
+        }
+    }
+
+    /// Seconds that the step may take at native speed.
+    #[must_use]
+    pub fn timeout_s(&self) -> u64 {
+        let (given, default) = self.timeouts();
+        given.unwrap_or(default)
+    }
+
+    /// Whether the scenario allows the step no time at all.
+    pub(super) fn has_no_time(&self) -> bool {
+        self.timeouts().0 == Some(0)
+    }
+
+    /// Seconds that the scenario allows, and the default.
+    fn timeouts(&self) -> (Option<u64>, u64) {
+        let (given, default) = match self {
+            Step::Run(RunStep { timeout_s, .. }) | Step::PowerOff(VmWaitStep { timeout_s, .. }) => {
+                (timeout_s, 20)
+            }
+            Step::Console(ConsoleStep { timeout_s, .. })
+            | Step::Reboot(VmWaitStep { timeout_s, .. })
+            | Step::Wait(WaitStep { timeout_s, .. }) => (timeout_s, 30),
+            Step::Spawn(SpawnStep { timeout_s, .. }) | Step::Kill(KillStep { timeout_s, .. }) => {
+                (timeout_s, 10)
+            }
+            _ => (&None, 10),
+        };
+        (*given, default)
+    }
+
+    /// Whether the step takes away by force what others rely on.
+    #[must_use]
+    pub fn is_fault(&self) -> bool {
+        matches!(self, Step::Kill(_) | Step::Reboot(_) | Step::KillVm(_) | Step::KillProxy(_))
     }
 }
 
-impl fmt::Display for Action<'_> {
+impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Start => f.write_str("start"),
-            Self::Run(command) => write!(f, "`{command}`"),
-            Self::Spawn { name, command } => write!(f, "`{command}` as {name}"),
-            Self::Kill { name, signal } => write!(f, "{signal} to {name}"),
-            Self::Wait(name) => write!(f, "end of {name}"),
-            Self::Console(pattern) => write!(f, "console line /{pattern}/"),
-            Self::PowerOff => f.write_str("power off"),
-            Self::Reboot => f.write_str("reboot"),
-            Self::KillVm => f.write_str("SIGKILL to QEMU"),
-            Self::KillProxy(name) => write!(f, "SIGKILL to the proxy {name}"),
-            Self::StartProxy(name) => write!(f, "start of the proxy {name}"),
-            Self::Trace(name) => write!(f, "messages of {name}"),
+            Step::Start(_) => f.write_str("start"),
+            Step::Run(RunStep { command, .. }) => write!(f, "`{command}`"),
+            Step::Spawn(SpawnStep { name, command, .. }) => write!(f, "`{command}` as {name}"),
+            Step::Kill(KillStep { name, signal, .. }) => write!(f, "{signal} to {name}"),
+            Step::Wait(WaitStep { name, .. }) => write!(f, "end of {name}"),
+            Step::Console(ConsoleStep { line, .. }) => write!(f, "console line /{line}/"),
+            Step::PowerOff(_) => f.write_str("power off"),
+            Step::Reboot(_) => f.write_str("reboot"),
+            Step::KillVm(_) => f.write_str("SIGKILL to the VMM"),
+            Step::KillProxy(ProxyStep { vvu, .. }) => write!(f, "SIGKILL to the proxy {vvu}"),
+            Step::StartProxy(ProxyStep { vvu, .. }) => write!(f, "start of the proxy {vvu}"),
+            Step::Trace(TraceStep { vvu, .. }) => write!(f, "messages of {vvu}"),
+            Step::Repeat(RepeatStep { times, .. }) => write!(f, "{times} rounds"),
         }
     }
 }
 
-impl Step {
-    /// The one action of the step, or `None` if it has none or several, or is a `repeat`.
-    pub fn action(&self) -> Option<Action<'_>> {
-        let name = self.name.as_deref().unwrap_or("spawned");
-        let signal = self.signal;
-        let mut actions = [
-            self.start.then_some(Action::Start),
-            self.run.as_deref().map(Action::Run),
-            self.spawn.as_deref().map(|command| Action::Spawn { name, command }),
-            self.kill.as_deref().map(|name| Action::Kill { name, signal }),
-            self.wait.as_deref().map(Action::Wait),
-            self.console.as_deref().map(Action::Console),
-            self.power_off.then_some(Action::PowerOff),
-            self.reboot.then_some(Action::Reboot),
-            self.kill_vm.then_some(Action::KillVm),
-            self.kill_proxy.as_deref().map(Action::KillProxy),
-            self.start_proxy.as_deref().map(Action::StartProxy),
-            self.trace.as_deref().map(Action::Trace),
-        ]
-        .into_iter()
-        .flatten();
-        let action = actions.next()?;
-        actions.next().is_none().then_some(action)
-    }
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
-/// A step in its place: repeats are gone.
-#[derive(Debug, Clone)]
-pub struct Placed<'a> {
-    /// JSON path of the step.
-    pub path: String,
-    /// The check it belongs to.
-    pub check: Option<&'a str>,
-    /// Which round of a repeat it is in, from 1.
-    pub round: Option<u32>,
-    /// The step.
-    pub step: &'a Step,
-}
-
-impl<'a> Placed<'a> {
-    /// `step` itself, or at most `rounds` rounds of it if it is a repeat.
-    pub(super) fn unroll(step: &'a Step, path: String, rounds: u32) -> Vec<Self> {
-        let outer = step.check.as_deref();
-        let Some(repeat) = &step.repeat else {
-            return vec![Self { path, check: outer, round: None, step }];
-        };
-        let round = |round: u32| {
-            let path = &path;
-            repeat.steps.iter().enumerate().map(move |(index, step)| Self {
-                path: format!("{path}.repeat.steps[{index}]"),
-                check: step.check.as_deref().or(outer),
-                round: Some(round),
-                step,
-            })
-        };
-        (1..=repeat.times.min(rounds)).flat_map(round).collect()
-    }
+fn is_zero(code: &i32) -> bool {
+    *code == 0
 }

@@ -5,31 +5,36 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::cover::Coverage;
-use crate::format::Scenario;
+use crate::format::{Scenario, Step, is_old};
 
 /// Most combinations that a matrix may have: choosing among them takes a while.
 const MAX_COMBINATIONS: usize = 10_000;
 const MAX_NAME: usize = 32;
 
 /// A matrix file.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Matrix {
+    /// The JSON Schema of this file, for editors; a run does not read it.
+    #[serde(default, rename = "$schema", skip_serializing_if = "Option::is_none")]
+    schema: Option<String>,
     /// Name of the scenario that is varied, and of the file without `.json`.
     scenario: String,
-    /// In what ways.
-    pub(super) axes: Vec<Axis>,
-    /// What cannot be.
-    #[serde(default)]
+    /// Values that cannot be together.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) impossible: Vec<Impossible>,
+    /// What varies.
+    #[schemars(length(min = 1))]
+    pub(super) axes: Vec<Axis>,
 }
 
 /// Values that cannot be together.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Impossible {
     /// The values by axis.
@@ -39,7 +44,7 @@ pub(super) struct Impossible {
 }
 
 /// One thing that varies.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Axis {
     /// What it is.
@@ -49,17 +54,17 @@ pub(super) struct Axis {
 }
 
 /// A value of an axis.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Choice {
     /// What it is called.
     pub(super) name: String,
-    /// What it changes in the scenario: a JSON merge patch (RFC 7396).
-    #[serde(default = "no_patch")]
-    patch: Value,
-    /// Steps that it puts before the scenario's.
-    #[serde(default)]
-    steps: Vec<Value>,
+    /// What the value changes in the scenario: a JSON merge patch (RFC 7396).
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    patch: Map<String, Value>,
+    /// Steps that come before the scenario's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    steps: Vec<Step>,
 }
 
 /// A variant of the scenario.
@@ -94,6 +99,8 @@ impl Matrix {
     }
 
     fn parse(text: &str, name: &str) -> Result<Self> {
+        let old: Value = serde_json::from_str(text)?;
+        ensure!(!is_old(&old), "it is in the old format: `cargo xtask scenario upgrade` rewrites it");
         let mut json = serde_json::Deserializer::from_str(text);
         let matrix: Matrix = serde_path_to_error::deserialize(&mut json)
             .map_err(|error| anyhow!("at {}: {}", error.path(), error.inner()))?;
@@ -108,12 +115,6 @@ impl Matrix {
             ensure!(!axis.values.is_empty(), "at axes[{index}].values: want at least one");
             check_names(axis.values.iter().map(|value| &value.name))
                 .with_context(|| format!("at axes[{index}].values"))?;
-            let odd = axis.values.iter().position(|value| !value.patch.is_object());
-            ensure!(
-                odd.is_none(),
-                "at axes[{index}].values[{}].patch: want an object",
-                odd.unwrap_or_default()
-            );
         }
         for (index, impossible) in matrix.impossible.iter().enumerate() {
             matrix
@@ -162,13 +163,17 @@ impl Matrix {
         let mut json = base.clone();
         let mut steps = Vec::new();
         for choice in self.choices(&values) {
-            json_patch::merge(&mut json, &choice.patch);
-            steps.extend(choice.steps.iter().cloned());
+            json_patch::merge(&mut json, &Value::Object(choice.patch.clone()));
+            for step in &choice.steps {
+                steps.push(serde_json::to_value(step).context("cannot write a step")?);
+            }
         }
         if let Some(own) = json["steps"].as_array() {
             steps.extend(own.iter().cloned());
         }
         let description = self.describe(&values);
+        // The cell's file is in another folder than the scenario's, from where the schema's path leads nowhere.
+        json.as_object_mut().map(|json| json.remove("$schema"));
         json["name"] = format!("{}-{number:02}", self.scenario).into();
         json["description"] = description.as_str().into();
         json["steps"] = steps.into();
@@ -194,10 +199,6 @@ impl Matrix {
     }
 }
 
-fn no_patch() -> Value {
-    Value::Object(serde_json::Map::new())
-}
-
 fn check_names<'a>(names: impl Iterator<Item = &'a String>) -> Result<()> {
     let mut seen = BTreeSet::new();
     for name in names {
@@ -217,12 +218,12 @@ mod tests {
     use vvu_artifacts::workspace;
 
     const BASE: &str = r#"{"name": "s", "description": "", "vms": {"one": {"memory_mib": 128, "cpus": 2}},
-        "steps": [{"vm": "one", "power_off": true}]}"#;
+        "steps": [{"power_off": {"vm": "one"}}]}"#;
     const MATRIX: &str = r#"{"scenario": "s", "axes": [
         {"name": "memory", "values": [{"name": "small"},
             {"name": "large", "patch": {"vms": {"one": {"memory_mib": 256, "cpus": null}}}}]},
         {"name": "look", "values": [{"name": "no"},
-            {"name": "yes", "steps": [{"check": "looked", "vm": "one", "run": "true"}]}]}]}"#;
+            {"name": "yes", "steps": [{"run": {"check": "looked", "vm": "one", "command": "true"}}]}]}]}"#;
 
     #[test]
     fn patches_are_merged_and_steps_come_first() {
@@ -240,7 +241,7 @@ mod tests {
             [("s-01", 128, 2, 1), ("s-02", 128, 2, 2), ("s-03", 256, 1, 1), ("s-04", 256, 1, 2)]
         );
         assert_eq!(cells[3].scenario.description, "memory large, look yes");
-        assert_eq!(cells[3].scenario.steps[0].check.as_deref(), Some("looked"));
+        assert_eq!(cells[3].scenario.steps[0].check(), Some("looked"));
         assert_eq!(matrix.names(&cells[1].values), ["small", "yes"]);
         Scenario::parse(&cells[3].text, Path::new(".")).expect("its text is a scenario file");
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::format::Action;
+use crate::format::Step;
 use vvu_testvm::facts::{command_line, quoted};
 
 /// A process of a run and how to start it in a terminal.
@@ -36,13 +36,13 @@ pub fn replay_script(run: &str, socket_dir: &str, parts: &[Part]) -> String {
 }
 
 /// A step as a person does it by hand.
-pub fn by_hand(action: Action<'_>) -> String {
-    match action {
-        Action::Run(command) => format!("# {command}"),
-        Action::Spawn { command, .. } => format!("# {command} &"),
-        Action::Console(pattern) => format!("(wait for the line /{pattern}/)"),
-        Action::PowerOff => "# poweroff".to_owned(),
-        Action::Reboot => "# reboot".to_owned(),
-        action => format!("({action})"),
+pub fn by_hand(step: &Step) -> String {
+    match step {
+        Step::Run(step) => format!("# {}", step.command),
+        Step::Spawn(step) => format!("# {} &", step.command),
+        Step::Console(step) => format!("(wait for the line /{}/)", step.line),
+        Step::PowerOff(_) => "# poweroff".to_owned(),
+        Step::Reboot(_) => "# reboot".to_owned(),
+        step => format!("({step})"),
     }
 }

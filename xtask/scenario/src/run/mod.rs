@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::format::{self, Action, DiskFacts, DiskSpec, Pattern, Placed, Scenario};
+use crate::format::{self, DiskFacts, DiskSpec, Pattern, Placed, Scenario};
 use crate::report::{self, Check, CheckResult, Part, Report, Reports};
 use vvu_artifacts::image::{DiskImage, OverlayEntry, Pattern as Content, with_overlay};
 use vvu_artifacts::kernel::Kernel;
@@ -378,8 +378,8 @@ fn disk_image(spec: &DiskSpec) -> Result<DiskImage> {
             DiskImage { size, pattern: Content::Copy(file.clone()) }
         }
         None => match spec.pattern {
-            Pattern::Random => DiskImage::seeded(spec.size_mib << 20, spec.seed),
-            Pattern::Zero => DiskImage::zero(spec.size_mib << 20),
+            Pattern::Random => DiskImage::seeded(spec.size_mib.unwrap_or_default() << 20, spec.seed),
+            Pattern::Zero => DiskImage::zero(spec.size_mib.unwrap_or_default() << 20),
         },
     })
 }
@@ -408,7 +408,7 @@ impl<'a> Bench<'a> {
             measurements: steps::Measurements::new(),
             slowness: self.setup.slowness,
         };
-        for name in scenario.vms.keys().filter(|name| !scenario.has(name, Action::Start)) {
+        for name in scenario.vms.keys().filter(|name| !scenario.starts(name)) {
             running.start(name)?;
         }
         Ok(running)
@@ -504,15 +504,15 @@ impl<'a> Bench<'a> {
         // In the order in which the scenario uses them.
         let mut names: Vec<&String> = scenario.vms.keys().collect();
         let steps = scenario.unrolled(1);
-        let in_vm = |placed: &Placed<'_>, name: &str| placed.step.vm.as_deref() == Some(name);
+        let in_vm = |placed: &Placed<'_>, name: &str| placed.step.vm() == Some(name);
         names.sort_by_key(|name| steps.iter().position(|placed| in_vm(placed, name)));
         for name in names {
             let config = self.plan.vms.get(name).context("every VM is planned")?;
             let mut words = self.setup.qemu(config.vmm.as_deref())?.argv_prefix();
             words.extend(arguments(config, self.guest(name), Serial::Terminal)?);
             let steps = steps.iter().filter(|placed| in_vm(placed, name));
-            let steps = steps.filter_map(|placed| placed.step.action()).map(|action| {
-                let text = report::by_hand(action);
+            let steps = steps.map(|placed| {
+                let text = report::by_hand(placed.step);
                 // A value that a step saves is not known yet.
                 values.fill(&text).unwrap_or(text)
             });

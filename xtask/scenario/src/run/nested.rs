@@ -86,7 +86,7 @@ pub(super) fn run_all(
 }
 
 fn outer_memory_mib(scenario: &Scenario) -> u64 {
-    let disks = scenario.disks.values().map(|disk| disk.size_mib).fold(0, u64::saturating_add);
+    let disks = scenario.disks.values().filter_map(|disk| disk.size_mib).fold(0, u64::saturating_add);
     Outer::memory_mib(scenario.memory_mib(), disks)
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::format::{Action, Scenario};
+use crate::format::Scenario;
 use vvu_testvm::rundir::{RunDir, SocketDir};
 use vvu_testvm::vm::args::{Config, Device};
 use vvu_testvm::vm::{Addr, Cpu, Iommu, ProxyPlan, Slot};
@@ -77,7 +77,7 @@ impl Plan {
                 iommu,
                 devices: vvu.chain(siblings).collect(),
                 cmdline: spec.cmdline.clone(),
-                reboots: scenario.has(name, Action::Reboot),
+                reboots: scenario.reboots(name),
             };
             vms.insert(name.clone(), config);
         }
@@ -139,7 +139,7 @@ mod tests {
             r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 512, "iommu": "amd-iommu"},
                 "one": {"memory_mib": 1024}, "two": {"memory_mib": 128}, "bare": {"memory_mib": 64}},
                 "vvu": {"a": {"sibling_vm": "one", "addr": "auto"}, "b": {"sibling_vm": "two", "frontend": {"block": {"queues": 2}}}},
-                "steps": [{"vm": "bare", "power_off": true}]}"#,
+                "steps": [{"power_off": {"vm": "bare"}}]}"#,
         );
         assert_eq!(plan.proxies["b"].slot, Slot::DEFAULT);
         assert_eq!(plan.proxies["a"].slot.to_string(), "0000:00:11.0");
@@ -168,7 +168,7 @@ mod tests {
         let plan = plan(
             r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 512}, "sibling": {"memory_mib": 256}},
                 "vvu": {"a": {}, "b": {"addr": "auto", "frontend": {"net": {"queue_pairs": 2}}}},
-                "steps": [{"vm": "device", "power_off": true}]}"#,
+                "steps": [{"power_off": {"vm": "device"}}]}"#,
         );
         let (a, b) = (&plan.proxies["a"], &plan.proxies["b"]);
         assert_eq!((a.memory_mib, b.memory_mib), (Some(256), None));

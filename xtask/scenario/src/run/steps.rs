@@ -7,15 +7,12 @@ use anyhow::{Context, Error, Result, bail};
 use regex::Regex;
 use vvu_init::protocol::{End, Exit};
 
-use crate::format::{Action, Placed, ROUND, Scenario, Step, Values};
+use crate::format::{Milestone, Placed, ROUND, RunStep, Scenario, Step, TraceStep, Values, find_in_order};
 use crate::report::{Check, CheckResult};
 use vvu_process::interrupt;
 use vvu_process::progress::{Progress, Stage};
 use vvu_testvm::vm::proxy::Proxy;
 use vvu_testvm::vm::{Vm, ending, printed};
-
-/// The check whose time is in the report's sums.
-const VDA_CHECK: &str = "vda-appears";
 
 /// The measurement that counts what was taken away by force.
 const FAULTS: &str = "faults_injected";
@@ -53,7 +50,7 @@ pub(super) struct Running<'a> {
 pub(super) struct Done {
     /// One for each check of the scenario.
     pub checks: Vec<Check>,
-    /// From the launch of the first VM to the check `vda-appears`, in seconds.
+    /// From the launch of the first VM to the milestone `disk-visible`, in seconds.
     pub launch_to_vda: Option<f64>,
     /// Why a step that belongs to no check failed.
     pub error: Option<Error>,
@@ -67,7 +64,7 @@ pub(super) fn carry_out(
     before_end: &mut dyn FnMut(&mut Running<'_>) -> Result<()>,
 ) -> Done {
     let steps = scenario.unrolled(u32::MAX);
-    let is_work = |placed: &Placed<'_>| placed.step.action() != Some(Action::PowerOff);
+    let is_work = |placed: &Placed<'_>| !matches!(placed.step, Step::PowerOff(_));
     let end = steps.iter().rposition(is_work).map_or(0, |last| last + 1);
     let mut done = Done { checks: planned(&steps), ..Done::default() };
     let mut stage: Option<(&str, Stage)> = None;
@@ -92,16 +89,13 @@ pub(super) fn carry_out(
             }
         };
         running.enter(placed.round);
-        if let (Some((_, stage)), Some(action)) = (&stage, placed.step.action()) {
-            let text = action.to_string();
-            let place = placed.step.vm.as_deref().unwrap_or("host");
+        if let Some((_, stage)) = &stage {
+            let text = placed.step.to_string();
+            let place = placed.step.vm().unwrap_or("host");
             stage.update(format!("{place}: {}", running.values.fill(&text).unwrap_or(text)));
         }
-        let result = running.step(placed.step).with_context(|| match placed.round {
-            Some(round) => format!("{}, round {round}", placed.path),
-            None => placed.path.clone(),
-        });
-        if name == VDA_CHECK && result.is_ok() {
+        let result = running.step(placed.step).with_context(|| placed.place());
+        if placed.step.milestone() == Some(Milestone::DiskVisible) && result.is_ok() {
             done.launch_to_vda = running.launched.map(|launched| launched.elapsed().as_secs_f64());
         }
         let last_of_check = steps[index + 1..].iter().all(|later| later.check != placed.check);
@@ -175,13 +169,14 @@ impl Running<'_> {
     /// Carries out one step and returns the evidence.
     fn step(&mut self, step: &Step) -> Result<String> {
         interrupt::check()?;
-        let action = step.action().context("a checked step has one action")?;
-        let evidence = match &step.vm {
-            None => self.act_on_host(step, action),
-            Some(vm) if action == Action::Start => self.start(vm).map(|()| String::new()),
-            Some(vm) => self.act_in_vm(vm, step, action),
+        let evidence = match step {
+            Step::Start(start) => self.start(&start.vm).map(|()| String::new()),
+            Step::KillProxy(proxy) => self.kill_proxy(&proxy.vvu),
+            Step::StartProxy(proxy) => self.start_proxy(&proxy.vvu),
+            Step::Trace(trace) => self.look_at(trace),
+            step => self.act_in_vm(step),
         }?;
-        if action.is_fault() {
+        if step.is_fault() {
             *self.measurements.entry(FAULTS.to_owned()).or_default() += 1.0;
         }
         Ok(evidence)
@@ -195,44 +190,47 @@ impl Running<'_> {
         Ok(())
     }
 
-    fn act_on_host(&mut self, step: &Step, action: Action<'_>) -> Result<String> {
-        match action {
-            Action::KillProxy(name) => {
-                let proxy = self.proxies.remove(name);
-                proxy.with_context(|| format!("the proxy {name} does not run"))?.end();
-                Ok(format!("the proxy {name} was killed"))
-            }
-            Action::StartProxy(name) => {
-                self.proxies.insert(name.to_owned(), (self.launch_proxy)(name)?);
-                Ok(format!("the proxy {name} runs again"))
-            }
-            Action::Trace(name) => {
-                let pattern = self.values.pattern(step.expect.stdout.as_deref().unwrap_or_default())?;
-                let trace = (self.trace)(name)?;
-                let (found, line) = shown(name, &trace, &pattern)?;
-                self.save(step, found)?;
-                Ok(line)
-            }
-            action => bail!("{action} needs a VM"),
-        }
+    fn kill_proxy(&mut self, name: &str) -> Result<String> {
+        self.proxies.remove(name).with_context(|| format!("the proxy {name} does not run"))?.end();
+        Ok(format!("the proxy {name} was killed"))
     }
 
-    fn act_in_vm(&mut self, name: &str, step: &Step, action: Action<'_>) -> Result<String> {
+    fn start_proxy(&mut self, name: &str) -> Result<String> {
+        self.proxies.insert(name.to_owned(), (self.launch_proxy)(name)?);
+        Ok(format!("the proxy {name} runs again"))
+    }
+
+    /// Looks at the messages of a vvu device.
+    fn look_at(&mut self, step: &TraceStep) -> Result<String> {
+        let trace = (self.trace)(&step.vvu)?;
+        let mut evidence = find_in_order(&step.expect, &trace)
+            .with_context(|| format!("messages of {}", step.vvu))?
+            .to_owned();
+        if let Some(pattern) = &step.matches {
+            let (found, line) = shown(&step.vvu, &trace, &self.values.pattern(pattern)?)?;
+            self.save(step.save.as_deref(), step.measure, found)?;
+            evidence = line;
+        }
+        Ok(evidence)
+    }
+
+    fn act_in_vm(&mut self, step: &Step) -> Result<String> {
+        let name = step.vm().with_context(|| format!("{step} has no VM"))?;
         // Taken out, so that the others can be looked at while this one is waited for.
         let mut vm = self.vms.remove(name).with_context(|| format!("the VM {name} does not run"))?;
-        if action == Action::KillVm {
+        if matches!(step, Step::KillVm(_)) {
             vm.end();
             return Ok(format!("the VM {name} was killed"));
         }
-        let result = self.act(&mut vm, step, action);
-        if action != Action::PowerOff || result.is_err() {
+        let result = self.act(&mut vm, step);
+        if !matches!(step, Step::PowerOff(_)) || result.is_err() {
             self.vms.insert(name.to_owned(), vm);
         }
         result
     }
 
-    fn act(&mut self, vm: &mut Vm, step: &Step, action: Action<'_>) -> Result<String> {
-        let seconds = step.timeout_s.unwrap_or(default_timeout(action)).saturating_mul(self.slowness.into());
+    fn act(&mut self, vm: &mut Vm, step: &Step) -> Result<String> {
+        let seconds = step.timeout_s().saturating_mul(self.slowness.into());
         let limit = Duration::from_secs(seconds.min(86_400));
         let deadline = Instant::now() + limit;
         let Self { vms, proxies, values, .. } = self;
@@ -241,59 +239,59 @@ impl Running<'_> {
             proxies.values_mut().try_for_each(Proxy::look)?;
             vms.values_mut().try_for_each(Vm::look)
         };
-        if !matches!(action, Action::Console(_)) {
+        if !matches!(step, Step::Console(_)) {
             vm.ready(deadline, &mut look)?;
         }
-        let (found, evidence) = match action {
-            Action::Run(command) => {
-                let command = values.fill(command)?;
+        Ok(match step {
+            Step::Run(step) => {
+                let command = values.fill(&step.command)?;
                 let exit = vm.run(&command, limit, &mut look)?;
-                judge(vm.name(), &command, &exit, step, values)?
+                let (found, evidence) = judge(vm.name(), &command, &exit, step, values)?;
+                self.save(step.save.as_deref(), step.measure, found)?;
+                evidence
             }
-            Action::Spawn { name, command } => {
-                let command = values.fill(command)?;
-                vm.spawn(name, &command, step.expect.exit, deadline, &mut look)?;
-                (None, String::new())
+            Step::Spawn(step) => {
+                let command = values.fill(&step.command)?;
+                vm.spawn(&step.name, &command, step.expect.exit, deadline, &mut look)?;
+                String::new()
             }
-            Action::Kill { name, signal } => {
-                let end = vm.kill(name, signal.number(), deadline, &mut look)?;
-                (None, format!("{name} ended with {} after {signal}", ending(end)))
+            Step::Kill(step) => {
+                let end = vm.kill(&step.name, step.signal.number(), deadline, &mut look)?;
+                format!("{} ended with {} after {}", step.name, ending(end), step.signal)
             }
-            Action::Wait(name) => {
-                let end = vm.wait_for_end(name, deadline, &mut look)?;
-                (None, format!("{name} ended with {}", ending(end)))
+            Step::Wait(step) => {
+                let end = vm.wait_for_end(&step.name, deadline, &mut look)?;
+                format!("{} ended with {}", step.name, ending(end))
             }
-            Action::Console(pattern) => {
-                let found = vm.wait_for(&values.pattern(pattern)?, deadline, &mut look)?;
-                (Some(found.value), found.line)
+            Step::Console(step) => {
+                let found = vm.wait_for(&values.pattern(&step.line)?, deadline, &mut look)?;
+                self.save(step.save.as_deref(), step.measure, Some(found.value))?;
+                found.line
             }
-            Action::Reboot => {
+            Step::Reboot(_) => {
                 vm.reboot(deadline, &mut look)?;
-                (None, format!("{} rebooted", vm.name()))
+                format!("{} rebooted", vm.name())
             }
-            Action::PowerOff => {
+            Step::PowerOff(_) => {
                 vm.power_off(deadline, &mut look)?;
-                (None, format!("{} powered off, QEMU ended with exit code 0", vm.name()))
+                format!("{} powered off, QEMU ended with exit code 0", vm.name())
             }
-            Action::Start
-            | Action::KillVm
-            | Action::KillProxy(_)
-            | Action::StartProxy(_)
-            | Action::Trace(_) => {
-                bail!("{action} has nothing to wait for")
-            }
-        };
-        self.save(step, found)?;
-        Ok(evidence)
+            Step::Start(_)
+            | Step::KillVm(_)
+            | Step::KillProxy(_)
+            | Step::StartProxy(_)
+            | Step::Trace(_)
+            | Step::Repeat(_) => bail!("{step} is not done inside a VM"),
+        })
     }
 
-    /// Keeps what a step found, if it is to be kept.
-    fn save(&mut self, step: &Step, found: Option<String>) -> Result<()> {
-        let (Some(name), Some(value)) = (&step.save, found) else { return Ok(()) };
-        if step.measure {
+    /// Keeps what a step found under `name`, if it is to be kept.
+    fn save(&mut self, name: Option<&str>, measure: bool, found: Option<String>) -> Result<()> {
+        let (Some(name), Some(value)) = (name, found) else { return Ok(()) };
+        if measure {
             let number: f64 =
                 value.trim().parse().with_context(|| format!("{name} is no number: {value:?}"))?;
-            *self.measurements.entry(name.clone()).or_default() += number;
+            *self.measurements.entry(name.to_owned()).or_default() += number;
         }
         self.values.set(name, value);
         Ok(())
@@ -318,7 +316,7 @@ fn judge(
     vm: &str,
     command: &str,
     exit: &Exit,
-    step: &Step,
+    step: &RunStep,
     values: &Values,
 ) -> Result<(Option<String>, String)> {
     let want = step.expect.exit;
@@ -339,15 +337,6 @@ fn judge(
     let evidence =
         if stdout.is_empty() { format!("`{command}` gave exit code {want}") } else { stdout.to_owned() };
     Ok((value, evidence))
-}
-
-/// Seconds allowed at native speed unless the scenario says otherwise.
-fn default_timeout(action: Action<'_>) -> u64 {
-    match action {
-        Action::Run(_) | Action::PowerOff => 20,
-        Action::Console(_) | Action::Reboot | Action::Wait(_) => 30,
-        _ => 10,
-    }
 }
 
 #[cfg(test)]

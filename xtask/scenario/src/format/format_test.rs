@@ -1,4 +1,7 @@
+use super::step::{ExpectedResult, RunStep};
 use super::*;
+use anyhow::Result;
+use std::path::Path;
 use vvu_testvm::vm::Slot;
 
 const MINIMAL: &str = r#"{
@@ -6,9 +9,12 @@ const MINIMAL: &str = r#"{
     "vms": {"device": {"memory_mib": 256}, "sibling": {"memory_mib": 256}},
     "vvu": {"vvu": {}},
     "disks": {"disk": {"size_mib": 1}},
-    "steps": [{"vm": "device", "run": "lspci -s {bdf}", "expect": {"stdout": "{bdf} (.*)"}, "save": "line"},
-              {"vm": "sibling", "run": "echo {line} {disk} {sha256} {capacity_sectors}"}]
+    "steps": [{"run": {"vm": "device", "command": "lspci -s {bdf}", "expect": {"stdout": "{bdf} (.*)"}, "save": "line"}},
+              {"run": {"vm": "sibling", "command": "echo {line} {disk} {sha256} {capacity_sectors}"}}]
 }"#;
+
+/// How the last step begins.
+const LAST: &str = r#"{"run": {"vm": "sibling""#;
 
 fn parse(text: &str) -> Result<Scenario> {
     Scenario::parse(text, Path::new("/nonexistent"))
@@ -29,8 +35,11 @@ fn a_minimal_scenario_gets_its_defaults() {
     assert_eq!(scenario.vvu["vvu"].addr, Addr::Fixed(Slot::DEFAULT));
     assert_eq!(scenario.vms["device"].cpus, 1);
     assert_eq!(scenario.memory_mib(), 512);
-    assert_eq!(scenario.steps[0].expect.exit, 0);
-    assert_eq!(scenario.steps[0].action(), Some(Action::Run("lspci -s {bdf}")));
+    let Step::Run(RunStep { command, expect: ExpectedResult { exit, .. }, .. }) = &scenario.steps[0] else {
+        panic!("{:?} is no run", scenario.steps[0]);
+    };
+    assert_eq!((command.as_str(), *exit), ("lspci -s {bdf}", 0));
+    assert_eq!(scenario.steps[0].timeout_s(), 20);
 }
 
 #[test]
@@ -79,63 +88,57 @@ fn errors_name_the_json_path_and_what_is_wanted() {
     refused(r#""name": "one""#, r#""kernel": ["../x"], "name": "one""#, &["at kernel", "../x"]);
     refused(r#""size_mib": 1"#, r#""size_mib": 0"#, &["disks.disk", "size_mib"]);
     refused(r#""size_mib": 1"#, r#""file": "no.img""#, &["disks.disk", "/nonexistent/no.img"]);
-    refused(r#""run": "lspci -s {bdf}""#, r#""run": "lspci {bfd}""#, &["steps[0]", "{bfd}", "{bdf}"]);
-    refused(r#""run": "lspci -s {bdf}""#, r#""run": "x", "start": true"#, &["steps[0]", "exactly one"]);
-    refused(r#""vm": "sibling", "run""#, r#""vm": "sib", "run""#, &["steps[1]", "\"sib\""]);
-    refused(r#""save": "line""#, r#""save": "line", "timeout_s": -1"#, &["steps[0].timeout_s"]);
-    refused("{bdf} (.*)", "(", &["steps[0]", "expect.stdout"]);
-    refused("{line}", "{later}", &["steps[1]", "{later}", "{line}"]);
+    refused(r#""lspci -s {bdf}""#, r#""lspci {bfd}""#, &["at steps[0]: command", "{bfd}", "{bdf}"]);
+    refused(r#""command": "lspci"#, r#""comand": "lspci"#, &["at steps[0].run.comand", "`command`"]);
+    refused(r#""vm": "sibling""#, r#""vm": "sib""#, &["at steps[1]", "\"sib\"", "device, sibling"]);
+    refused(r#""vm": "sibling", "#, "", &["at steps[1].run", "missing field `vm`"]);
+    refused(r#""save": "line""#, r#""save": "line", "timeout_s": -1"#, &["steps[0].run.timeout_s"]);
+    refused(r#""save": "line""#, r#""save": "line", "timeout_s": 0"#, &["at steps[0]: timeout_s: 0"]);
+    refused(r#""save": "line""#, r#""measure": true"#, &["at steps[0]: measure", "`save`"]);
+    refused(r#""save": "line""#, r#""milestone": "x""#, &["steps[0].run.milestone", "disk-visible"]);
+    refused(r#""expect": {"stdout": "{bdf} (.*)"}, "#, "", &["at steps[0]: save: want `expect.stdout`"]);
+    refused("{bdf} (.*)", "(", &["at steps[0]: expect.stdout"]);
+    refused("{line}", "{later}", &["at steps[1]", "{later}", "{line}"]);
     refused(r#""name": "one""#, r#""name": "../one""#, &["at name"]);
-    refused(r#""vm": "sibling", "run""#, r#""run""#, &["steps[1]", "vm: missing"]);
-    refused(
-        r#"{"vm": "sibling", "run""#,
-        r#"{"kill_proxy": "x"}, {"vm": "sibling", "run""#,
-        &["steps[1]", "\"x\""],
-    );
-    refused(
-        r#"{"vm": "sibling", "run""#,
-        r#"{"start_proxy": "vvu"}, {"vm": "sibling", "run""#,
-        &["runs already"],
-    );
-    for (step, error) in [
-        (r#"{"trace": "x", "expect": {"stdout": "y"}}"#, "no vvu device is called \"x\""),
-        (r#"{"trace": "vvu"}"#, "want expect.stdout"),
-        (r#"{"trace": "vvu", "vm": "device", "expect": {"stdout": "y"}}"#, "on the host, in no VM"),
-    ] {
-        let with = format!(r#"{step}, {{"vm": "sibling", "run""#);
-        refused(r#"{"vm": "sibling", "run""#, &with, &["steps[1]", error]);
-    }
+    refused("]\n}", "]\n} x", &["trailing characters"]);
     refused(r#""memory_mib": 256"#, r#""memory_mib": 256, "cpu": "max""#, &["vms.device.cpu", "x86-64-v2"]);
-    refused(
-        r#"{"vm": "sibling", "run""#,
-        r#"{"vm": "sibling", "kill_vm": true}, {"vm": "sibling", "run""#,
-        &["steps[2]", "does not run"],
-    );
-    refused(
-        r#"{"vm": "sibling", "run""#,
-        r#"{"vm": "sibling", "start": true}, {"vm": "sibling", "start": true}, {"vm": "sibling", "run""#,
-        &["steps[2]", "runs already"],
-    );
-    refused(r#""save": "line""#, r#""measure": true"#, &["steps[0]", "measure"]);
-    refused(
-        r#"{"vm": "sibling", "run""#,
-        r#"{"vm": "sibling", "kill": "x", "signal": "STOP"}, {"vm": "sibling", "run""#,
-        &["steps[1].signal", "TERM"],
-    );
-    refused("]\n}", "]\n} x", &["after the scenario"]);
+    // Each of these comes before the last step.
+    for (steps, want) in [
+        (r#"{}"#, &["at steps[1]: an empty step", "exactly one"][..]),
+        (r#"{"run": {}, "start": {}}"#, &["at steps[1]: `run`, `start`", "exactly one"]),
+        (r#"{"runn": {"vm": "device"}}"#, &["at steps[1]", "`runn`", "`run`", "`power_off`"]),
+        (r#"{"kill_proxy": {"vvu": "x"}}"#, &["at steps[1]", "\"x\"", "`vvu` has vvu"]),
+        (r#"{"start_proxy": {"vvu": "vvu"}}"#, &["at steps[1]", "runs already"]),
+        (r#"{"start_proxy": {"vvu": "vvu", "vm": "device"}}"#, &["at steps[1].start_proxy.vm"]),
+        (r#"{"trace": {"vvu": "x", "matches": "y"}}"#, &["at steps[1]", "no vvu device is called \"x\""]),
+        (r#"{"trace": {"vvu": "vvu"}}"#, &["at steps[1]", "want `expect`, `matches` or both"]),
+        (r#"{"trace": {"vvu": "vvu", "vm": "device", "matches": "y"}}"#, &["at steps[1].trace.vm"]),
+        (r#"{"trace": {"vvu": "vvu", "matches": "("}}"#, &["at steps[1]: matches"]),
+        (
+            r#"{"trace": {"vvu": "vvu", "expect": [{"request": "SET_FEATURES", "has": ["PACKED"]}]}}"#,
+            &["at steps[1]: expect[0]: has", "\"PACKED\"", "RING_PACKED"],
+        ),
+        (r#"{"trace": {"vvu": "vvu", "expect": [{"requst": "x"}]}}"#, &["steps[1].trace.expect[0].requst"]),
+        (r#"{"kill_vm": {"vm": "sibling"}}"#, &["at steps[2]", "does not run"]),
+        (r#"{"start": {"vm": "sibling"}}, {"start": {"vm": "sibling"}}"#, &["at steps[2]", "runs already"]),
+        (r#"{"kill": {"vm": "sibling", "name": "x", "signal": "STOP"}}"#, &["steps[1].kill.signal", "TERM"]),
+        (r#"{"spawn": {"vm": "sibling", "command": "x"}}"#, &["at steps[1].spawn", "`name`"]),
+    ] {
+        refused(LAST, &format!("{steps}, {LAST}"), want);
+    }
 }
 
 /// `MINIMAL` with a repeat before its last step.
 fn with_repeat(times: u32, steps: &str) -> String {
-    let repeat = format!(r#"{{"check": "c", "repeat": {{"times": {times}, "steps": [{steps}]}}}}, "#);
-    MINIMAL.replace(r#"{"vm": "sibling", "run""#, &format!(r#"{repeat}{{"vm": "sibling", "run""#))
+    let repeat = format!(r#"{{"repeat": {{"check": "c", "times": {times}, "steps": [{steps}]}}}}"#);
+    MINIMAL.replace(LAST, &format!("{repeat}, {LAST}"))
 }
 
 #[test]
 fn a_repeat_is_unrolled() {
     let text = with_repeat(
         3,
-        r#"{"vm": "sibling", "run": "echo {round}"}, {"check": "d", "vm": "device", "run": "x"}"#,
+        r#"{"run": {"vm": "sibling", "command": "echo {round}"}}, {"run": {"check": "d", "vm": "device", "command": "x"}}"#,
     );
     let scenario = parse(&text).expect("valid");
     let steps = scenario.unrolled(u32::MAX);
@@ -156,12 +159,13 @@ fn every_round_of_a_repeat_must_be_possible() {
         let error = format!("{:#}", parse(&with_repeat(times, steps)).expect_err(steps));
         assert!(error.contains(want), "{error:?} lacks {want:?}");
     };
-    parse(&with_repeat(2, r#"{"vm": "device", "kill_vm": true}, {"vm": "device", "start": true}"#))
+    parse(&with_repeat(2, r#"{"kill_vm": {"vm": "device"}}, {"start": {"vm": "device"}}"#))
         .expect_err("a VM with a start does not run before");
-    refused(2, r#"{"kill_proxy": "vvu"}"#, "at steps[1].repeat.steps[0], round 2");
-    parse(&with_repeat(1, r#"{"kill_proxy": "vvu"}"#)).expect("once");
-    parse(&with_repeat(2, r#"{"kill_proxy": "vvu"}, {"start_proxy": "vvu"}"#)).expect("and again");
-    refused(0, r#"{"vm": "device", "run": "x"}"#, "steps[1].repeat: times: 0");
+    refused(2, r#"{"kill_proxy": {"vvu": "vvu"}}"#, "at steps[1].repeat.steps[0], round 2");
+    parse(&with_repeat(1, r#"{"kill_proxy": {"vvu": "vvu"}}"#)).expect("once");
+    parse(&with_repeat(2, r#"{"kill_proxy": {"vvu": "vvu"}}, {"start_proxy": {"vvu": "vvu"}}"#))
+        .expect("and again");
+    refused(0, r#"{"run": {"vm": "device", "command": "x"}}"#, "steps[1].repeat: times: 0");
     refused(1, "", "steps: want at least one");
     refused(1, r#"{"repeat": {"times": 1, "steps": []}}"#, "a repeat cannot hold another");
     let text = MINIMAL.replace("{line} {disk}", "{round}");
@@ -196,4 +200,15 @@ fn an_unknown_scenario_is_answered_with_those_there_are() {
     std::fs::write(dir.path().join("other.json"), MINIMAL).expect("written");
     let error = list(dir.path()).expect_err("misnamed").to_string();
     assert!(error.contains("other.json") && error.contains("\"one\""), "{error}");
+}
+
+#[test]
+fn every_scenario_is_the_same_after_it_is_written_and_read() {
+    let dir = vvu_artifacts::workspace().join("scenarios");
+    let scenarios = list(&dir).expect("valid");
+    assert!(scenarios.len() >= 24, "{} scenarios", scenarios.len());
+    for (name, scenario) in scenarios {
+        let text = to_text(&scenario).expect("JSON");
+        assert_eq!(Scenario::parse(&text, &dir).expect(&name), scenario);
+    }
 }
