@@ -1,18 +1,16 @@
 //! `cargo xtask`: builds the guests, runs the VMs and proves VVU end to end.
 
-mod test;
-
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 use vvu_artifacts::accel::{PROBE_COMMAND, serve_probe};
 use vvu_artifacts::cache::Cache;
 use vvu_artifacts::kernel::{Kernel, KernelOptions};
+use vvu_process::interrupt;
 use vvu_process::progress::Progress;
-use vvu_process::{children, interrupt};
-use vvu_scenario::{compatibility, run, tool};
-use vvu_testvm::rundir::runs;
+use vvu_scenario::{compatibility, e2e, test, tool};
+use vvu_testvm::clean;
 
 /// Builds the guests, runs the VMs and proves VVU end to end.
 #[derive(Parser)]
@@ -25,22 +23,22 @@ struct Cli {
 #[derive(Subcommand)]
 enum Task {
     /// Run scenarios in VMs
-    E2e(run::Options),
+    E2e(e2e::Options),
     /// Check scenario files, or rewrite those of the old format
     #[command(subcommand)]
     Scenario(tool::Task),
     /// Run one VM in this terminal, with a shell on its console
     #[command(subcommand)]
     Vm(vvu_manual::Role),
-    /// Run all tests: units, the chain without VMs, faults and scenarios
+    /// Run all tests: unit tests, the chain without VMs, and scenarios
     Test(test::Options),
-    /// Tell what this machine has and lacks of what the runs need
+    /// Check that this machine can run the VMs
     Doctor(vvu_doctor::Options),
     /// Measure what VVU costs
     Bench(vvu_bench::Options),
     /// Get or build the guest kernel
     Kernel(KernelOptions),
-    /// Write the table of back-ends in docs/compatibility.md from the last runs
+    /// Update the table of back-ends in docs/compatibility.md from the last runs
     Compatibility,
     /// Remove the cache and the run directories
     Clean,
@@ -51,7 +49,7 @@ enum Task {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = run(&cli);
-    if children::interrupted() {
+    if interrupt::requested() {
         eprintln!("interrupted");
         return interrupt::exit_code();
     }
@@ -62,12 +60,12 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
-    // The probe is a process that its parent kills.
+    // The parent of the probe kills it.
     if !matches!(cli.task, Task::AccelProbe) {
         interrupt::listen()?;
     }
     match &cli.task {
-        Task::E2e(options) => return run::main(options),
+        Task::E2e(options) => return e2e::main(options),
         Task::Bench(options) => return vvu_bench::main(options),
         Task::Vm(role) => return vvu_manual::main(role),
         Task::Doctor(options) => return vvu_doctor::main(options),
@@ -79,19 +77,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Task::Scenario(task) => tool::main(task)?,
         Task::Compatibility => compatibility::main()?,
-        Task::Clean => clean()?,
+        Task::Clean => println!("{}", clean::all()?),
         Task::AccelProbe => serve_probe()?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Removes what runs and downloads have left.
-fn clean() -> Result<()> {
-    let freed = Cache::open(&Progress::new(true))?.clean()?;
-    let runs = runs();
-    if runs.exists() {
-        std::fs::remove_dir_all(&runs).with_context(|| format!("cannot remove {}", runs.display()))?;
-    }
-    println!("{} MiB of cache and {} removed", freed >> 20, runs.display());
-    Ok(())
 }

@@ -1,4 +1,4 @@
-//! The chain in one process: builds and runs `vvu/benches/chain`, and counts system calls with strace.
+//! Measures the chain in one process: builds and runs `vvu/benches/chain` and counts its system calls with strace.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -7,20 +7,19 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-
 use vvu_artifacts::workspace;
 use vvu_process::logged;
 use vvu_process::progress::Progress;
-use vvu_testvm::rundir::RunDir;
+use vvu_testvm::RunDir;
 
-use super::results::{Bench, Better, Key};
+use super::results::{Better, Key, Results};
 
 const GROUP: &str = "chain";
 const VARIANTS: [&str; 2] = ["vvu", "plain"];
-/// The system calls of a run with the first number of operations are taken off those of one with the second, so
-/// that starting and ending do not count.
+/// Operations of a short and a long run: the difference of their system calls leaves out those of the start and the
+/// end.
 const COUNTED: (u32, u32) = (200, 1200);
-/// Tests whose system calls are counted: one operation at a time, so that each costs the same.
+/// Tests whose system calls are counted: they do one operation at a time, so that each costs the same.
 const COUNTED_TESTS: [&str; 3] = ["notify", "message", "read-depth1"];
 
 /// Measures the chain against the plain socket.
@@ -29,49 +28,49 @@ pub(super) fn measure(
     seconds: u64,
     run: &RunDir,
     progress: &Progress,
-    bench: &mut Bench,
+    results: &mut Results,
 ) -> Result<()> {
     let program = build(run, progress)?;
     let stage = progress.stage("chain");
     for round in 1..=rounds {
         stage.update(format!("round {round} of {rounds}"));
         let mut command = Command::new(&program);
-        // The order of the variants within a round changes from round to round.
+        // The order of the variants alternates between rounds.
         command.args(["--rounds", "1", "--seconds", &seconds.to_string()]);
         if round % 2 == 0 {
             command.arg("--vvu-first");
         }
-        let results = json(command, &run.file("chain.log"))?;
-        for (test, variants) in results.as_object().context("the chain bench prints an object")? {
+        let printed = json(command, &run.file("chain.log"))?;
+        for (test, variants) in printed.as_object().context("the chain bench prints an object")? {
             for variant in VARIANTS {
                 let values = &variants[variant][0];
-                note(round, test, variant, values, bench);
+                note(round, test, variant, values, results);
             }
         }
     }
     stage.done(format!("{rounds} rounds"));
-    count_system_calls(&program, run, progress, bench)
+    count_system_calls(&program, run, progress, results)
 }
 
-/// Notes every figure of a test.
-fn note(round: u32, test: &str, variant: &str, values: &Value, bench: &mut Bench) {
+/// Adds every figure of a test.
+fn note(round: u32, test: &str, variant: &str, values: &Value, results: &mut Results) {
     let key = |metric: &str| Key { group: GROUP.into(), test: test.into(), metric: metric.into() };
     for (metric, value) in values.as_object().into_iter().flatten() {
         let better = if metric == "per_second" { Better::Higher } else { Better::Lower };
         match value {
             Value::Number(number) if metric != "operations" => {
-                bench.add(round, key(metric), better, variant, number.as_f64().unwrap_or(f64::NAN));
+                results.add(round, key(metric), better, variant, number.as_f64().unwrap_or(f64::NAN));
             }
             Value::Object(threads) => {
                 let sum: f64 = threads.values().filter_map(Value::as_f64).sum();
-                bench.add(round, key(metric), better, variant, sum);
+                results.add(round, key(metric), better, variant, sum);
             }
             _ => {}
         }
     }
 }
 
-/// Builds the bench and returns the program.
+/// Builds the bench and returns its program.
 fn build(run: &RunDir, progress: &Progress) -> Result<PathBuf> {
     let stage = progress.stage("bench build");
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -105,11 +104,16 @@ fn json(command: Command, log: &Path) -> Result<Value> {
 }
 
 /// Counts the system calls of all threads for each operation.
-fn count_system_calls(program: &Path, run: &RunDir, progress: &Progress, bench: &mut Bench) -> Result<()> {
+fn count_system_calls(
+    program: &Path,
+    run: &RunDir,
+    progress: &Progress,
+    results: &mut Results,
+) -> Result<()> {
     let stage = progress.stage("system calls");
     let found = Command::new("strace").arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if !found.is_ok_and(|status| status.success()) {
-        bench.skip("system calls", "there is no strace; install it to have them counted");
+        results.skip("system calls", "there is no strace; install it to have them counted");
         stage.done("no strace");
         return Ok(());
     }
@@ -123,21 +127,21 @@ fn count_system_calls(program: &Path, run: &RunDir, progress: &Progress, bench: 
                 let more = count.saturating_sub(few.get(&call).copied().unwrap_or(0));
                 let each = f64::from(more) / f64::from(COUNTED.1 - COUNTED.0);
                 sum += each;
-                // Less often than every twentieth time it is none of the path.
+                // A call that fewer than one in twenty operations makes is not part of the path.
                 if each >= 0.05 {
                     let key = Key { group: GROUP.into(), test: test.into(), metric: format!("{call}_calls") };
-                    bench.add(1, key, Better::Lower, variant, each);
+                    results.add(1, key, Better::Lower, variant, each);
                 }
             }
             let key = Key { group: GROUP.into(), test: test.into(), metric: "system_calls".into() };
-            bench.add(1, key, Better::Lower, variant, sum);
+            results.add(1, key, Better::Lower, variant, sum);
         }
     }
     stage.done("counted with strace");
     Ok(())
 }
 
-/// How often each system call was made in a run of so many operations.
+/// Counts each system call of a run of so many operations.
 fn traced(
     program: &Path,
     test: &str,
@@ -157,7 +161,7 @@ fn traced(
     Ok(counts)
 }
 
-/// The table of `strace -c`: `% time, seconds, usecs/call, calls, [errors,] syscall`.
+/// Reads the table of `strace -c`: `% time, seconds, usecs/call, calls, [errors,] syscall`.
 fn parse(table: &str) -> BTreeMap<String, u32> {
     let row = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();

@@ -1,20 +1,20 @@
-//! The ratios as an SVG bar plot.
+//! Draws the ratios as an SVG bar plot.
 
 use std::fmt::Write;
 
-use super::results::{Bench, Better, Ratio, SUBJECT};
+use super::results::{Better, Ratio, Results, SUBJECT};
 
 const LABELS: f64 = 460.0;
 const PLOT: f64 = 480.0;
 const FIGURES: f64 = 150.0;
 const ROW: f64 = 20.0;
 const TOP: f64 = 48.0;
-/// The axis goes from a 32nd to 32 times, in powers of two.
+/// The axis goes from 1/32 to 32 in powers of two.
 const POWERS: i32 = 5;
 
-/// One bar for each ratio on a logarithmic axis: to the right where VVU is faster.
-pub(super) fn svg(bench: &Bench) -> String {
-    let rows: Vec<(String, Better, &Ratio)> = bench
+/// Draws one bar for each ratio on a logarithmic axis; it points right where VVU is better.
+pub(super) fn svg(results: &Results) -> String {
+    let rows: Vec<(String, Better, &Ratio)> = results
         .results
         .iter()
         // Single system calls would crowd out the rest.
@@ -62,7 +62,7 @@ pub(super) fn svg(bench: &Bench) -> String {
 }
 
 fn row(svg: &mut String, top: f64, label: &str, better: Better, ratio: &Ratio) {
-    // How many times as fast, or as few.
+    // How many times better.
     let speed = |ratio: f64| if better == Better::Higher { ratio } else { 1.0 / ratio };
     let (one, value) = (position(1.0), position(speed(ratio.of_medians)));
     let (left, right) = (one.min(value), one.max(value));
@@ -100,7 +100,7 @@ fn row_top(rows: usize) -> f64 {
     rows as f64 * ROW
 }
 
-/// Where a ratio is; one beyond the axis is at its end.
+/// The horizontal position of a ratio; a ratio beyond the axis is at its end.
 fn position(ratio: f64) -> f64 {
     let most = f64::from(POWERS);
     LABELS + (ratio.log2().clamp(-most, most) + most) / (2.0 * most) * PLOT
@@ -118,13 +118,13 @@ mod tests {
 
     #[test]
     fn every_ratio_has_a_bar_on_its_side_of_one() {
-        let mut bench = Bench::default();
+        let mut results = Results::default();
         for (metric, better, vvu) in [("slow_us", Better::Lower, 4.0), ("per_second", Better::Higher, 2.0)] {
             let key = Key { group: "chain".into(), test: "t".into(), metric: metric.into() };
-            bench.add(1, key.clone(), better, "vvu", vvu);
-            bench.add(1, key, better, "plain", 1.0);
+            results.add(1, key.clone(), better, "vvu", vvu);
+            results.add(1, key, better, "plain", 1.0);
         }
-        let svg = svg(&bench);
+        let svg = svg(&results);
         assert_eq!(svg.matches("chain t ").count(), 2);
         assert_eq!((svg.matches("#c96a3d").count(), svg.matches("#3d8bc9").count()), (1, 1), "{svg}");
         assert!((position(1e9) - (LABELS + PLOT)).abs() < 1e-9);

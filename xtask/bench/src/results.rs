@@ -1,56 +1,57 @@
-//! What was measured: every value of every round, medians, spread and ratios.
+//! Measured figures: every value of every round, medians, spread and ratios.
 //!
-//! The keys are described in `docs/performance.md` and do not change within a format.
+//! `docs/performance.md` describes the keys; they do not change within a format.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
-
 use vvu_process::progress::StageTime;
 use vvu_testvm::facts;
 
 /// Version of the JSON's keys.
 pub(crate) const FORMAT: u32 = 1;
-/// What everything is compared with the others.
+/// The variant that is compared with all others.
 pub(crate) const SUBJECT: &str = "vvu";
 
-/// A run of `cargo xtask bench`.
+/// The results of `cargo xtask bench`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Bench {
+pub(crate) struct Results {
     /// [`FORMAT`].
     pub format: u32,
-    /// Rounds asked for.
+    /// Number of rounds.
     pub rounds: u32,
-    /// Seconds of each test.
+    /// Seconds that each test took.
     pub seconds: u64,
-    /// Where it ran.
+    /// The machine.
     pub machine: Machine,
-    /// What ran the VMs' code; `null` without VMs.
+    /// The accelerator of the VMs; `null` without VMs.
     pub accelerator: Option<facts::Accelerator>,
-    /// The QEMU used; `null` without VMs.
+    /// The QEMU; `null` without VMs.
     pub qemu: Option<facts::Qemu>,
-    /// The guest kernel used; `null` without VMs.
+    /// The guest kernel; `null` without VMs.
     pub kernel: Option<facts::Kernel>,
     /// The VM in which the VMs ran (`--nested`).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub outer: Option<facts::Outer>,
-    /// How long the set-up took; with an empty cache this is the cold set-up.
+    /// The stages of the set-up; with an empty cache they tell how long the first set-up takes.
     pub setup_stages: Vec<StageTime>,
     /// The figures.
     pub results: Vec<Metric>,
-    /// What was left out, and why.
+    /// What was not measured, and why.
     pub skipped: Vec<Skipped>,
 }
 
-/// The machine while it was measured.
+/// The machine during the measurement.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Machine {
     /// Processors this process may use.
     pub cpus: usize,
     /// Load averages over 1, 5 and 15 minutes before the run.
     pub load_before: Vec<f64>,
-    /// And after.
+    /// Load averages after the run.
     pub load_after: Vec<f64>,
 }
 
@@ -62,7 +63,7 @@ impl Machine {
     }
 }
 
-/// The load averages; none if the kernel does not tell.
+/// The load averages; empty if /proc/loadavg cannot be read.
 pub(crate) fn load() -> Vec<f64> {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').take(3).filter_map(|word| word.parse().ok()).collect()
@@ -71,77 +72,95 @@ pub(crate) fn load() -> Vec<f64> {
 /// Something that was not measured.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Skipped {
-    /// A variant, or a group of metrics.
+    /// A variant or a group of metrics.
     pub what: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
 }
 
-/// Which values are good ones.
+/// Which values are better.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Better {
-    /// Times and counts.
+    /// Lower ones: times and counts.
     #[default]
     Lower,
-    /// Rates.
+    /// Higher ones: rates.
     Higher,
 }
 
-/// Where a figure belongs.
+/// Identifies a figure.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Key {
     /// `chain`, `vms` or `start-up`.
     pub group: String,
     /// The test.
     pub test: String,
-    /// What of it; the unit is the last word.
+    /// The metric, whose last word is the unit.
     pub metric: String,
 }
 
-/// One figure of all variants.
+/// A figure of all variants.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Metric {
     #[serde(flatten)]
     pub key: Key,
-    /// Which values are good ones.
+    /// Which values are better.
     pub better: Better,
-    /// `vvu` and what it is compared with.
+    /// Values by variant.
     pub variants: BTreeMap<String, Values>,
-    /// `vvu` over each of the others.
+    /// Ratio of `vvu` to each other variant.
     pub ratios: BTreeMap<String, Ratio>,
 }
 
 /// The values of one variant.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Values {
-    /// How many.
+    /// Number of values.
     pub n: usize,
     pub median: f64,
     pub min: f64,
     pub max: f64,
-    /// One of each round, in order.
+    /// One value of each round, in order.
     pub values: Vec<f64>,
-    /// The rounds they are of, counted from 1: one in which the variant failed is missing.
+    /// The round of each value, counted from 1; a round in which the variant failed is missing.
     pub rounds: Vec<u32>,
 }
 
 /// How two variants compare.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Ratio {
-    /// Of the medians.
+    /// Ratio of the medians.
     pub of_medians: f64,
-    /// Smallest ratio within one round.
+    /// Smallest ratio of one round.
     pub min: f64,
-    /// Largest ratio within one round.
+    /// Largest ratio of one round.
     pub max: f64,
     /// `of_medians` in the baseline (`--baseline`).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub baseline: Option<f64>,
 }
 
-impl Bench {
-    /// Notes a value of a round.
+impl Results {
+    /// Reads the JSON of an earlier run.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file cannot be read or is of another version.
+    pub(crate) fn load(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let results: Self = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no output of bench", path.display()))?;
+        ensure!(
+            results.format == FORMAT,
+            "{} has format {}, want {FORMAT}: measure it again with this version",
+            path.display(),
+            results.format
+        );
+        Ok(results)
+    }
+
+    /// Adds a value of a round.
     pub(crate) fn add(&mut self, round: u32, key: Key, better: Better, variant: &str, value: f64) {
         let index = self.results.iter().position(|metric| metric.key == key).unwrap_or(self.results.len());
         if index == self.results.len() {
@@ -152,12 +171,12 @@ impl Bench {
         metric.update();
     }
 
-    /// Notes what is left out.
+    /// Adds something that was not measured.
     pub(crate) fn skip(&mut self, what: &str, reason: impl Into<String>) {
         self.skipped.push(Skipped { what: what.to_owned(), reason: reason.into() });
     }
 
-    /// Notes what the ratios were in `baseline`.
+    /// Adds the ratios of `baseline` to those of the same figures.
     pub(crate) fn compare(&mut self, baseline: &Self) {
         for metric in &mut self.results {
             let Some(before) = baseline.results.iter().find(|before| before.key == metric.key) else {
@@ -192,7 +211,7 @@ impl Metric {
     fn update(&mut self) {
         let Some(subject) = self.variants.get(SUBJECT) else { return };
         for (name, other) in self.variants.iter().filter(|(name, _)| *name != SUBJECT) {
-            // The variants of a round are measured side by side, so load that comes and goes hits both.
+            // The variants of a round are measured one right after the other, so passing load affects both.
             let in_round = |round: u32| {
                 let index = other.rounds.iter().position(|other| *other == round)?;
                 other.values.get(index)
@@ -222,51 +241,51 @@ mod tests {
         Key { group: "chain".into(), test: "notify".into(), metric: metric.into() }
     }
 
-    fn bench(pairs: &[(f64, f64)]) -> Bench {
-        let mut bench = Bench { format: FORMAT, ..Bench::default() };
+    fn results(pairs: &[(f64, f64)]) -> Results {
+        let mut results = Results { format: FORMAT, ..Results::default() };
         for (round, (vvu, plain)) in (1..).zip(pairs) {
-            bench.add(round, key("kick_p50_us"), Better::Lower, "vvu", *vvu);
-            bench.add(round, key("kick_p50_us"), Better::Lower, "plain", *plain);
+            results.add(round, key("kick_p50_us"), Better::Lower, "vvu", *vvu);
+            results.add(round, key("kick_p50_us"), Better::Lower, "plain", *plain);
         }
-        bench
+        results
     }
 
     #[test]
     fn ratios_are_of_medians_and_spread_over_rounds() {
-        let bench = bench(&[(30.0, 10.0), (80.0, 20.0), (20.0, 10.0)]);
-        let metric = &bench.results[0];
+        let results = results(&[(30.0, 10.0), (80.0, 20.0), (20.0, 10.0)]);
+        let metric = &results.results[0];
         assert_eq!((metric.variants["vvu"].n, metric.variants["vvu"].median), (3, 30.0));
         assert_eq!((metric.variants["vvu"].min, metric.variants["vvu"].max), (20.0, 80.0));
         let want = Ratio { of_medians: 3.0, min: 2.0, max: 4.0, baseline: None };
         assert_eq!(metric.ratios["plain"], want);
-        assert_eq!(self::bench(&[(1.0, 1.0), (2.0, 1.0)]).results[0].variants["vvu"].median, 1.5);
+        assert_eq!(self::results(&[(1.0, 1.0), (2.0, 1.0)]).results[0].variants["vvu"].median, 1.5);
     }
 
     #[test]
     fn only_values_of_the_same_round_are_compared() {
-        let mut bench = bench(&[(30.0, 10.0)]);
-        bench.add(2, key("kick_p50_us"), Better::Lower, "vvu", 1.0);
-        bench.add(3, key("kick_p50_us"), Better::Lower, "vvu", 20.0);
-        bench.add(3, key("kick_p50_us"), Better::Lower, "plain", 10.0);
-        let ratio = &bench.results[0].ratios["plain"];
+        let mut results = results(&[(30.0, 10.0)]);
+        results.add(2, key("kick_p50_us"), Better::Lower, "vvu", 1.0);
+        results.add(3, key("kick_p50_us"), Better::Lower, "vvu", 20.0);
+        results.add(3, key("kick_p50_us"), Better::Lower, "plain", 10.0);
+        let ratio = &results.results[0].ratios["plain"];
         assert_eq!((ratio.of_medians, ratio.min, ratio.max), (2.0, 2.0, 3.0));
     }
 
     #[test]
     fn what_cannot_be_divided_has_no_ratio() {
-        assert!(bench(&[(1.0, 0.0)]).results[0].ratios.is_empty());
+        assert!(results(&[(1.0, 0.0)]).results[0].ratios.is_empty());
     }
 
     #[test]
     fn the_json_comes_back_and_serves_as_baseline() {
-        let before = bench(&[(30.0, 10.0)]);
+        let before = results(&[(30.0, 10.0)]);
         let text = serde_json::to_string(&before).expect("JSON");
         assert!(
             text.contains(r#""group":"chain","test":"notify","metric":"kick_p50_us","better":"lower""#),
             "{text}"
         );
-        assert_eq!(serde_json::from_str::<Bench>(&text).expect("the same"), before);
-        let mut after = bench(&[(20.0, 10.0)]);
+        assert_eq!(serde_json::from_str::<Results>(&text).expect("the same"), before);
+        let mut after = results(&[(20.0, 10.0)]);
         after.add(1, key("new_us"), Better::Lower, "vvu", 1.0);
         after.compare(&before);
         assert_eq!(after.results[0].ratios["plain"].baseline, Some(3.0));

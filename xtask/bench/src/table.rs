@@ -1,14 +1,14 @@
-//! The results for people.
+//! Prints the results for people.
 
 use std::fmt::Write;
 
-use super::results::{Bench, Metric, SUBJECT};
+use super::results::{Metric, Results, SUBJECT};
 
-/// One line for each figure and each comparison.
-pub(super) fn text(bench: &Bench) -> String {
+/// The table: one line for each variant of each figure, with its ratio.
+pub(super) fn text(results: &Results) -> String {
     let mut text = String::new();
     let mut group = "";
-    for metric in &bench.results {
+    for metric in &results.results {
         if metric.key.group != group {
             group = &metric.key.group;
             line(
@@ -18,19 +18,19 @@ pub(super) fn text(bench: &Bench) -> String {
         }
         rows(&mut text, metric);
     }
-    for skipped in &bench.skipped {
+    for skipped in &results.skipped {
         line(&mut text, format_args!("not measured: {}: {}", skipped.what, skipped.reason));
     }
-    let accelerator = bench.accelerator.as_ref().map_or("none", |accelerator| &accelerator.used);
+    let accelerator = results.accelerator.as_ref().map_or("none", |accelerator| &accelerator.used);
     line(
         &mut text,
         format_args!(
             "\n{} rounds of {} s, {} CPUs, load before {:?} and after {:?}, accelerator {accelerator}",
-            bench.rounds,
-            bench.seconds,
-            bench.machine.cpus,
-            bench.machine.load_before,
-            bench.machine.load_after
+            results.rounds,
+            results.seconds,
+            results.machine.cpus,
+            results.machine.load_before,
+            results.machine.load_after
         ),
     );
     text

@@ -1,12 +1,12 @@
-//! What processes have used of the host.
+//! What processes use of the host.
 
 use std::fs;
 use std::iter::Sum;
 
-/// Microseconds of a clock tick in /proc, of which x86-64 has 100 in a second.
+/// Microseconds of a clock tick in /proc; x86-64 has 100 ticks in a second.
 const TICK_US: f64 = 10_000.0;
 
-/// Sums over the threads of processes.
+/// Usage summed over the threads of processes.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct Usage {
     /// Processor time in microseconds.
@@ -16,7 +16,7 @@ pub(super) struct Usage {
 }
 
 impl Usage {
-    /// Of this process so far; nothing if it has ended.
+    /// The usage of a process so far; zero if it has ended.
     pub(super) fn of(process: u32) -> Self {
         let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
         let mut usage = Self { cpu_us: ticks(&stat) * TICK_US, wake_ups: 0.0 };
@@ -27,7 +27,7 @@ impl Usage {
         usage
     }
 
-    /// What was added since `before`; not below 0, although threads that ended take their wake-ups along.
+    /// The usage since `before`; at least 0, since the wake-ups of a thread that ends are no longer counted.
     pub(super) fn since(self, before: Self) -> Self {
         Self {
             cpu_us: (self.cpu_us - before.cpu_us).max(0.0),
@@ -45,7 +45,7 @@ impl Sum for Usage {
     }
 }
 
-/// utime and stime, the 14th and 15th field; the second one is a name in parentheses, with anything in it.
+/// The sum of utime and stime, fields 14 and 15. Field 2 is a name in parentheses, which may contain anything.
 fn ticks(stat: &str) -> f64 {
     let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
     after_name.split_whitespace().skip(11).take(2).filter_map(|word| word.parse::<f64>().ok()).sum()

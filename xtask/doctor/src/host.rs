@@ -87,7 +87,7 @@ impl Host {
             memfd: memfd(),
             low_limits: low_limits(),
             cache: Place::of(cache, content),
-            runs: Place::of(vvu_testvm::rundir::runs(), ()),
+            runs: Place::of(vvu_testvm::runs(), ()),
         })
     }
 

@@ -13,7 +13,7 @@ use vvu_artifacts::kernel;
 use vvu_artifacts::packages;
 use vvu_process::logged;
 use vvu_process::progress::Progress;
-use vvu_testvm::setup::{Needs, Setup, SetupOptions};
+use vvu_testvm::{Needs, Setup, SetupOptions};
 
 use host::Host;
 

@@ -1,58 +1,51 @@
-//! `cargo xtask vm`: one VM in this terminal, with a shell on its console.
+//! `cargo xtask vm`: runs one VM in this terminal, with a shell on its console.
 //!
-//! The manual steps of virtio-vhost-user, command for command, in two terminals: the device VM and its proxy in one,
-//! the sibling VM in the other. With `--exec`, the same for scripts.
+//! Two terminals follow the manual steps of virtio-vhost-user command by command: one holds the device VM and its
+//! proxy, the other the sibling VM. `--exec` does the same for scripts.
 
-mod guest;
+mod run;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-
 use vvu_artifacts::image::{DiskImage, OverlayEntry, Pattern, with_overlay};
-use vvu_process::children;
+use vvu_process::interrupt;
 use vvu_process::progress::Progress;
-use vvu_testvm::leftover::RUN_VARIABLE;
 use vvu_testvm::memory::ensure_free;
-use vvu_testvm::rundir::RunDir;
-use vvu_testvm::rundir::runs;
-use vvu_testvm::setup::{Needs, Setup, SetupOptions};
-use vvu_testvm::vm::ProxyPlan;
-use vvu_testvm::vm::args::{Config, Device};
-use vvu_testvm::vm::proxy::Proxy;
-use vvu_testvm::vm::{Addr, Frontend, Iommu, Slot};
+use vvu_testvm::{
+    Addr, Boot, Frontend, Iommu, Lab, Needs, ProxyConfig, RunDir, Setup, SetupOptions, Slot, VmConfig, runs,
+};
 
-/// How long a proxy may take until it listens.
-const START_LIMIT: Duration = Duration::from_secs(60);
-
+/// vhost queues of the vvu device: enough for any front-end that a person tries.
+const QUEUES: u32 = 16;
 /// Where `--disk` is in the guest.
 const DISK_PATH: &str = "/disk.img";
 
 /// Options of `cargo xtask vm`.
 #[derive(Debug, clap::Subcommand)]
 pub enum Role {
-    /// The VM with the back-end: a vvu device, and its proxy, which lives as long as the VM
+    /// Run the VM with the back-end: it has a vvu device, whose proxy lives as long as the VM
     Device(DeviceOptions),
-    /// The VM with the front-end
+    /// Run the VM with the front-end
     Sibling(SiblingOptions),
 }
 
 /// Options of `cargo xtask vm device`.
 #[derive(Debug, clap::Args)]
 pub struct DeviceOptions {
-    /// vhost-user socket to make for the sibling, and the PCI address of the vvu device
+    /// vhost-user socket to make for the sibling, and PCI address of the vvu device
     #[arg(long, value_name = "SOCKET[,addr=BDF]")]
     vvu_proxy: VvuProxy,
-    /// RAM of the sibling in MiB, which the proxy provides
+    /// RAM of the sibling in MiB
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     sibling_memory: u64,
     /// IOMMU in front of the devices
     #[arg(long, value_enum, default_value_t = Iommu::Virtio)]
     iommu: Iommu,
-    /// Disk image to put into the VM as /disk.img: a file, or a size such as 64M for one of zero bytes
+    /// Disk image to put into the VM as /disk.img: a file, or a size such as 64M for an empty image
     #[arg(long, value_name = "FILE|SIZE")]
     disk: Option<Disk>,
     #[command(flatten)]
@@ -62,30 +55,30 @@ pub struct DeviceOptions {
 /// Options of `cargo xtask vm sibling`.
 #[derive(Debug, clap::Args)]
 pub struct SiblingOptions {
-    /// vhost-user socket of a block back-end: that of a device VM's `--vvu-proxy`
+    /// vhost-user socket of the block back-end: the --vvu-proxy of the device VM
     #[arg(long, value_name = "SOCKET")]
     vhost_user_blk: PathBuf,
     #[command(flatten)]
     common: Common,
 }
 
-/// What both have.
+/// Options of both.
 #[derive(Debug, clap::Args)]
 struct Common {
     /// RAM in MiB
     #[arg(short, long, value_name = "MIB", default_value_t = 512)]
     memory: u64,
-    /// Added to the kernel command line
+    /// Words to add to the kernel command line
     #[arg(short, long, value_name = "WORDS")]
     params: Vec<String>,
     /// Directory whose tree is laid over the VM's root
     #[arg(long, value_name = "DIR")]
     overlay: Vec<PathBuf>,
-    /// Run this shell command in the VM instead of a shell on its console, pass its output on when it has ended,
-    /// shut the VM down, and end with the command's exit code
+    /// Run a shell command in the VM in place of a shell on its console, print its output, shut the VM down and end with
+    /// the command's exit code
     #[arg(long, value_name = "COMMAND")]
     exec: Option<String>,
-    /// Seconds that --exec may take, boot included
+    /// Seconds that --exec may take, including the boot
     #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "exec",
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
@@ -119,7 +112,7 @@ impl FromStr for VvuProxy {
 /// `FILE` or a size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Disk {
-    /// An image of zero bytes, of so many.
+    /// An empty image of so many bytes.
     Size(u64),
     /// A raw image of the host.
     File(PathBuf),
@@ -164,11 +157,11 @@ impl Disk {
     }
 }
 
-/// Runs `cargo xtask vm`: ends when the VM does, with the exit code of its QEMU.
+/// Runs `cargo xtask vm`: returns when the VM has ended, with the exit code of its QEMU or of the command of `--exec`.
 ///
 /// # Errors
 ///
-/// The set-up fails, or something cannot be started.
+/// Fails if the set-up cannot be made or the VM or its proxy cannot be started.
 pub fn main(role: &Role) -> Result<ExitCode> {
     match role {
         Role::Device(options) => device(options),
@@ -181,30 +174,24 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         disk.image()?;
     }
     let (setup, run) = set_up("vm-device", &options.common)?;
+    let lab = Lab::new(&run, &setup)?;
     let VvuProxy { socket, slot } = &options.vvu_proxy;
-    let plan = ProxyPlan {
+    let vvu = ProxyConfig {
         slot: *slot,
         vfio_user: with_suffix(socket, ".vfio"),
         vhost_user: socket.clone(),
         memory_link: memory_link(socket),
-        memory_mib: Some(options.sibling_memory),
-        huge_pages: false,
-        trace: None,
-        queues: 16,
+        queues: QUEUES,
+        ..ProxyConfig::new("vvu", options.sibling_memory, lab.sockets())
     };
-    let words = plan.words(&setup.binaries.vvu);
-    let mut command = Command::new(&words[0]);
-    command.args(&words[1..]).env(RUN_VARIABLE, run.id());
-    let mut proxy = Proxy::start("vvu", command, run.file("proxy-vvu.log"))?;
-    proxy.ready(Instant::now() + START_LIMIT)?;
-    let config = Config {
-        name: "device".to_owned(),
+    let proxy = lab.proxy(&vvu)?;
+    let config = VmConfig {
         iommu: Some(options.iommu),
-        devices: vec![Device::Vvu { slot: *slot, socket: plan.vfio_user.display().to_string() }],
-        ..options.common.config()
+        devices: vec![vvu.vvu_device()],
+        ..options.common.config("device")
     };
-    let code = options.common.run(&setup, &run, &config, options.disk.as_ref(), Some(&mut proxy));
-    if children::interrupted() {
+    let code = options.common.run(&lab, &config, options.disk.as_ref());
+    if interrupt::requested() {
         return code;
     }
     proxy.stop()?;
@@ -222,19 +209,19 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
         );
     }
     let (setup, run) = set_up("vm-sibling", &options.common)?;
-    let device = Device::VhostUser {
-        slot: Slot::DEFAULT,
-        socket: socket.display().to_string(),
-        frontend: Frontend::default(),
-        reconnect_ms: 0,
+    let lab = Lab::new(&run, &setup)?;
+    // The proxy runs in the other terminal.
+    let vvu = ProxyConfig {
+        vhost_user: socket,
+        memory_link: link,
+        ..ProxyConfig::new("vvu", options.common.memory, lab.sockets())
     };
-    let config = Config {
-        name: "sibling".to_owned(),
-        memory_file: Some(link.display().to_string()),
-        devices: vec![device],
-        ..options.common.config()
+    let config = VmConfig {
+        memory_file: Some(vvu.memory_file()),
+        devices: vec![vvu.vhost_user_device(Frontend::default())],
+        ..options.common.config("sibling")
     };
-    options.common.run(&setup, &run, &config, None, None)
+    options.common.run(&lab, &config, None)
 }
 
 fn set_up(name: &str, common: &Common) -> Result<(Setup, RunDir)> {
@@ -244,37 +231,32 @@ fn set_up(name: &str, common: &Common) -> Result<(Setup, RunDir)> {
 }
 
 impl Common {
-    fn config(&self) -> Config {
-        Config { memory_mib: self.memory, cpus: 1, cmdline: self.params.join(" "), ..Config::default() }
+    fn config(&self, name: &str) -> VmConfig {
+        VmConfig { cmdline: self.params.join(" "), ..VmConfig::new(name, self.memory) }
     }
 
-    /// Runs the VM to its end.
-    fn run(
-        &self,
-        setup: &Setup,
-        run: &RunDir,
-        config: &Config,
-        disk: Option<&Disk>,
-        proxy: Option<&mut Proxy>,
-    ) -> Result<ExitCode> {
-        let mut initramfs = setup.base.path.clone();
+    /// Runs the VM until it ends.
+    fn run(&self, lab: &Lab<'_>, config: &VmConfig, disk: Option<&Disk>) -> Result<ExitCode> {
         let mut overlay: Vec<_> = self.overlay.iter().map(|tree| OverlayEntry::Tree(tree.clone())).collect();
         if let Some(disk) = disk {
             overlay.push(OverlayEntry::Disk { path: DISK_PATH.to_owned(), image: disk.image()? });
         }
+        let mut boot = lab.plain()?;
+        let file = lab.run().file("overlay.cpio");
         if !overlay.is_empty() {
-            initramfs = run.file("overlay.cpio");
-            with_overlay(&setup.base, &overlay, &initramfs)?;
+            with_overlay(&lab.setup().base, &overlay, &file)?;
+            boot = Boot { initramfs: &file, ..boot };
         }
-        let bench = guest::Bench { setup, run, config, initramfs: &initramfs };
         match &self.exec {
-            Some(command) => bench.exec(command, Duration::from_secs(self.timeout), proxy),
-            None => bench.terminal(),
+            Some(command) => {
+                run::exec(lab, config, boot, command, Instant::now() + Duration::from_secs(self.timeout))
+            }
+            None => run::terminal(lab, config, boot),
         }
     }
 }
 
-/// The name of the sibling's memory file belongs to that of the socket, so that one option tells both.
+/// The link to the sibling memory file: its name follows from the socket, so that one option names both.
 fn memory_link(socket: &Path) -> PathBuf {
     with_suffix(socket, ".mem")
 }

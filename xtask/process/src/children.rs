@@ -1,7 +1,9 @@
-//! Child processes that never outlive the task that started them.
+//! Child processes that never outlive the process that started them.
 //!
-//! Every child leads a process group of its own, is killed by the kernel when this process dies, and is listed
-//! until it is reaped, so that [`kill_all`] (the Ctrl-C handler) can end everything at once.
+//! Every child leads a process group of its own, and the kernel kills it when this process dies. A process-wide list
+//! holds the groups that are alive, since a signal concerns the whole process: [`kill_all`], which only the signal
+//! handler of [`crate::interrupt`] calls, ends all of them. A program that never calls
+//! [`interrupt::listen`](crate::interrupt::listen) keeps the default effect of signals and never sees the list closed.
 
 #![expect(unsafe_code, reason = "Command::pre_exec is the one way to ask for a death signal before exec")]
 
@@ -15,13 +17,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, getppid, kill_process_group, pidfd_open,
-    set_parent_process_death_signal, waitid,
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, getppid, kill_process, kill_process_group,
+    pidfd_open, set_parent_process_death_signal, waitid,
 };
 
-/// The groups alive now, or `closed` once [`kill_all`] ran.
+/// The process groups that are alive.
 struct Registry {
     groups: BTreeSet<i32>,
+    /// [`kill_all`] ran: nothing more is started.
     closed: bool,
 }
 
@@ -31,10 +34,10 @@ fn registry() -> MutexGuard<'static, Registry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Kills every process group started by [`spawn`] and makes further calls of it fail.
+/// Kills every process group that [`spawn`] started and makes further calls of [`spawn`] fail.
 ///
-/// May be called from any thread; the owners of the children see them end by SIGKILL.
-pub fn kill_all() {
+/// The owners of the children see them end by SIGKILL.
+pub(crate) fn kill_all() {
     let mut registry = registry();
     registry.closed = true;
     for group in &registry.groups {
@@ -42,8 +45,8 @@ pub fn kill_all() {
     }
 }
 
-/// Whether [`kill_all`] ran: a child that failed was then interrupted, not broken.
-pub fn interrupted() -> bool {
+/// Whether [`kill_all`] ran.
+pub(crate) fn all_killed() -> bool {
     registry().closed
 }
 
@@ -58,7 +61,7 @@ fn kill_group(group: i32) {
 ///
 /// # Errors
 ///
-/// What `Command::spawn` says, or `Interrupted` after [`kill_all`].
+/// Fails as `Command::spawn` does, and with `ErrorKind::Interrupted` after a signal ended all children.
 pub fn spawn(command: Command) -> io::Result<Running> {
     let (reply, answer) = mpsc::channel();
     spawner().send((command, reply)).map_err(|_| io::Error::other("the spawner thread ended"))?;
@@ -67,12 +70,12 @@ pub fn spawn(command: Command) -> io::Result<Running> {
 
 /// Starts `command` in our own process group, so that it may read the terminal.
 ///
-/// For the main thread only: the death signal comes when the forking thread ends. [`kill_all`] does not know this
-/// child; it gets what the terminal sends to the group.
+/// Call it on the main thread: the kernel sends the death signal when the forking thread ends. A signal handler does
+/// not kill this child; the child gets the signals that the terminal sends to its foreground group.
 ///
 /// # Errors
 ///
-/// What `Command::spawn` says.
+/// Fails as `Command::spawn` does.
 pub fn spawn_on_terminal(mut command: Command) -> io::Result<Child> {
     die_with_parent(&mut command);
     command.spawn()
@@ -142,12 +145,12 @@ pub struct Running {
 }
 
 impl Running {
-    /// The child's process id, which is its group's id too.
+    /// The child's process id, which is also the id of its group.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Waits until the child ended, then ends what is left of its group.
+    /// Waits until the child has ended, then kills what is left of its group.
     pub fn wait(&mut self) -> io::Result<ExitStatus> {
         if let Some(status) = self.status {
             return Ok(status);
@@ -187,6 +190,14 @@ impl Running {
         self.wait().map(Some)
     }
 
+    /// Asks the child, but not the rest of its group, to end (SIGTERM).
+    pub fn terminate(&self) -> io::Result<()> {
+        if self.status.is_none() {
+            kill_process(self.pid, Signal::TERM)?;
+        }
+        Ok(())
+    }
+
     /// Kills the whole group and reaps the child.
     pub fn kill(&mut self) -> io::Result<ExitStatus> {
         if self.status.is_none() {
@@ -198,7 +209,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Nobody is left to tell; the death signal is the second line of defence.
+        // An error has no receiver here. The death signal ends the child at the latest with this process.
         let _ = self.kill();
     }
 }

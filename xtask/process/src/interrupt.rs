@@ -1,8 +1,7 @@
-//! Ctrl-C and SIGTERM: everything of this process ends, in whatever stage it is.
+//! Stopping on Ctrl-C (SIGINT), SIGTERM and SIGHUP.
 //!
-//! The first signal kills every child; whoever waits for one sees it end, cleans up and returns with
-//! [`children::interrupted`] set. A second signal ends this process at once, and with it, by the death signal, what
-//! it started.
+//! A program calls [`listen`] once. The first signal kills every child, so that whoever waits for one sees it end,
+//! cleans up and returns; [`requested`] is true from then on. The second signal ends the program at once.
 
 use std::process::ExitCode;
 use std::thread;
@@ -13,14 +12,14 @@ use signal_hook::iterator::Signals;
 
 use crate::children;
 
-/// Exit code of an interrupted task, as a shell reports SIGINT.
+/// As a shell reports a program that SIGINT ended: 128 + 2.
 const EXIT_CODE: u8 = 130;
 
-/// Begins to listen for the signals.
+/// Installs the signal handlers.
 ///
 /// # Errors
 ///
-/// The handlers cannot be installed.
+/// Fails if they cannot be installed.
 pub fn listen() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot listen for signals")?;
     thread::spawn(move || {
@@ -36,19 +35,25 @@ pub fn listen() -> Result<()> {
     Ok(())
 }
 
-/// Fails once a signal came. Long work without children calls it now and then.
+/// Whether a signal has arrived. A child that failed was then interrupted, not broken.
+#[must_use]
+pub fn requested() -> bool {
+    children::all_killed()
+}
+
+/// Fails once a signal has arrived. Long work without children calls it regularly.
 ///
 /// # Errors
 ///
-/// A signal came.
+/// Fails with "interrupted".
 pub fn check() -> Result<()> {
-    if children::interrupted() {
+    if requested() {
         bail!("interrupted");
     }
     Ok(())
 }
 
-/// The exit code of an interrupted task.
+/// The exit code of an interrupted program.
 pub fn exit_code() -> ExitCode {
     ExitCode::from(EXIT_CODE)
 }

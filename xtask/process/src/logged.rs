@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::children;
+use crate::{children, interrupt};
 
 const TAIL_LINES: usize = 20;
 /// How long to wait for output before looking whether the command ended: something it started and that left its
@@ -85,7 +85,7 @@ pub fn run_filtered(mut command: Command, log: &Path, mut belongs: impl FnMut(&s
     if status.success() {
         return Ok(());
     }
-    if children::interrupted() {
+    if interrupt::requested() {
         bail!("interrupted");
     }
     bail!(failure(status, log, tail.make_contiguous()))

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::format::{self, Scenario};
 use vvu_artifacts::image::GuestPrograms;
 use vvu_artifacts::workspace;
-use vvu_testvm::rundir::runs;
+use vvu_testvm::runs;
 
 const BEGIN: &str = "<!-- begin: cargo xtask compatibility -->\n";
 const END: &str = "<!-- end -->";

@@ -1,10 +1,13 @@
 //! End-to-end scenarios: their format, their runs and their reports.
 
 pub mod compatibility;
+pub mod e2e;
 pub mod format;
 pub mod matrix;
+mod nested;
 pub mod report;
 pub mod run;
+pub mod test;
 pub mod tool;
 
 /// Whether `text` is a valid scenario file of the current or the old format; for the fuzz target.

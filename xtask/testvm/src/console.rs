@@ -1,7 +1,7 @@
 //! A VM's serial console: what the kernel and user space print is the evidence.
 //!
-//! QEMU writes the log itself; here the same bytes are read through an rexpect session, so that every wait has
-//! patterns that mean success, patterns that mean failure, the end of the stream and a deadline.
+//! QEMU writes the log itself. This module reads the same bytes through an rexpect session, so that every wait ends on
+//! its pattern, on a failure of the guest, at the end of the stream or at its deadline.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Sink};
@@ -14,26 +14,26 @@ use rexpect::error::Error as ExpectError;
 use rexpect::reader::Options;
 use rexpect::session::{ReadUntil, StreamSession};
 
-/// What no healthy guest prints.
+use crate::watch::PERIOD;
+
+/// Patterns that no healthy guest prints.
 const FAILURES: &str =
     r"Kernel panic|BUG: |Oops: |general protection fault|Out of memory|emulation failure|vvu-init: failed";
 /// Lines of the console that an error shows.
 const TAIL_LINES: usize = 30;
-/// A longer line is cut in the tail.
+/// Characters to which the tail cuts longer lines.
 const MAX_LINE: usize = 500;
-/// A guest that prints more than this is out of control; its console is then treated as ended.
+/// A guest that prints more bytes than this is out of control; its console is treated as ended.
 const MAX_BYTES: u64 = 64 << 20;
-/// How often a wait looks at what gives no notice: the VM's end, Ctrl-C.
-const LOOK: Duration = Duration::from_millis(200);
 
 /// The console of one VM.
-pub struct Console {
+pub(crate) struct Console {
     session: StreamSession<Sink>,
     shared: Arc<Shared>,
     failures: Regex,
 }
 
-/// What the reading side shares with the waiting side.
+/// State that the reading thread shares with waits.
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
@@ -42,7 +42,7 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Counts deliveries to the session.
+    /// Number of deliveries to the session.
     generation: u64,
     bytes: u64,
     lines: VecDeque<String>,
@@ -56,7 +56,7 @@ impl Shared {
     }
 }
 
-/// Passes the console to the session, keeps its last lines and wakes the waiting side.
+/// Passes the console to the session, keeps its last lines and wakes waits.
 struct Tap<R> {
     stream: R,
     shared: Arc<Shared>,
@@ -73,7 +73,7 @@ impl<R: Read> Read for Tap<R> {
         if flooded {
             return Ok(0);
         }
-        // The session would ask for ever after an error; to it a broken stream is an ended one.
+        // The session would read again after an error, for ever, so an error ends the stream.
         let read = loop {
             match self.stream.read(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -110,42 +110,38 @@ impl State {
     }
 }
 
-/// What a wait found.
+/// The line that a wait found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
     /// The line, without its end.
     pub line: String,
-    /// The first capture group of the pattern, or all that it matched.
+    /// The first capture group of the pattern; without one, the whole match.
     pub value: String,
 }
 
 impl Console {
     /// Reads the console at the other end of `stream`.
-    ///
-    /// # Errors
-    ///
-    /// None that a caller can cause.
-    pub fn new(stream: impl Read + Send + 'static) -> Result<Self> {
+    pub(crate) fn new(stream: impl Read + Send + 'static) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let tap = Tap { stream, shared: Arc::clone(&shared) };
-        // A session has one timeout for its life. With none to wait, the deadline can be each wait's own.
+        // A session has one timeout for its whole life; zero leaves each wait its own deadline.
         let options = Options::new().timeout_ms(Some(0));
         let failures = Regex::new(&format!("(?m)[^\n]*(?:{FAILURES})[^\n]*(?:\n|$)"))?;
         Ok(Self { session: StreamSession::new(tap, io::sink(), options), shared, failures })
     }
 
-    /// Waits until a whole line matches `pattern`; lines before it are consumed.
+    /// Waits until a whole line matches `pattern` and consumes the lines up to it.
     ///
-    /// `look` is called at least five times a second and ends the wait with its error.
+    /// An error of `check`, which is called every [`PERIOD`], ends the wait.
     ///
     /// # Errors
     ///
-    /// The guest printed a failure, the console ended, `look` failed, or `deadline` passed.
-    pub fn wait(
+    /// Fails if the guest prints a failure, the console ends, `check` fails, or `deadline` passes.
+    pub(crate) fn wait(
         &mut self,
         pattern: &Regex,
         deadline: Instant,
-        mut look: impl FnMut() -> Result<()>,
+        mut check: impl FnMut() -> Result<()>,
     ) -> Result<Found> {
         let line = Regex::new(&format!("(?m)(?:{pattern})[^\n]*\n"))?;
         loop {
@@ -156,21 +152,21 @@ impl Console {
                 let value = captures.get(1).or_else(|| captures.get(0)).map_or("", |value| value.as_str());
                 return Ok(Found { line: line.to_owned(), value: value.to_owned() });
             }
-            look()?;
+            check()?;
             let now = Instant::now();
             if now >= deadline {
                 bail!("no line matched /{pattern}/ in time");
             }
-            self.sleep(generation, LOOK.min(deadline - now));
+            self.sleep(generation, PERIOD.min(deadline - now));
         }
     }
 
-    /// Fails if the guest has printed a failure since the last wait.
+    /// Fails if the guest has printed a failure since the last wait or check.
     ///
     /// # Errors
     ///
-    /// The line that tells the failure.
-    pub fn check(&mut self) -> Result<()> {
+    /// The message has the line with the failure.
+    pub(crate) fn check(&mut self) -> Result<()> {
         let failures = self.failures.clone();
         match self.session.exp_any(vec![ReadUntil::Regex(failures)]) {
             Ok((_, failure)) => Err(anyhow!("the guest failed: {}", failure.trim())),
@@ -179,14 +175,14 @@ impl Console {
         }
     }
 
-    /// The last lines, for a person to read.
-    pub fn tail(&self) -> Vec<String> {
+    /// The last lines, the unfinished one included.
+    pub(crate) fn tail(&self) -> Vec<String> {
         let state = self.shared.lock();
         let partial = (!state.line.is_empty()).then(|| state.line.clone());
         state.lines.iter().cloned().chain(partial).collect()
     }
 
-    /// One look at what has arrived: the match of `line`, or `None` if it is not there yet.
+    /// The match of `line` in what has arrived, or `None` if it has not arrived yet.
     fn poll(&mut self, line: &Regex) -> Result<Option<String>> {
         let needles = vec![ReadUntil::Regex(self.failures.clone()), ReadUntil::Regex(line.clone())];
         match self.session.exp_any(needles) {
@@ -198,7 +194,7 @@ impl Console {
         }
     }
 
-    /// Waits until more than `generation` was delivered, or for `limit`.
+    /// Waits for a delivery after `generation`, for at most `limit`.
     fn sleep(&self, generation: u64, limit: Duration) {
         let state = self.shared.lock();
         let _unused = self

@@ -1,4 +1,4 @@
-//! Commands to a guest and their results, over its second serial port.
+//! Commands to a guest and their results, over the guest's second serial port.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use vvu_init::protocol::{Action, Answer, End, Event, Identity, MAX_ANSWER, Message, Outcome, Request, line};
 
-/// How often a wait looks at what gives no notice: the VM's end, Ctrl-C.
-const LOOK: Duration = Duration::from_millis(200);
-/// A guest that takes nothing for this long is stuck.
+use crate::watch::PERIOD;
+
+/// A guest that reads nothing for this long is stuck.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Messages that may wait to be looked at.
+/// Messages that are kept until a wait reads them; then the guest blocks.
 const BACKLOG: usize = 64;
 
 /// The host's end of a guest's control port.
-pub struct Control {
+pub(crate) struct Control {
     stream: UnixStream,
     messages: Receiver<Result<Message>>,
     last_id: u64,
@@ -27,11 +27,7 @@ pub struct Control {
 
 impl Control {
     /// Speaks to the guest at the other end of `stream`.
-    ///
-    /// # Errors
-    ///
-    /// The stream cannot be set up.
-    pub fn new(stream: UnixStream) -> Result<Self> {
+    pub(crate) fn new(stream: UnixStream) -> Result<Self> {
         stream.set_write_timeout(Some(WRITE_TIMEOUT)).context("cannot set up the control port")?;
         let reader = stream.try_clone().context("cannot clone the control port")?;
         let (sender, messages) = sync_channel(BACKLOG);
@@ -43,48 +39,52 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// The port ended, `look` failed, or `deadline` passed.
-    pub fn ready(&mut self, deadline: Instant, mut look: impl FnMut() -> Result<()>) -> Result<&Identity> {
+    /// Fails if the port ends, `check` fails, or `deadline` passes.
+    pub(crate) fn ready(
+        &mut self,
+        deadline: Instant,
+        mut check: impl FnMut() -> Result<()>,
+    ) -> Result<&Identity> {
         while self.ready.is_none() {
-            // Nothing was asked, so whatever comes is an event.
-            self.receive(deadline, &mut look).context("the guest did not get ready")?;
+            // No request is pending, so every message is an event.
+            self.receive(deadline, &mut check).context("the guest did not get ready")?;
         }
         self.ready.as_ref().context("the guest is not ready")
     }
 
-    /// Expects the guest to get ready once more.
-    pub fn restarting(&mut self) {
+    /// Expects the guest to get ready again.
+    pub(crate) fn restarting(&mut self) {
         self.ready = None;
     }
 
-    /// Waits until the guest sends something of its own accord, which [`Control::ended`] then tells.
+    /// Waits until the guest sends an event, such as those that [`Control::ended`] returns.
     ///
     /// # Errors
     ///
-    /// As [`Control::request`].
-    pub fn wait(&mut self, deadline: Instant, mut look: impl FnMut() -> Result<()>) -> Result<()> {
-        self.receive(deadline, &mut look).map(drop)
+    /// Fails as [`Control::request`] does.
+    pub(crate) fn wait(&mut self, deadline: Instant, mut check: impl FnMut() -> Result<()>) -> Result<()> {
+        self.receive(deadline, &mut check).map(drop)
     }
 
-    /// Asks the guest for something and waits for the answer.
+    /// Sends a request to the guest and waits for the answer.
     ///
-    /// `look` is called at least five times a second and ends the wait with its error.
+    /// An error of `check`, which is called every [`PERIOD`], ends the wait.
     ///
     /// # Errors
     ///
-    /// The guest refused, the port ended, `look` failed, or `deadline` passed.
-    pub fn request(
+    /// Fails if the guest refuses, the port ends, `check` fails, or `deadline` passes.
+    pub(crate) fn request(
         &mut self,
         action: Action,
         deadline: Instant,
-        mut look: impl FnMut() -> Result<()>,
+        mut check: impl FnMut() -> Result<()>,
     ) -> Result<Outcome> {
         self.last_id += 1;
         let id = self.last_id;
         self.stream.write_all(&line(&Request { id, action })).context("cannot write to the control port")?;
         loop {
-            match self.receive(deadline, &mut look)? {
-                // The answer to a request whose wait was given up.
+            match self.receive(deadline, &mut check)? {
+                // The answer to an earlier request, whose wait has ended.
                 Some(answer) if answer.id != id => {}
                 Some(Answer { outcome: Outcome::Error(error), .. }) => bail!("the guest refused: {error}"),
                 Some(Answer { outcome, .. }) => return Ok(outcome),
@@ -93,8 +93,8 @@ impl Control {
         }
     }
 
-    /// Spawned commands that have ended since the last call, and how.
-    pub fn ended(&mut self) -> Result<Vec<(String, End)>> {
+    /// The spawned commands that have ended since the last call, and how they ended.
+    pub(crate) fn ended(&mut self) -> Result<Vec<(String, End)>> {
         while let Ok(message) = self.messages.try_recv() {
             self.sort(message?);
         }
@@ -105,15 +105,15 @@ impl Control {
     fn receive(
         &mut self,
         deadline: Instant,
-        look: &mut impl FnMut() -> Result<()>,
+        check: &mut impl FnMut() -> Result<()>,
     ) -> Result<Option<Answer>> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.messages.recv_timeout(LOOK.min(left)) {
+            match self.messages.recv_timeout(PERIOD.min(left)) {
                 Ok(message) => return Ok(self.sort(message?)),
                 Err(RecvTimeoutError::Disconnected) => bail!("the control port ended"),
                 Err(RecvTimeoutError::Timeout) => {
-                    look()?;
+                    check()?;
                     if left.is_zero() {
                         bail!("no answer in time");
                     }
@@ -127,19 +127,19 @@ impl Control {
             Message::Answer(answer) => return Some(answer),
             Message::Event(Event::Ready(identity)) => self.ready = Some(identity),
             Message::Event(Event::Exited { name, end }) => self.ended.push((name, end)),
-            // The answer that is missed for it ends in a timeout; the guest tells the rest on its console.
+            // The request gets no answer, so its wait ends at its deadline; the guest explains on its console.
             Message::Event(Event::BadRequest { .. }) => {}
         }
         None
     }
 }
 
-/// Passes messages on until the port ends or nobody listens.
+/// Passes messages on until the port ends or the receiver is gone.
 fn read(stream: UnixStream, messages: &SyncSender<Result<Message>>) {
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
-        // A port that breaks is one that ends.
+        // A read error ends the port.
         let read = reader.by_ref().take(MAX_ANSWER as u64 + 1).read_until(b'\n', &mut line).unwrap_or(0);
         if read == 0 {
             return;

@@ -59,12 +59,6 @@ pub struct Qemu {
     pub version: String,
 }
 
-impl From<&vvu_artifacts::qemu::Qemu> for Qemu {
-    fn from(qemu: &vvu_artifacts::qemu::Qemu) -> Self {
-        Self { path: qemu.path.clone(), version: qemu.version.clone() }
-    }
-}
-
 /// The guest kernel used.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Kernel {

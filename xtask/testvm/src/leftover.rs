@@ -1,4 +1,4 @@
-//! Proof that a run left nothing behind.
+//! Proof that a run has left nothing behind.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,21 +6,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// Environment variable that every process of a run inherits, with the run's name as value.
-pub const RUN_VARIABLE: &str = "VVU_RUN";
-/// How long the kernel may take to bury what was killed.
+/// Environment variable of every process of a run; its value is the run's name.
+pub(crate) const RUN_VARIABLE: &str = "VVU_RUN";
+/// How long the kernel may take to remove killed processes.
 const LIMIT: Duration = Duration::from_secs(5);
-/// How often to look within that time.
+/// How often to look for them.
 const PERIOD: Duration = Duration::from_millis(20);
 
-/// Makes sure that no process of `run` lives, and none of `paths`, its sockets and links, exists or is bound.
+/// Checks that no process of `run` is alive and that none of `paths`, its sockets and links, exists or is bound.
 ///
-/// The shared memory of a run has no name: it goes with the last process that holds it.
+/// The shared memory of a run has no name and is gone with the last process that holds it.
 ///
 /// # Errors
 ///
-/// What is left.
-pub fn check(run: &str, paths: &[PathBuf]) -> Result<String> {
+/// The message lists what is left.
+pub(crate) fn check(run: &str, paths: &[PathBuf]) -> Result<String> {
     let deadline = Instant::now() + LIMIT;
     loop {
         let mut left = processes(run);
@@ -40,18 +40,18 @@ pub fn check(run: &str, paths: &[PathBuf]) -> Result<String> {
         if Instant::now() > deadline {
             bail!("left behind: {}", left.join(", "));
         }
-        // There is no event to wait for: these processes are not our children.
+        // Processes that are not children of this one give no event to wait for.
         std::thread::sleep(PERIOD);
     }
 }
 
-/// The living processes whose environment names `run`.
+/// The processes that are alive and whose environment names `run`.
 fn processes(run: &str) -> Vec<String> {
     let mark = format!("{RUN_VARIABLE}={run}");
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|pid| {
-        // The environment of another user's process cannot be read, and it is none of ours.
+        // A process whose environment cannot be read belongs to another user and so to no run of ours.
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         environment.split(|byte| *byte == 0).any(|entry| entry == mark.as_bytes())
     })
@@ -62,7 +62,7 @@ fn processes(run: &str) -> Vec<String> {
     .collect()
 }
 
-/// Those of `paths` that a socket is bound to, whether or not the file still exists.
+/// The paths to which a socket is bound, whether or not the file still exists.
 fn bound(paths: &[PathBuf]) -> Vec<String> {
     let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let bound = |path: &&PathBuf| {

@@ -1,46 +1,44 @@
-//! The outer VM of `--nested`: its emulated CPU has SVM, its kernel has KVM, and it holds all that a run in it needs,
-//! this same program included.
+//! The outer VM of `--nested`: its emulated CPU has SVM, its kernel has KVM, and it holds everything that a run in it
+//! needs, this program included.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::de::DeserializeOwned;
-use vvu_init::protocol::End;
-
-use crate::facts;
-use crate::leftover;
-use crate::prepared;
-use crate::rundir::RunDir;
-use crate::setup::{Setup, SetupOptions};
-use crate::vm::args::{Config, Guest, Serial, arguments};
-use crate::vm::{Cpu, Logs, Vm, ending, printed};
 use vvu_artifacts::accel::{self, Kind};
 use vvu_artifacts::cache::Cache;
 use vvu_artifacts::image::{OverlayEntry, build_xtask, with_overlay};
 use vvu_artifacts::kernel::{Kernel, KernelOptions};
 use vvu_artifacts::qemu::Qemu;
-use vvu_process::interrupt;
 use vvu_process::progress::Progress;
+
+use crate::facts;
+use crate::lab::{Boot, Lab};
+use crate::obtain::SetupOptions;
+use crate::prepared;
+use crate::vm::args::Config;
+use crate::vm::cpu::Cpu;
+use crate::vm::{Vm, ending, printed};
 
 /// Adds KVM to the guest kernel.
 const FRAGMENT: &str = "kvm";
-/// Where the run's needs are in the outer VM.
-pub const PLACE: &str = "/prepared";
-/// Where the run's directory is in the outer VM.
+/// Where the set-up is in the outer VM.
+const PLACE: &str = "/prepared";
+/// The target directory of the run inside.
 const TARGET: &str = "/run/target";
-/// RAM of the outer VM beside that of the VMs in it: twice its initramfs, while that is unpacked, and their disks.
+/// RAM of the outer VM in addition to that of the VMs in it: it holds its initramfs twice while it unpacks it.
 const ROOM_MIB: u64 = 1280;
-/// How much longer than at native speed things may take inside.
+/// Factor by which limits inside exceed those for native speed.
 const SLOWNESS: u32 = 20;
-/// How long the outer VM may take to boot, and to shut down.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
-/// How long it may take to fetch a file.
-const FETCH_LIMIT: Duration = Duration::from_secs(60);
+/// How long the outer VM may take to boot, and to shut down, at native speed.
+const BOOT_LIMIT: Duration = Duration::from_secs(20);
+/// How long it may take to fetch a file, at native speed.
+const FETCH_LIMIT: Duration = Duration::from_secs(10);
 
-/// What a nested run needs beside the usual set-up.
+/// What a nested run needs in addition to the usual set-up.
 pub struct NestedSetup {
-    /// The QEMU for the outer VM's inside.
+    /// The QEMU that runs inside.
     qemu_root: PathBuf,
     /// The outer VM's kernel.
     kernel: Kernel,
@@ -49,11 +47,11 @@ pub struct NestedSetup {
 }
 
 impl NestedSetup {
-    /// Obtains everything.
+    /// Builds and fetches it.
     ///
     /// # Errors
     ///
-    /// The first thing that cannot be had, and the remedy.
+    /// Fails on the first thing that cannot be had; the message names the remedy.
     pub fn obtain(options: &SetupOptions, progress: &Progress) -> Result<Self> {
         let cache = Cache::open(progress)?;
         let qemu_root = Qemu::portable(progress, &cache)?;
@@ -65,33 +63,35 @@ impl NestedSetup {
     }
 }
 
-/// A running outer VM. Dropping it ends it.
-pub struct Outer {
+/// A running outer VM. Dropping it kills it.
+pub struct Outer<'a> {
+    lab: &'a Lab<'a>,
     vm: Vm,
 }
 
-impl Outer {
-    /// RAM that it needs for `inner_mib` of RAM and `disks_mib` of disks of the VMs in it.
+impl<'a> Outer<'a> {
+    /// The RAM in MiB that it needs for VMs with `inner_mib` of RAM and `disks_mib` of disks.
+    #[must_use]
     pub fn memory_mib(inner_mib: u64, disks_mib: u64) -> u64 {
-        // A disk is in an initramfs, and in the memory of the VM that unpacks it.
+        // A disk is held twice: by an initramfs and by the VM that unpacks it.
         inner_mib.saturating_add(disks_mib.saturating_mul(2)).saturating_add(ROOM_MIB)
     }
 
-    /// Starts it with `setup` and its kernel of these fragments inside, and with what `extra` lays over its root.
+    /// Starts the outer VM. It holds the set-up of `lab`, with its kernel of these fragments, and `extra`.
     ///
     /// # Errors
     ///
-    /// The run directory cannot be written, or the VM does not boot.
+    /// Fails if the run directory cannot be written or the VM does not boot.
     pub fn start(
-        setup: &Setup,
+        lab: &'a Lab<'a>,
         kernel_fragments: &[String],
         nested: &NestedSetup,
         extra: Vec<OverlayEntry>,
         memory_mib: u64,
-        run: &RunDir,
         progress: &Progress,
     ) -> Result<(Self, facts::Outer)> {
         let NestedSetup { qemu_root, kernel, xtask } = nested;
+        let (setup, run) = (lab.setup(), lab.run());
         let stage = progress.stage("outer image");
         let mut overlay = prepared::lay_out(setup, kernel_fragments, qemu_root, run, PLACE)?;
         overlay.push(OverlayEntry::File { path: format!("{PLACE}/xtask"), mode: 0o755, from: xtask.clone() });
@@ -108,65 +108,46 @@ impl Outer {
                     setup.qemu.machine.qemu_hypervisor_cpu()?
                 ),
             },
-            qemu: facts::Qemu::from(&setup.qemu),
+            qemu: setup.vmm(None)?.into(),
             kernel: facts::Kernel::from(kernel),
             ..facts::Outer::default()
         };
-        let config = Config {
-            name: "outer".to_owned(),
-            memory_mib,
-            cpus: 2,
-            cpu: Cpu::Hypervisor,
-            ..Config::default()
-        };
-        let guest = Guest { accelerator: Kind::Tcg, kernel: &kernel.vmlinux, initramfs: &initramfs };
-        let logs = Logs { console: run.file("outer-console.log"), qemu: run.file("outer-qemu.log") };
-        let words = arguments(&config, guest, Serial::Inherited(&logs.console))?;
-        let line = facts::command_line(setup.qemu.argv_prefix().iter().chain(&words));
-        run.write("outer.cmd", line + "\n")?;
-        let mut command = setup.qemu.command();
-        command.args(&words).env(leftover::RUN_VARIABLE, run.id());
-
+        let config = Config { cpus: 2, cpu: Cpu::Hypervisor, ..Config::new("outer", memory_mib) };
         let stage = progress.stage("outer boot");
-        let mut vm = Vm::launch("outer", command, logs)?;
-        vm.ready(Instant::now() + BOOT_LIMIT, &mut interrupt::check)?;
+        let vm = lab.vm_with(&config, Boot { kernel: &kernel.vmlinux, initramfs: &initramfs })?;
+        vm.ready(lab.deadline(BOOT_LIMIT))?;
         stage.done(format!("Linux {} with KVM", kernel.version));
-        Ok((Self { vm }, facts))
+        Ok((Self { lab, vm }, facts))
     }
 
-    /// Runs this program in it, with KVM and what is prepared, and returns the JSON it prints.
+    /// Runs this program in the outer VM, with KVM and what it holds, and returns the JSON that it prints.
     ///
     /// # Errors
     ///
-    /// It printed none, or was not done within `limit`.
-    pub fn json<T: DeserializeOwned>(&mut self, words: &str, limit: Duration) -> Result<T> {
+    /// Fails if it prints no JSON or has not ended within `limit`.
+    pub fn json<T: DeserializeOwned>(&self, words: &str, limit: Duration) -> Result<T> {
         let command = format!(
             "CARGO_TARGET_DIR={TARGET} {PLACE}/xtask {words} --prepared {PLACE} --accel kvm \
              --slowness {SLOWNESS} --json"
         );
-        let exit = self.vm.run(&command, limit, &mut interrupt::check)?;
-        // Before the run had a report, only its words tell what happened.
+        let exit = self.vm.exec(&command, Instant::now() + limit)?;
+        // If the run ended before it could write a report, its messages tell why.
         serde_json::from_str(&exit.output.stdout).with_context(|| {
             format!("the run inside ended with {} and no report{}", ending(exit.end), printed(&exit.output))
         })
     }
 
-    /// Copies the logs of the inner run into `inner/` of the run directory.
+    /// Copies the logs of the run inside into `inner/` of the run directory.
     ///
     /// # Errors
     ///
-    /// There are none, or they cannot be written.
-    pub fn fetch_logs(&mut self, run: &RunDir) -> Result<()> {
+    /// Fails if there are none or they cannot be written.
+    pub fn fetch_logs(&self) -> Result<()> {
+        let run = self.lab.run();
         let dir = run.file("inner");
         std::fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let latest = format!("{TARGET}/e2e/latest");
-        let mut output = |command: &str| -> Result<String> {
-            let exit = self.vm.run(command, FETCH_LIMIT, &mut interrupt::check)?;
-            if exit.end != End::Code(0) {
-                bail!("outer: `{command}` ended with {}{}", ending(exit.end), printed(&exit.output));
-            }
-            Ok(exit.output.stdout)
-        };
+        let output = |command: &str| self.vm.run_until(command, self.lab.deadline(FETCH_LIMIT));
         // Not every kind of run has every kind of file.
         for name in output(&format!("cd {latest} && ls -d *.log *.cmd *.json 2>/dev/null; true"))?.lines() {
             let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
@@ -176,31 +157,33 @@ impl Outer {
         Ok(())
     }
 
-    /// Shuts it down; returns whether it left anything.
+    /// Shuts the outer VM down and returns whether it has left anything on the host. The report from inside tells what
+    /// the run has left there.
     ///
     /// # Errors
     ///
-    /// It does not shut down. The inner result says what it left.
-    pub fn end(mut self, run: &RunDir, progress: &Progress) -> Result<Result<String>> {
+    /// Fails if the VM does not shut down.
+    pub fn end(self, progress: &Progress) -> Result<Result<String>> {
         let stage = progress.stage("outer end");
-        self.vm.power_off(Instant::now() + BOOT_LIMIT, &mut interrupt::check)?;
+        self.vm.power_off(self.lab.deadline(BOOT_LIMIT))?;
         drop(self.vm);
-        let left = leftover::check(&run.id(), &[]);
+        let left = self.lab.check_leftovers();
         stage.done("powered off");
         Ok(left)
     }
 }
 
-/// The set-up's options for the outer VM itself.
+/// The options of the set-up for the outer VM itself.
+#[must_use]
 pub fn outside(options: &SetupOptions) -> SetupOptions {
     SetupOptions { accel: accel::Request::Tcg, ..options.clone() }
 }
 
-/// Why KVM, if that was used and is proven to work.
+/// The reason why KVM was used, if it was used and is proven to work.
 ///
 /// # Errors
 ///
-/// What was used instead, or that the proof is missing.
+/// The message tells what was used instead, or that the proof is missing.
 pub fn proven(used: &facts::Accelerator) -> Result<String> {
     let facts::Accelerator { used, reason } = used;
     ensure!(*used == Kind::Kvm.to_string(), "{used} was used: {reason}");

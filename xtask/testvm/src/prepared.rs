@@ -1,4 +1,4 @@
-//! A directory with all that a run needs, for a machine that has nothing but it.
+//! A directory with everything that a run needs, for an outer VM that has nothing else.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,13 +6,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
-
-use crate::rundir::RunDir;
-use crate::setup::{KernelId, Setup, slowness};
 use vvu_artifacts::accel::Accelerator;
 use vvu_artifacts::image::{BaseImage, GuestBinaries, OverlayEntry};
 use vvu_artifacts::kernel::Kernel;
 use vvu_artifacts::qemu::Qemu;
+
+use crate::rundir::RunDir;
+use crate::setup::{KernelId, Setup, slowness};
 
 const FACTS: &str = "prepared.json";
 const VMLINUX: &str = "vmlinux";
@@ -22,7 +22,7 @@ const INIT: &str = "vvu-init";
 const LOAD: &str = "vvu-load";
 const QEMU: &str = "qemu";
 
-/// What is known of the files beside it.
+/// `prepared.json`: facts about the files beside it.
 #[derive(Debug, Serialize, Deserialize)]
 struct Facts {
     kernel_fragments: Vec<String>,
@@ -31,8 +31,8 @@ struct Facts {
     base_digest: String,
 }
 
-/// What such a directory holds.
-pub struct Prepared {
+/// The content of such a directory.
+pub(crate) struct Prepared {
     qemu: Qemu,
     kernel_fragments: Vec<String>,
     kernel: Kernel,
@@ -41,12 +41,12 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Reads what [`lay_out`] has made.
+    /// Reads a directory that [`lay_out`] has described.
     ///
     /// # Errors
     ///
-    /// Something is not there, or QEMU does not run.
-    pub fn read(dir: &Path) -> Result<Self> {
+    /// Fails if a file is missing or QEMU does not run.
+    pub(crate) fn read(dir: &Path) -> Result<Self> {
         let file = |name: &str| dir.join(name);
         let facts = fs::read(file(FACTS))
             .with_context(|| format!("--prepared {}: cannot read {FACTS}", dir.display()))?;
@@ -67,23 +67,23 @@ impl Prepared {
         })
     }
 
-    /// The set-up it makes.
-    pub fn with(self, accelerator: Accelerator, wanted_slowness: Option<u32>) -> Setup {
+    /// The set-up that consists of it.
+    pub(crate) fn with(self, accelerator: Accelerator, wanted_slowness: Option<u32>) -> Setup {
         let Self { qemu, kernel_fragments, kernel, binaries, base } = self;
         let slowness = slowness(&accelerator, wanted_slowness);
         let kernels = [(KernelId::with_fragments(&kernel_fragments), kernel)].into();
-        let (qemus, programs) = (BTreeMap::new(), BTreeMap::new());
-        Setup { qemu, qemus, kernels, programs, binaries, base, accelerator, slowness }
+        let (vmms, programs) = (BTreeMap::new(), BTreeMap::new());
+        Setup { qemu, vmms, kernels, programs, binaries, base, accelerator, slowness }
     }
 }
 
-/// Puts all of `setup`, with its kernel that has these fragments and the QEMU in `qemu_root`, into the directory
-/// `place` of a guest.
+/// Describes the directory `place` of a guest: all of `setup`, with the kernel of these fragments and the QEMU in
+/// `qemu_root`.
 ///
 /// # Errors
 ///
-/// The run directory cannot be written.
-pub fn lay_out(
+/// Fails if the run directory cannot be written.
+pub(crate) fn lay_out(
     setup: &Setup,
     kernel_fragments: &[String],
     qemu_root: &Path,

@@ -1,20 +1,21 @@
-//! The run directory: everything one run of a scenario leaves for a person to look at.
+//! The run directory: the files that a run leaves for a person to look at.
 
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
+use jiff::Timestamp;
 use serde::Deserialize;
 use tempfile::TempDir;
 
 use crate::facts::Outcome;
 
-/// Passed runs of a scenario that are kept.
+/// How many passed runs of a scenario are kept.
 const KEPT: usize = 10;
-/// Of these, the newest that keep their initramfs too; it is large, and `replay.sh` needs it.
+/// How many of these, the newest, keep their images, which are large and which `replay.sh` needs.
 const KEPT_WITH_IMAGES: usize = 2;
 /// Longest path of a unix socket in bytes: `sun_path` holds 108 with the terminating zero.
 pub const MAX_SOCKET_PATH: usize = 107;
@@ -26,22 +27,22 @@ const MAX_SOCKET_NAME: usize = 40;
 pub struct RunDir {
     path: PathBuf,
     id: String,
-    /// It lies within another one, which is kept or removed as a whole.
+    /// It lies within another run directory, which is kept or removed as a whole.
     part: bool,
 }
 
 impl RunDir {
-    /// Makes a directory under `parent` and points `latest` beside it to it.
+    /// Makes a directory under `parent` and points the link `parent/latest` to it.
     ///
     /// # Errors
     ///
-    /// The directory or the link cannot be made.
+    /// Fails if the directory or the link cannot be made.
     pub fn create(parent: &Path, scenario: &str) -> Result<Self> {
         fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
         let parent = parent.canonicalize().with_context(|| format!("cannot resolve {}", parent.display()))?;
         let stem = format!("{scenario}-{}", utc(SystemTime::now()));
         let mut path = parent.join(&stem);
-        // Runs that begin within the same second get numbers.
+        // Runs that begin in the same second get numbers.
         let mut number = 2;
         while let Err(error) = fs::create_dir(&path) {
             ensure!(
@@ -57,28 +58,31 @@ impl RunDir {
         Ok(Self { path, id, part: false })
     }
 
-    /// Makes a directory for a run that is part of this one.
+    /// Makes a directory within this one, for a run that is part of this run.
     ///
     /// # Errors
     ///
-    /// The directory cannot be made.
+    /// Fails if the directory cannot be made.
     pub fn part(&self, name: &str) -> Result<Self> {
         let path = self.path.join(name);
         fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Self { path, id: format!("{}-{name}", self.id), part: true })
     }
 
-    /// Where it is; absolute.
+    /// Its absolute path.
+    #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// Its name, which no other run has.
+    #[must_use]
     pub fn id(&self) -> String {
         self.id.clone()
     }
 
     /// The path of a file in it.
+    #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
@@ -87,7 +91,7 @@ impl RunDir {
     ///
     /// # Errors
     ///
-    /// The file cannot be written.
+    /// Fails if the file cannot be written.
     pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> Result<()> {
         let path = self.file(name);
         fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
@@ -97,7 +101,7 @@ impl RunDir {
     ///
     /// # Errors
     ///
-    /// The file cannot be written.
+    /// Fails if the file cannot be written.
     pub fn write_script(&self, name: &str, text: &str) -> Result<()> {
         self.write(name, text)?;
         let path = self.file(name);
@@ -105,8 +109,8 @@ impl RunDir {
             .with_context(|| format!("cannot make {} executable", path.display()))
     }
 
-    /// Removes all but the newest passed runs of `scenario`, whose report is in `file`; failed runs stay until
-    /// `cargo xtask clean`. Of a part of another run only its initramfs goes.
+    /// Removes old passed runs of `scenario`, which are those whose report, in `file`, says so. Failed runs stay until
+    /// `cargo xtask clean`. A part of another run loses only its images.
     pub fn prune(&self, scenario: &str, file: &str) {
         if self.part {
             return remove_images(&self.path);
@@ -121,7 +125,7 @@ impl RunDir {
             .collect();
         // The time in the name orders them.
         passed.sort();
-        // The newest first. Another run may be removing the same; what stays is removed next time.
+        // Another run may be removing the same directories; what stays is removed next time.
         for (age, path) in passed.iter().rev().enumerate() {
             if age >= KEPT {
                 let _ = fs::remove_dir_all(path);
@@ -140,7 +144,7 @@ fn remove_images(run: &Path) {
     }
 }
 
-/// What reports of all kinds tell.
+/// What every kind of report contains.
 #[derive(Deserialize)]
 struct Verdict {
     scenario: String,
@@ -154,7 +158,8 @@ fn has_passed(report: &Path, scenario: &str) -> bool {
         .is_some_and(|report| report.scenario == scenario && report.result == Outcome::Pass)
 }
 
-/// The directory of the run directories: what the variable `VVU_RUNS` names, else `e2e` in cargo's target directory.
+/// The directory of the run directories: the one that the variable `VVU_RUNS` names, else `e2e` in cargo's target
+/// directory.
 #[must_use]
 pub fn runs() -> PathBuf {
     match std::env::var_os("VVU_RUNS") {
@@ -163,7 +168,7 @@ pub fn runs() -> PathBuf {
     }
 }
 
-/// Points the link `latest` in `parent` to `path`, in one step so that it exists at every moment.
+/// Points the link `latest` in `parent` to `path` by a rename, so that it exists at every moment.
 fn point_latest(parent: &Path, path: &Path) -> Result<()> {
     let name = path.file_name().context("a run directory has a name")?;
     let link = parent.join("latest");
@@ -173,11 +178,11 @@ fn point_latest(parent: &Path, path: &Path) -> Result<()> {
         .with_context(|| format!("cannot point {} to this run", link.display()))
 }
 
-/// Where a run's sockets are: beside its logs if their paths fit, else in a short private directory.
+/// The directory for the sockets of a run: the run directory if their paths fit, else a private one with a short path.
 #[derive(Debug)]
 pub struct SocketDir {
     path: PathBuf,
-    /// Removed with all in it at the end.
+    /// Removes the private directory at the end.
     _short: Option<TempDir>,
 }
 
@@ -186,7 +191,7 @@ impl SocketDir {
     ///
     /// # Errors
     ///
-    /// No directory with a path short enough can be made.
+    /// Fails if no directory with a path short enough can be made.
     pub fn for_run(run: &RunDir) -> Result<Self> {
         if fits(run.path()) {
             return Ok(Self { path: run.path().to_owned(), _short: None });
@@ -208,12 +213,14 @@ impl SocketDir {
         )
     }
 
-    /// Where it is.
+    /// Its path.
+    #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// The path of a socket in it.
+    #[must_use]
     pub fn socket(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
@@ -223,31 +230,16 @@ fn fits(dir: &Path) -> bool {
     dir.as_os_str().len() + 1 + MAX_SOCKET_NAME <= MAX_SOCKET_PATH
 }
 
-/// `time` as `YYYYMMDD-HHMMSS` in UTC.
+/// `time` as `YYYYMMDD-HHMMSS` in UTC; the epoch if it is out of range.
 fn utc(time: SystemTime) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let (days, seconds) = (seconds / 86400, seconds % 86400);
-    // The Gregorian calendar repeats every 400 years; counted from 1 March, the leap day comes last.
-    let days = days + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let (year, month) = if month < 10 { (year, month + 3) } else { (year + 1, month - 9) };
-    format!(
-        "{:04}{month:02}{day:02}-{:02}{:02}{:02}",
-        era * 400 + year,
-        seconds / 3600,
-        seconds / 60 % 60,
-        seconds % 60
-    )
+    let time = Timestamp::try_from(time).unwrap_or_default();
+    time.strftime("%Y%m%d-%H%M%S").to_string()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     fn at(seconds: u64) -> String {
         utc(UNIX_EPOCH + Duration::from_secs(seconds))

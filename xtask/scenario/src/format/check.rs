@@ -8,7 +8,7 @@ use vvu_artifacts::image::GuestPrograms;
 use vvu_artifacts::qemu::NEEDED_DEVICE;
 use vvu_artifacts::versions::Versions;
 
-use vvu_testvm::vm::{Addr, MAX_QUEUES};
+use vvu_testvm::{Addr, MAX_QUEUES};
 
 use super::{DiskSpec, Scenario, VmSpec};
 

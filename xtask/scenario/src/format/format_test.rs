@@ -2,7 +2,7 @@ use super::step::{ExpectedResult, RunStep};
 use super::*;
 use anyhow::Result;
 use std::path::Path;
-use vvu_testvm::vm::Slot;
+use vvu_testvm::Slot;
 
 const MINIMAL: &str = r#"{
     "name": "one", "description": "d",

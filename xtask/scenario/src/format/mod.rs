@@ -18,8 +18,7 @@ use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use vvu_testvm::setup::{KernelId, Needs};
-use vvu_testvm::vm::{Addr, CpuLevel, Frontend, Iommu};
+use vvu_testvm::{Addr, CpuLevel, Frontend, Iommu, KernelId, Needs};
 
 pub use files::{find, list};
 pub use layout::{laid_out, to_text};
@@ -239,7 +238,7 @@ pub fn needs<'a>(scenarios: impl IntoIterator<Item = &'a Scenario>) -> Needs {
     let mut needs = Needs::default();
     for scenario in scenarios {
         needs.kernels.insert(scenario.kernel_id());
-        needs.qemus.extend(scenario.vms.values().filter_map(|vm| vm.vmm.clone()));
+        needs.vmms.extend(scenario.vms.values().filter_map(|vm| vm.vmm.clone()));
         needs.programs.extend(scenario.vms.values().flat_map(|vm| &vm.programs).cloned());
     }
     needs

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use vvu_testvm::vm::{
+use vvu_testvm::{
     Addr, BlockFrontend, CpuLevel, Features, Frontend, FsFrontend, Iommu, NetFrontend, PlainFrontend,
 };
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use quick_junit::{NonSuccessKind, Report as Document, TestCase, TestCaseStatus, TestSuite};
 
 use super::results::{CellResult, Results};
-use crate::report::{CheckResult, Report};
+use crate::report::{CheckResult, Report, verdict};
 use vvu_testvm::facts::Outcome;
 
 /// The file.
@@ -54,7 +54,7 @@ fn why(report: &Report) -> (String, String) {
     let names: Vec<_> = failed.iter().map(|(name, _)| *name).collect();
     let error = report.error.iter().map(|error| ("error", error.as_str()));
     let texts = error.chain(failed.iter().copied()).map(|(name, text)| format!("{name}: {text}"));
-    let message = if names.is_empty() { super::verdict(report.result).to_owned() } else { names.join(", ") };
+    let message = if names.is_empty() { verdict(report.result).to_owned() } else { names.join(", ") };
     (message, texts.collect::<Vec<_>>().join("\n"))
 }
 

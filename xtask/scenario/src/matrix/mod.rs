@@ -1,4 +1,4 @@
-//! `cargo xtask e2e SCENARIO --matrix`: variants of a scenario, made from data, and one report about all.
+//! `cargo xtask e2e SCENARIO --matrix`: runs variants of a scenario, which are made from data, and reports on all.
 
 mod axes;
 mod cover;
@@ -11,33 +11,37 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use vvu_process::progress::Progress;
+use vvu_testvm::facts::Outcome;
+use vvu_testvm::{RunDir, runs};
 
 pub use axes::Matrix;
 pub use cover::Coverage;
 use results::{AxisNames, CellResult, Results};
 
 use crate::format::Scenario;
-use crate::report::verdict;
-use crate::run::{Options, exit_code, run_all, tell, worst};
-use vvu_process::progress::Progress;
-use vvu_testvm::facts::Outcome;
-use vvu_testvm::rundir::RunDir;
-use vvu_testvm::rundir::runs;
+use crate::report::{exit_code, tell, worst};
+use crate::run::{RunOptions, run_all};
 
-/// The report of the whole.
+/// The report on all cells.
 const RESULTS: &str = "matrix.json";
 const JUNIT: &str = "junit.xml";
 const PAGE: &str = "matrix.html";
-/// What a cell was made of, in its directory.
+/// The scenario of a cell, in its directory.
 const SCENARIO: &str = "scenario.json";
 
-/// Runs the cells that `coverage` chooses of the matrix of the one scenario in `options`.
+/// Runs the cells that `coverage` chooses from the matrix of the one scenario in `names`.
 ///
 /// # Errors
 ///
-/// There is no such matrix, or one of its cells is no valid scenario, or nothing can be written.
-pub(super) fn main(dir: &Path, coverage: Coverage, options: &Options) -> Result<ExitCode> {
-    let [name] = &options.scenarios[..] else { bail!("--matrix: want one scenario") };
+/// Fails if there is no such matrix, a cell is no valid scenario, or a report cannot be written.
+pub(crate) fn main(
+    dir: &Path,
+    names: &[String],
+    coverage: Coverage,
+    options: &RunOptions,
+) -> Result<ExitCode> {
+    let [name] = names else { bail!("--matrix: want one scenario") };
     let (matrix, cells) = Matrix::load(dir, name, coverage)?;
     let started = Instant::now();
     let run = RunDir::create(&runs(), &format!("matrix-{name}"))?;

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use vvu_testvm::facts::Outcome;
 
-use super::{CheckResult, Report};
+use super::record::{CheckResult, Report};
 
 /// Evidence is cut to this many characters; all of it is in `report.json`.
 const EVIDENCE_WIDTH: usize = 96;

@@ -1,4 +1,8 @@
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
+use vvu_process::progress::StageTime;
+use vvu_testvm::facts::{Accelerator, Kernel, Outcome, Qemu};
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! `e2e --keep` and `--interactive`: the VMs of a run stay, and a person runs commands in them.
+//! `e2e --keep` and `--interactive`: keeps the VMs of a run and runs a person's commands in them.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -7,40 +7,46 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vvu_init::protocol::End;
+use vvu_process::interrupt;
+use vvu_testvm::{Lab, Vm, ending};
 
 use super::steps::Running;
-use vvu_process::interrupt;
-use vvu_testvm::rundir::RunDir;
-use vvu_testvm::vm::{Vm, ending};
 
-/// How often to look for Ctrl-C while a person thinks.
-const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+/// How often to check for Ctrl-C while nothing is typed.
+const PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 /// How long a command may take, at native speed.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 /// Longest line in bytes.
 const MAX_LINE: usize = 32 << 10;
 
-/// Runs the commands that `input` gives, `VM COMMAND` on a line, until `exit` or its end.
+/// Runs the commands in `input`, one `VM COMMAND` on a line, until `exit` or the end of `input`.
 ///
 /// # Errors
 ///
-/// Ctrl-C, or `input` cannot be read; what goes wrong in a VM is printed.
-pub(super) fn prompt(running: &mut Running<'_>, run: &RunDir, input: &mut impl AsFd) -> Result<()> {
+/// Fails on Ctrl-C and if `input` cannot be read. Errors of a VM are printed.
+pub(super) fn prompt(running: &mut Running<'_>, lab: &Lab<'_>, input: &mut impl AsFd) -> Result<()> {
+    // A VM that has failed must not keep a person from looking at the others.
+    lab.set_tolerant(true);
+    let result = commands(running, lab, input);
+    lab.set_tolerant(false);
+    result
+}
+
+fn commands(running: &mut Running<'_>, lab: &Lab<'_>, input: &mut impl AsFd) -> Result<()> {
     let names: Vec<String> = running.vms.keys().cloned().collect();
     eprintln!(
         "the VMs run: {}; their consoles are in {}\ntype `VM COMMAND`, for example `{} dmesg | tail`; `exit` goes on",
         names.join(", "),
-        run.path().display(),
+        lab.run().path().display(),
         names.first().map_or("device", String::as_str)
     );
-    let limit = COMMAND_LIMIT * running.slowness;
     while let Some(line) = line(input)? {
         let (name, command) = line.split_once(' ').unwrap_or((&line, ""));
-        match (name, running.vms.get_mut(name)) {
+        match (name, running.vms.get(name)) {
             ("", _) => {}
             ("exit", None) => return Ok(()),
             (_, Some(vm)) if !command.trim().is_empty() => {
-                if let Err(error) = command_in(vm, command, limit) {
+                if let Err(error) = run(vm, command, lab.deadline(COMMAND_LIMIT)) {
                     interrupt::check()?;
                     eprintln!("{error:#}");
                 }
@@ -51,10 +57,10 @@ pub(super) fn prompt(running: &mut Running<'_>, run: &RunDir, input: &mut impl A
     Ok(())
 }
 
-fn command_in(vm: &mut Vm, command: &str, limit: Duration) -> Result<()> {
+fn run(vm: &Vm, command: &str, deadline: Instant) -> Result<()> {
     let begun = Instant::now();
-    let exit = vm.run(command, limit, &mut interrupt::check)?;
-    // To stderr, as stdout may be the report's.
+    let exit = vm.exec(command, deadline)?;
+    // stdout may be for the report alone.
     let mut out = io::stderr().lock();
     out.write_all(exit.output.stdout.as_bytes())?;
     out.write_all(exit.output.stderr.as_bytes())?;
@@ -64,16 +70,16 @@ fn command_in(vm: &mut Vm, command: &str, limit: Duration) -> Result<()> {
     Ok(())
 }
 
-/// The next line, trimmed; none at the end.
+/// The next line, trimmed; `None` at the end.
 fn line(input: &mut impl AsFd) -> Result<Option<String>> {
     let mut bytes = Vec::new();
     loop {
         interrupt::check()?;
-        match poll(&mut [PollFd::new(&*input, PollFlags::IN)], Some(&LOOK)) {
+        match poll(&mut [PollFd::new(&*input, PollFlags::IN)], Some(&PERIOD)) {
             Ok(0) | Err(rustix::io::Errno::INTR) => continue,
             result => result.context("cannot wait for a command")?,
         };
-        // Byte by byte: what is read too far would be lost to the next call.
+        // Byte by byte, since the next call would miss what this one reads too far.
         let mut byte = [0];
         let count = rustix::io::read(&*input, &mut byte).context("cannot read a command")?;
         if count == 0 && bytes.is_empty() {

@@ -1,22 +1,20 @@
-//! A scenario with every address and path settled, before anything is started.
+//! Settles the addresses and paths of a scenario before anything starts.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
+use vvu_testvm::{Addr, Cpu, Device, Iommu, ProxyConfig, RunDir, Slot, SocketDir, VmConfig};
 
 use crate::format::Scenario;
-use vvu_testvm::rundir::{RunDir, SocketDir};
-use vvu_testvm::vm::args::{Config, Device};
-use vvu_testvm::vm::{Addr, Cpu, Iommu, ProxyPlan, Slot};
 
-/// What is going to be started.
+/// The proxies and VMs to start.
 #[derive(Debug)]
 pub(super) struct Plan {
     /// The proxies by vvu device.
-    pub proxies: BTreeMap<String, ProxyPlan>,
+    pub proxies: BTreeMap<String, ProxyConfig>,
     /// The VMs by name.
-    pub vms: BTreeMap<String, Config>,
+    pub vms: BTreeMap<String, VmConfig>,
 }
 
 impl Plan {
@@ -24,7 +22,7 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// A device VM has more devices than its bus has slots.
+    /// Fails if a VM has more devices than its bus has slots.
     pub(super) fn new(scenario: &Scenario, run: &RunDir, sockets: &SocketDir) -> Result<Self> {
         let slots = settle(scenario)?;
         let mut proxies = BTreeMap::new();
@@ -32,15 +30,14 @@ impl Plan {
             let sibling = &vvu.sibling_vm;
             let first = scenario.vvu_of_sibling(sibling).next().map_or(name.as_str(), |(first, _)| first);
             let memory_mib = scenario.vms.get(sibling).map_or(0, |vm| vm.memory_mib);
-            let proxy = ProxyPlan {
+            let proxy = ProxyConfig {
                 slot: slots[name.as_str()],
-                vfio_user: sockets.socket(&format!("{name}.vfio")),
-                vhost_user: sockets.socket(&format!("{name}.vhost")),
                 memory_link: sockets.socket(&format!("{first}.mem")),
                 memory_mib: (first == name).then_some(memory_mib),
                 huge_pages: scenario.vms.get(sibling).is_some_and(|vm| vm.huge_pages),
                 trace: Some(run.file(&format!("trace-{name}.jsonl"))),
                 queues: vvu.virtqueues().into(),
+                ..ProxyConfig::new(name, memory_mib, sockets)
             };
             proxies.insert(name.clone(), proxy);
         }
@@ -50,10 +47,7 @@ impl Plan {
             let front_ends: Vec<_> = scenario.vvu_of_sibling(name).collect();
             // VFIO in a device VM needs an IOMMU.
             let iommu = spec.iommu.or((!back_ends.is_empty()).then_some(Iommu::Virtio));
-            let vvu = back_ends.iter().map(|(vvu, _)| Device::Vvu {
-                slot: proxies[*vvu].slot,
-                socket: text(&proxies[*vvu].vfio_user),
-            });
+            let vvu = back_ends.iter().map(|(vvu, _)| proxies[*vvu].vvu_device());
             let mut siblings = Vec::new();
             for (vvu, spec) in &front_ends {
                 let taken: Vec<_> = back_ends.iter().map(|(vvu, _)| proxies[*vvu].slot).collect();
@@ -67,13 +61,13 @@ impl Plan {
                     reconnect_ms: spec.reconnect_ms,
                 });
             }
-            let config = Config {
+            let config = VmConfig {
                 name: name.clone(),
                 vmm: spec.vmm.clone(),
                 memory_mib: spec.memory_mib,
                 cpus: spec.cpus,
                 cpu: spec.cpu.map_or(Cpu::Best, Cpu::Level),
-                memory_file: front_ends.first().map(|(vvu, _)| text(&proxies[*vvu].memory_link)),
+                memory_file: front_ends.first().map(|(vvu, _)| proxies[*vvu].memory_file()),
                 iommu,
                 devices: vvu.chain(siblings).collect(),
                 cmdline: spec.cmdline.clone(),
@@ -83,20 +77,13 @@ impl Plan {
         }
         Ok(Self { proxies, vms })
     }
-
-    /// Every path that must be gone after the run.
-    pub(super) fn transient(&self) -> Vec<PathBuf> {
-        let sockets = self.proxies.values().flat_map(|proxy| [&proxy.vfio_user, &proxy.vhost_user]);
-        let makers = self.proxies.values().filter(|proxy| proxy.memory_mib.is_some());
-        sockets.chain(makers.map(|proxy| &proxy.memory_link)).cloned().collect()
-    }
 }
 
-/// A slot for each vvu device.
+/// Chooses a slot for each vvu device.
 fn settle(scenario: &Scenario) -> Result<BTreeMap<&str, Slot>> {
     let mut slots = BTreeMap::new();
     let mut taken = BTreeSet::new();
-    // Fixed addresses first, so that "auto" does not take one away.
+    // Fixed addresses first, so that "auto" does not take one of them.
     for (name, vvu) in &scenario.vvu {
         if let Addr::Fixed(slot) = vvu.addr {
             slots.insert(name.as_str(), slot);
@@ -122,7 +109,7 @@ fn text(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vvu_testvm::vm::{BlockFrontend, Frontend};
+    use vvu_testvm::{BlockFrontend, Frontend};
 
     fn plan(text: &str) -> Plan {
         let dir = tempfile::tempdir().expect("a directory");
@@ -131,6 +118,11 @@ mod tests {
         let scenario = Scenario::load(&file).expect("valid");
         let run = RunDir::create(dir.path(), "s").expect("a run directory");
         Plan::new(&scenario, &run, &SocketDir::for_run(&run).expect("a directory")).expect("settled")
+    }
+
+    /// How many sockets and links the proxies make.
+    fn transient(plan: &Plan) -> usize {
+        plan.proxies.values().map(|proxy| proxy.transient().len()).sum()
     }
 
     #[test]
@@ -154,7 +146,7 @@ mod tests {
         let frontend = Frontend::Block(BlockFrontend { queues: 2, ..BlockFrontend::default() });
         let want = Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, reconnect_ms: 0 };
         assert_eq!(plan.vms["two"].devices, [want]);
-        assert_eq!(plan.transient().len(), 6);
+        assert_eq!(transient(&plan), 6);
         let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");
         assert!(words.starts_with("/v/vvu proxy --vfio-user /"), "{words}");
         assert!(
@@ -180,6 +172,6 @@ mod tests {
         );
         let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().device()).collect();
         assert_eq!(slots, [0x10, 0x11]);
-        assert_eq!(plan.transient().len(), 5);
+        assert_eq!(transient(&plan), 5);
     }
 }

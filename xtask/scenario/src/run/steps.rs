@@ -11,8 +11,7 @@ use crate::format::{Milestone, Placed, ROUND, RunStep, Scenario, Step, TraceStep
 use crate::report::{Check, CheckResult};
 use vvu_process::interrupt;
 use vvu_process::progress::{Progress, Stage};
-use vvu_testvm::vm::proxy::Proxy;
-use vvu_testvm::vm::{Vm, ending, printed};
+use vvu_testvm::{Process, Vm, ending, printed};
 
 /// The measurement that counts what was taken away by force.
 const FAULTS: &str = "faults_injected";
@@ -28,11 +27,11 @@ pub(super) struct Running<'a> {
     /// The VMs by name; one that has ended is gone.
     pub vms: BTreeMap<String, Vm>,
     /// The proxies by vvu device; one that was killed is gone.
-    pub proxies: BTreeMap<String, Proxy>,
+    pub proxies: BTreeMap<String, Process>,
     /// Starts a VM.
     pub launch: Launch<'a, Vm>,
     /// Starts the proxy of a vvu device and waits until it listens.
-    pub launch_proxy: Launch<'a, Proxy>,
+    pub launch_proxy: Launch<'a, Process>,
     /// Reads the messages of a vvu device so far.
     pub trace: Launch<'a, String>,
     /// When the first VM was started.
@@ -191,7 +190,7 @@ impl Running<'_> {
     }
 
     fn kill_proxy(&mut self, name: &str) -> Result<String> {
-        self.proxies.remove(name).with_context(|| format!("the proxy {name} does not run"))?.end();
+        self.proxies.remove(name).with_context(|| format!("the proxy {name} does not run"))?.kill();
         Ok(format!("the proxy {name} was killed"))
     }
 
@@ -216,64 +215,58 @@ impl Running<'_> {
 
     fn act_in_vm(&mut self, step: &Step) -> Result<String> {
         let name = step.vm().with_context(|| format!("{step} has no VM"))?;
-        // Taken out, so that the others can be looked at while this one is waited for.
-        let mut vm = self.vms.remove(name).with_context(|| format!("the VM {name} does not run"))?;
+        let vm = self.vms.remove(name).with_context(|| format!("the VM {name} does not run"))?;
         if matches!(step, Step::KillVm(_)) {
-            vm.end();
+            vm.kill_vmm();
             return Ok(format!("the VM {name} was killed"));
         }
-        let result = self.act(&mut vm, step);
+        let result = self.act(&vm, step);
         if !matches!(step, Step::PowerOff(_)) || result.is_err() {
             self.vms.insert(name.to_owned(), vm);
         }
         result
     }
 
-    fn act(&mut self, vm: &mut Vm, step: &Step) -> Result<String> {
+    fn act(&mut self, vm: &Vm, step: &Step) -> Result<String> {
         let seconds = step.timeout_s().saturating_mul(self.slowness.into());
         let limit = Duration::from_secs(seconds.min(86_400));
         let deadline = Instant::now() + limit;
-        let Self { vms, proxies, values, .. } = self;
-        let mut look = || {
-            interrupt::check()?;
-            proxies.values_mut().try_for_each(Proxy::look)?;
-            vms.values_mut().try_for_each(Vm::look)
-        };
+        let values = &self.values;
         if !matches!(step, Step::Console(_)) {
-            vm.ready(deadline, &mut look)?;
+            vm.ready(deadline)?;
         }
         Ok(match step {
             Step::Run(step) => {
                 let command = values.fill(&step.command)?;
-                let exit = vm.run(&command, limit, &mut look)?;
+                let exit = vm.exec(&command, Instant::now() + limit)?;
                 let (found, evidence) = judge(vm.name(), &command, &exit, step, values)?;
                 self.save(step.save.as_deref(), step.measure, found)?;
                 evidence
             }
             Step::Spawn(step) => {
                 let command = values.fill(&step.command)?;
-                vm.spawn(&step.name, &command, step.expect.exit, deadline, &mut look)?;
+                vm.spawn(&step.name, &command, step.expect.exit, deadline)?;
                 String::new()
             }
             Step::Kill(step) => {
-                let end = vm.kill(&step.name, step.signal.number(), deadline, &mut look)?;
+                let end = vm.kill(&step.name, step.signal.number(), deadline)?;
                 format!("{} ended with {} after {}", step.name, ending(end), step.signal)
             }
             Step::Wait(step) => {
-                let end = vm.wait_for_end(&step.name, deadline, &mut look)?;
+                let end = vm.wait_for_end(&step.name, deadline)?;
                 format!("{} ended with {}", step.name, ending(end))
             }
             Step::Console(step) => {
-                let found = vm.wait_for(&values.pattern(&step.line)?, deadline, &mut look)?;
+                let found = vm.wait_for(&values.pattern(&step.line)?, deadline)?;
                 self.save(step.save.as_deref(), step.measure, Some(found.value))?;
                 found.line
             }
             Step::Reboot(_) => {
-                vm.reboot(deadline, &mut look)?;
+                vm.reboot(deadline)?;
                 format!("{} rebooted", vm.name())
             }
             Step::PowerOff(_) => {
-                vm.power_off(deadline, &mut look)?;
+                vm.power_off(deadline)?;
                 format!("{} powered off, QEMU ended with exit code 0", vm.name())
             }
             Step::Start(_)

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use vvu_artifacts::accel::Kind;
 
-use crate::vm::{Cpu, Frontend, Iommu, Slot};
+use crate::vm::addr::Slot;
+use crate::vm::cpu::Cpu;
+use crate::vm::frontend::Frontend;
+use crate::vm::iommu::Iommu;
 
 /// What all VMs of a run have in common.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +43,14 @@ pub struct Config {
     pub cmdline: String,
     /// A reboot of the guest starts it again; else it ends the VMM.
     pub reboots: bool,
+}
+
+impl Config {
+    /// A VM with one virtual CPU and no devices.
+    #[must_use]
+    pub fn new(name: &str, memory_mib: u64) -> Self {
+        Self { name: name.to_owned(), memory_mib, cpus: 1, ..Self::default() }
+    }
 }
 
 /// A PCI device of a VM.
@@ -102,13 +113,4 @@ pub enum Serial<'a> {
     Inherited(&'a Path),
     /// The console is the terminal, with a shell on it; there is no control port.
     Terminal,
-}
-
-/// The arguments of the host's QEMU.
-///
-/// # Errors
-///
-/// QEMU cannot run such a VM, two devices have one address, or a socket's path is too long.
-pub fn arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -> anyhow::Result<Vec<String>> {
-    crate::vmm::qemu_arguments(config, guest, serial)
 }

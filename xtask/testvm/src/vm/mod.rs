@@ -1,18 +1,10 @@
-//! A running VM: QEMU, its console and its control port.
+//! A running VM: its VMM, its console and its control port.
 
-mod addr;
-pub mod args;
-mod cpu;
-mod frontend;
-mod iommu;
-pub mod proxy;
-mod proxy_plan;
-
-pub use addr::{Addr, Slot};
-pub use cpu::{Cpu, CpuLevel};
-pub use frontend::{BlockFrontend, Features, Frontend, FsFrontend, MAX_QUEUES, NetFrontend, PlainFrontend};
-pub use iommu::Iommu;
-pub use proxy_plan::ProxyPlan;
+pub(crate) mod addr;
+pub(crate) mod args;
+pub(crate) mod cpu;
+pub(crate) mod frontend;
+pub(crate) mod iommu;
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -20,55 +12,75 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use regex::Regex;
 use vvu_init::protocol::{Action, Empty, End, Exit, Identity, Kill, Outcome, Output, Run, Spawn};
+use vvu_process::children::{self, Running};
+use vvu_process::interrupt;
 
 use crate::console::{Console, Found};
 use crate::control::Control;
-use vvu_process::children::{self, Running};
+use crate::watch::{Part, Watch, lock};
 
-/// What QEMU prints when it cannot go on, although its process does.
-const QEMU_FAILURES: [&str; 3] = ["emulation failure", "KVM internal error", "terminating on signal"];
-/// Bytes of QEMU's own output that an error shows.
-const QEMU_TAIL: usize = 1500;
-/// How much longer than a command's own limit its answer may take.
+/// Bytes of the VMM's own output that an error shows.
+const VMM_TAIL: usize = 1500;
+/// How long before its deadline a command is ended in the guest, so that its output still arrives.
 const ANSWER_GRACE: Duration = Duration::from_secs(10);
+/// How long a VMM that is ending may take to end, when an error is explained.
+const END_LIMIT: Duration = Duration::from_millis(500);
 
 /// Where a VM's output goes.
 #[derive(Debug, Clone)]
-pub struct Logs {
-    /// The console, written by QEMU.
-    pub console: PathBuf,
-    /// What QEMU itself prints.
-    pub qemu: PathBuf,
+pub(crate) struct Logs {
+    /// The console, written by the VMM.
+    pub(crate) console: PathBuf,
+    /// The output of the VMM itself.
+    pub(crate) vmm: PathBuf,
 }
 
-/// A running VM. Dropping it ends it.
+/// A running VM. Dropping it kills it.
+///
+/// Every wait also ends, with an error that tells the reason, when the guest or the VMM fails, when a spawned command
+/// ends unexpectedly, when another VM or process of the [`Lab`](crate::Lab) fails, and when a signal asks this program
+/// to stop. The error of a VM shows the end of its console.
 pub struct Vm {
     name: String,
-    qemu: Running,
+    id: u32,
+    launched: Instant,
+    slowness: u32,
+    state: Arc<Mutex<State>>,
+    watch: Arc<Watch>,
+}
+
+/// A VM while it is waited for or checked.
+struct State {
+    name: String,
+    vmm: Running,
     console: Console,
     control: Control,
     logs: Logs,
-    launched: Instant,
+    /// Parts of lines that the VMM prints when it cannot go on although its process does.
+    failures: &'static [&'static str],
     spawned: Spawned,
+    /// The VM was shut down or killed on purpose, so its end is no failure.
+    over: bool,
 }
 
 /// The spawned commands of a VM.
 #[derive(Default)]
 struct Spawned {
-    /// The exit code that each of them is to end with. One that is killed is not in it: it may end as it likes.
+    /// The exit code with which each is to end. A command that is killed is removed: it may end in any way.
     expected: BTreeMap<String, i32>,
-    /// How those that have ended did, until somebody has waited for it.
+    /// How commands have ended, until a wait asks for it.
     ended: BTreeMap<String, End>,
 }
 
 impl Spawned {
-    /// Notes which have ended; an error if one of them was not to end so.
-    fn look(&mut self, control: &mut Control) -> Result<()> {
+    /// Records which commands have ended; fails if one did not end as expected.
+    fn check(&mut self, control: &mut Control) -> Result<()> {
         for (name, end) in control.ended()? {
             let expected = self.expected.remove(&name);
             if expected.is_some_and(|code| end != End::Code(code)) {
@@ -80,46 +92,53 @@ impl Spawned {
     }
 }
 
-/// Something else to look at while waiting: the other VMs, the proxies, Ctrl-C.
-pub type Look<'a> = &'a mut dyn FnMut() -> Result<()>;
-
 impl Vm {
-    /// Starts `command`, a QEMU with `Serial::Inherited` among its arguments.
-    ///
-    /// # Errors
-    ///
-    /// It cannot be started.
-    pub fn launch(name: &str, mut command: Command, logs: Logs) -> Result<Self> {
+    /// Default limit of [`Vm::run`], at native speed.
+    pub const RUN_LIMIT: Duration = Duration::from_secs(20);
+
+    /// Starts `command`, a VMM with the ports of `Serial::Inherited`. It cannot go on after it has printed one of
+    /// `failures`.
+    pub(crate) fn launch(
+        name: &str,
+        mut command: Command,
+        logs: Logs,
+        failures: &'static [&'static str],
+        slowness: u32,
+        watch: &Arc<Watch>,
+    ) -> Result<Self> {
         let (console, console_end) = std::io::pipe().context("cannot make a pipe")?;
         let (control, control_end) = UnixStream::pair().context("cannot make a socket pair")?;
-        // A VM that is started again goes on in the logs of the one before.
-        let errors = OpenOptions::new().create(true).append(true).open(&logs.qemu);
-        let errors = errors.with_context(|| format!("cannot write {}", logs.qemu.display()))?;
+        // A VM that is started again continues the logs of the one before.
+        let errors = OpenOptions::new().create(true).append(true).open(&logs.vmm);
+        let errors = errors.with_context(|| format!("cannot write {}", logs.vmm.display()))?;
         command.stdin(OwnedFd::from(control_end)).stdout(console_end).stderr(Stdio::from(errors));
         let launched = Instant::now();
-        let qemu = children::spawn(command).with_context(|| format!("cannot start the VM {name}"))?;
-        Ok(Self {
-            name: name.to_owned(),
-            qemu,
-            console: Console::new(console)?,
-            control: Control::new(control)?,
-            logs,
-            launched,
-            spawned: Spawned::default(),
-        })
+        let vmm = children::spawn(command).with_context(|| format!("cannot start the VM {name}"))?;
+        let id = vmm.id();
+        let (console, control) = (Console::new(console)?, Control::new(control)?);
+        let spawned = Spawned::default();
+        let state =
+            State { name: name.to_owned(), vmm, console, control, logs, failures, spawned, over: false };
+        let state = Arc::new(Mutex::new(state));
+        let part: Arc<Mutex<dyn Part>> = state.clone();
+        watch.add(Arc::downgrade(&part));
+        Ok(Self { name: name.to_owned(), id, launched, slowness, state, watch: Arc::clone(watch) })
     }
 
-    /// Its name in the scenario.
+    /// The VM's name.
+    #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// QEMU's process id.
+    /// The process id of the VMM.
+    #[must_use]
     pub fn id(&self) -> u32 {
-        self.qemu.id()
+        self.id
     }
 
-    /// When QEMU was started.
+    /// When the VMM was started.
+    #[must_use]
     pub fn launched(&self) -> Instant {
         self.launched
     }
@@ -128,92 +147,205 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// The guest or QEMU failed, or `deadline` passed; the message has the end of the console.
-    pub fn ready(&mut self, deadline: Instant, look: Look<'_>) -> Result<Identity> {
-        let Self { qemu, console, control, logs, .. } = self;
-        let ready = control.ready(deadline, || {
-            console.check()?;
-            alive(qemu, logs)?;
-            look()
-        });
-        ready.cloned().map_err(|error| self.explain(error))
+    /// Fails as every wait does, and after `deadline`.
+    pub fn ready(&self, deadline: Instant) -> Result<Identity> {
+        self.lock().ready(deadline, &self.watch)
     }
 
-    /// Waits for a line on the console.
+    /// Waits for a line on the console; lines before it are skipped.
     ///
     /// # Errors
     ///
-    /// The guest or QEMU failed, a spawned command ended, or `deadline` passed.
-    pub fn wait_for(&mut self, pattern: &Regex, deadline: Instant, look: Look<'_>) -> Result<Found> {
-        let Self { qemu, console, control, logs, spawned, .. } = self;
+    /// Fails as every wait does, and after `deadline`.
+    pub fn wait_for(&self, pattern: &Regex, deadline: Instant) -> Result<Found> {
+        let mut state = self.lock();
+        let State { vmm, console, control, logs, failures, spawned, .. } = &mut *state;
         let found = console.wait(pattern, deadline, || {
-            alive(qemu, logs)?;
-            spawned.look(control)?;
-            look()
+            alive(vmm, logs, failures)?;
+            spawned.check(control)?;
+            self.watch.check()
         });
-        found.map_err(|error| self.explain(error))
+        found.map_err(|error| state.explain(&error))
     }
 
-    /// Runs a shell command to its end, which must come within `limit`.
+    /// Runs a shell command in the guest, waits for the guest to be ready first, and returns what the command printed
+    /// on its standard output.
     ///
     /// # Errors
     ///
-    /// The guest or QEMU failed, or the command was not done in time.
-    pub fn run(&mut self, command: &str, limit: Duration, look: Look<'_>) -> Result<Exit> {
+    /// Fails as every wait does, if the command ends with another exit code than 0, and if it takes longer than
+    /// [`Vm::RUN_LIMIT`], scaled by the lab's slowness.
+    pub fn run(&self, command: &str) -> Result<String> {
+        let limit = Self::RUN_LIMIT * self.slowness;
+        self.ready(Instant::now() + limit)?;
+        self.run_until(command, Instant::now() + limit)
+    }
+
+    /// Runs a shell command as [`Vm::run`] does, with a deadline of its own.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Vm::run`] does.
+    pub fn run_until(&self, command: &str, deadline: Instant) -> Result<String> {
+        let exit = self.exec(command, deadline)?;
+        if exit.end != End::Code(0) {
+            bail!("{}: `{command}` ended with {}{}", self.name, ending(exit.end), printed(&exit.output));
+        }
+        Ok(exit.output.stdout)
+    }
+
+    /// Runs a shell command in the guest and returns how it ended and what it printed.
+    ///
+    /// # Errors
+    ///
+    /// Fails as every wait does, and if the command has not ended by `deadline`.
+    pub fn exec(&self, command: &str, deadline: Instant) -> Result<Exit> {
+        let mut state = self.lock();
+        let limit = deadline.saturating_duration_since(Instant::now());
         let timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let action = Action::Run(Run { command: command.to_owned(), timeout_ms });
-        match self.request(action, Instant::now() + limit + ANSWER_GRACE, look)? {
+        match state.request(action, deadline + ANSWER_GRACE, &self.watch)? {
             Outcome::Exit(exit) => Ok(exit),
-            Outcome::Timeout(output) => Err(self.explain(anyhow!(
+            Outcome::Timeout(output) => Err(state.explain(&anyhow!(
                 "`{command}` did not end within {} s{}",
                 limit.as_secs(),
                 printed(&output)
             ))),
-            other => Err(self.explain(anyhow!("unexpected answer {other:?}"))),
+            other => Err(state.explain(&anyhow!("unexpected answer {other:?}"))),
         }
     }
 
-    /// Starts a shell command that stays. From now on its end is an error, unless it ends with the exit code `expected`.
+    /// Starts a shell command that stays. From now on its end fails every wait, unless its exit code is `expected`.
     ///
     /// # Errors
     ///
-    /// The guest or QEMU failed, or refused.
-    pub fn spawn(
-        &mut self,
-        name: &str,
-        command: &str,
-        expected: i32,
-        deadline: Instant,
-        look: Look<'_>,
-    ) -> Result<()> {
-        self.spawned.ended.remove(name);
+    /// Fails as every wait does, after `deadline`, and if the guest refuses.
+    pub fn spawn(&self, name: &str, command: &str, expected: i32, deadline: Instant) -> Result<()> {
+        let mut state = self.lock();
+        state.spawned.ended.remove(name);
         let action = Action::Spawn(Spawn { name: name.to_owned(), command: command.to_owned() });
-        self.request(action, deadline, look)?;
-        self.spawned.expected.insert(name.to_owned(), expected);
+        state.request(action, deadline, &self.watch)?;
+        state.spawned.expected.insert(name.to_owned(), expected);
         Ok(())
     }
 
-    /// Sends a signal to a spawned command and waits until it has ended.
+    /// Sends a signal to a spawned command and waits until the command has ended.
     ///
     /// # Errors
     ///
-    /// The guest or QEMU failed, there is no such command, or it did not end before `deadline`.
-    pub fn kill(&mut self, name: &str, signal: i32, deadline: Instant, look: Look<'_>) -> Result<End> {
-        self.spawned.expected.remove(name);
+    /// Fails as every wait does, after `deadline`, and if there is no such command.
+    pub fn kill(&self, name: &str, signal: i32, deadline: Instant) -> Result<End> {
+        let mut state = self.lock();
+        state.spawned.expected.remove(name);
         let action = Action::Kill(Kill { name: name.to_owned(), signal });
-        self.request(action, deadline, look)?;
-        self.wait_for_end(name, deadline, look)
+        state.request(action, deadline, &self.watch)?;
+        state.wait_for_end(name, deadline, &self.watch)
     }
 
-    /// Waits until a spawned command has ended; an end other than expected is an error.
+    /// Waits until a spawned command has ended as expected.
     ///
     /// # Errors
     ///
-    /// The guest or QEMU failed, or the command did not end before `deadline`.
-    pub fn wait_for_end(&mut self, name: &str, deadline: Instant, look: Look<'_>) -> Result<End> {
-        let Self { qemu, console, control, logs, spawned, .. } = self;
+    /// Fails as every wait does, and after `deadline`.
+    pub fn wait_for_end(&self, name: &str, deadline: Instant) -> Result<End> {
+        self.lock().wait_for_end(name, deadline, &self.watch)
+    }
+
+    /// Reboots the guest from inside and waits until it serves requests again; all spawned commands are gone then.
+    ///
+    /// # Errors
+    ///
+    /// Fails as every wait does, and after `deadline`.
+    pub fn reboot(&self, deadline: Instant) -> Result<()> {
+        let mut state = self.lock();
+        state.spawned.expected.clear();
+        state.control.restarting();
+        state.request(Action::Reboot(Empty {}), deadline, &self.watch)?;
+        state.ready(deadline, &self.watch)?;
+        // The guest may still have told the end of some commands.
+        state.spawned = Spawned::default();
+        Ok(())
+    }
+
+    /// Shuts the guest down and waits until the VMM has ended with exit code 0.
+    ///
+    /// # Errors
+    ///
+    /// Fails as every wait does, and after `deadline`.
+    pub fn power_off(&self, deadline: Instant) -> Result<()> {
+        let mut state = self.lock();
+        state.request(Action::PowerOff(Empty {}), deadline, &self.watch)?;
+        let vmm = &mut state.vmm;
+        let ended =
+            self.watch.wait(deadline, |limit| vmm.wait_timeout(limit).context("cannot wait for the VMM"));
+        let failed = match ended {
+            Ok(Some(status)) if status.success() => {
+                state.over = true;
+                state.console.check().err()
+            }
+            Ok(Some(status)) => Some(anyhow!("the VMM ended with {status}")),
+            Ok(None) => Some(anyhow!("the VMM did not end after the guest was asked to power off")),
+            Err(error) => Some(error),
+        };
+        failed.map_or(Ok(()), |error| Err(state.explain(&error)))
+    }
+
+    /// Fails if the VM has failed.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the guest or the VMM has failed or a spawned command has ended unexpectedly.
+    pub fn check(&self) -> Result<()> {
+        self.lock().check()
+    }
+
+    /// Kills the VMM, and with it the VM.
+    pub fn kill_vmm(&self) {
+        let mut state = self.lock();
+        state.over = true;
+        // The check for leftovers at the end of a run finds a process that cannot be killed.
+        let _ = state.vmm.kill();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // Another wait of the lab may hold the state for a moment, so dropping the state is not enough.
+        self.kill_vmm();
+    }
+}
+
+impl Part for State {
+    fn check(&mut self) -> Result<()> {
+        if self.over {
+            return Ok(());
+        }
+        let Self { vmm, console, control, logs, failures, spawned, .. } = self;
+        let fine =
+            console.check().and_then(|()| alive(vmm, logs, failures)).and_then(|()| spawned.check(control));
+        fine.map_err(|error| self.explain(&error))
+    }
+}
+
+impl State {
+    fn ready(&mut self, deadline: Instant, watch: &Watch) -> Result<Identity> {
+        let Self { vmm, console, control, logs, failures, .. } = self;
+        let ready = control.ready(deadline, || {
+            console.check()?;
+            alive(vmm, logs, failures)?;
+            watch.check()
+        });
+        ready.cloned().map_err(|error| self.explain(&error))
+    }
+
+    fn wait_for_end(&mut self, name: &str, deadline: Instant, watch: &Watch) -> Result<End> {
+        let Self { vmm, console, control, logs, failures, spawned, .. } = self;
         let end = loop {
-            if let Err(error) = spawned.look(control) {
+            if let Err(error) = spawned.check(control) {
                 break Err(error);
             }
             if let Some(end) = spawned.ended.remove(name) {
@@ -221,85 +353,36 @@ impl Vm {
             }
             let waited = control.wait(deadline, || {
                 console.check()?;
-                alive(qemu, logs)?;
-                look()
+                alive(vmm, logs, failures)?;
+                watch.check()
             });
             if let Err(error) = waited {
                 break Err(error.context(format!("{name} has not ended")));
             }
         };
-        end.map_err(|error| self.explain(error))
+        end.map_err(|error| self.explain(&error))
     }
 
-    /// Reboots the guest from inside and waits until it serves requests again; all that was spawned in it is gone.
-    ///
-    /// # Errors
-    ///
-    /// The guest or QEMU failed, or the guest was not ready before `deadline`.
-    pub fn reboot(&mut self, deadline: Instant, look: Look<'_>) -> Result<()> {
-        self.spawned.expected.clear();
-        self.control.restarting();
-        self.request(Action::Reboot(Empty {}), deadline, look)?;
-        self.ready(deadline, look)?;
-        // Those whose end was still told are as gone as the others.
-        self.spawned = Spawned::default();
-        Ok(())
-    }
-
-    /// Shuts the guest down and waits until QEMU has ended, which must be without complaint.
-    ///
-    /// # Errors
-    ///
-    /// The guest or QEMU failed, or did not end before `deadline`.
-    pub fn power_off(&mut self, deadline: Instant, look: Look<'_>) -> Result<()> {
-        self.request(Action::PowerOff(Empty {}), deadline, look)?;
-        let limit = deadline.saturating_duration_since(Instant::now());
-        let status = self.qemu.wait_timeout(limit).context("cannot wait for QEMU")?;
-        let failed = match status {
-            Some(status) if status.success() => self.console.check().err(),
-            Some(status) => Some(anyhow!("QEMU ended with {status}")),
-            None => Some(anyhow!("QEMU did not end after the guest was asked to power off")),
-        };
-        failed.map_or(Ok(()), |error| Err(self.explain(error)))
-    }
-
-    /// Fails if something is wrong with the VM.
-    ///
-    /// # Errors
-    ///
-    /// The guest or QEMU failed, or a spawned command ended.
-    pub fn look(&mut self) -> Result<()> {
-        let Self { qemu, console, control, logs, spawned, .. } = self;
-        let fine = console.check().and_then(|()| alive(qemu, logs)).and_then(|()| spawned.look(control));
-        fine.map_err(|error| self.explain(error))
-    }
-
-    /// Ends the VM at once.
-    pub fn end(&mut self) {
-        // What cannot be killed shows when the run is checked for what it left.
-        let _ = self.qemu.kill();
-    }
-
-    fn request(&mut self, action: Action, deadline: Instant, look: Look<'_>) -> Result<Outcome> {
-        let Self { qemu, console, control, logs, .. } = self;
+    fn request(&mut self, action: Action, deadline: Instant, watch: &Watch) -> Result<Outcome> {
+        let Self { vmm, console, control, logs, failures, .. } = self;
         let outcome = control.request(action, deadline, || {
             console.check()?;
-            alive(qemu, logs)?;
-            look()
+            alive(vmm, logs, failures)?;
+            watch.check()
         });
-        outcome.map_err(|error| self.explain(error))
+        outcome.map_err(|error| self.explain(&error))
     }
 
     /// Adds to `error` what a person needs to understand it.
-    fn explain(&mut self, error: Error) -> Error {
-        if children::interrupted() {
-            return error;
+    fn explain(&mut self, error: &Error) -> Error {
+        if interrupt::requested() {
+            return anyhow!("{error:#}");
         }
         let mut text = format!("VM {}: {error:#}", self.name);
         // The end of a port is mostly seen before that of the process behind it.
-        if let Ok(Some(status)) = self.qemu.wait_timeout(Duration::from_millis(500)) {
-            text.push_str(&format!("\nQEMU ended with {status}"));
-            let said = tail(&self.logs.qemu);
+        if let Ok(Some(status)) = self.vmm.wait_timeout(END_LIMIT) {
+            text.push_str(&format!("\nthe VMM ended with {status}"));
+            let said = tail(&self.logs.vmm);
             if !said.is_empty() {
                 text.push_str(&format!(" and said:\n| {}", said.replace('\n', "\n| ")));
             }
@@ -310,23 +393,24 @@ impl Vm {
         } else {
             text.push_str(&format!("\nlast lines of its console:\n| {}", lines.join("\n| ")));
         }
-        text.push_str(&format!("\nmore in {} and {}", self.logs.console.display(), self.logs.qemu.display()));
+        text.push_str(&format!("\nmore in {} and {}", self.logs.console.display(), self.logs.vmm.display()));
         anyhow!(text)
     }
 }
 
-/// Fails if QEMU has ended or says that it cannot go on.
-fn alive(qemu: &mut Running, logs: &Logs) -> Result<()> {
-    if let Some(status) = qemu.wait_timeout(Duration::ZERO).context("cannot look at QEMU")? {
-        bail!("QEMU ended ({status}) before its time");
+/// Fails if the VMM has ended or says that it cannot go on.
+fn alive(vmm: &mut Running, logs: &Logs, failures: &[&str]) -> Result<()> {
+    if let Some(status) = vmm.wait_timeout(Duration::ZERO).context("cannot wait for the VMM")? {
+        bail!("the VMM ended ({status}) before its time");
     }
-    let said = tail(&logs.qemu);
-    let failure = QEMU_FAILURES.iter().find_map(|failure| said.lines().find(|line| line.contains(failure)));
-    ensure!(failure.is_none(), "QEMU cannot go on: {}", failure.unwrap_or_default());
+    let said = tail(&logs.vmm);
+    let failure = failures.iter().find_map(|failure| said.lines().find(|line| line.contains(failure)));
+    ensure!(failure.is_none(), "the VMM cannot go on: {}", failure.unwrap_or_default());
     Ok(())
 }
 
-/// How a process ended, in words.
+/// How a command ended, as part of a message.
+#[must_use]
 pub fn ending(end: End) -> String {
     match end {
         End::Code(code) => format!("exit code {code}"),
@@ -335,6 +419,7 @@ pub fn ending(end: End) -> String {
 }
 
 /// What a command printed, as part of a message.
+#[must_use]
 pub fn printed(output: &Output) -> String {
     let mut text = String::new();
     for (name, content) in [("stdout", &output.stdout), ("stderr", &output.stderr)] {
@@ -346,9 +431,9 @@ pub fn printed(output: &Output) -> String {
     text
 }
 
-/// The end of a small log; nothing if it cannot be read.
+/// The end of a small log; empty if it cannot be read.
 fn tail(path: &Path) -> String {
     let bytes = fs::read(path).unwrap_or_default();
-    let start = bytes.len().saturating_sub(QEMU_TAIL);
+    let start = bytes.len().saturating_sub(VMM_TAIL);
     String::from_utf8_lossy(&bytes[start..]).trim().to_owned()
 }

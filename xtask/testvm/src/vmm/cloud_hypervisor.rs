@@ -16,8 +16,8 @@ use vvu_artifacts::machine::Machine;
 use super::cmdline::cmdline;
 use super::words::Words;
 use super::{Capabilities, Vmm, check_devices};
-use crate::vm::Frontend;
 use crate::vm::args::{Config, Device, Guest, Serial};
+use crate::vm::frontend::Frontend;
 
 const PROGRAM: &str = "cloud-hypervisor";
 /// Descriptors of a queue, unless the scenario sets them: what Cloud Hypervisor has for most devices.
@@ -25,7 +25,7 @@ const QUEUE_SIZE: u16 = 256;
 
 /// An installed Cloud Hypervisor.
 #[derive(Debug)]
-pub struct CloudHypervisor {
+pub(super) struct CloudHypervisor {
     program: PathBuf,
     version: String,
     machine: &'static Machine,
@@ -37,7 +37,7 @@ impl CloudHypervisor {
     /// # Errors
     ///
     /// It is not there, or does not tell its version.
-    pub fn locate() -> Result<Self> {
+    pub(super) fn locate() -> Result<Self> {
         let path = env::var_os("PATH").unwrap_or_default();
         let program = env::split_paths(&path).map(|dir| dir.join(PROGRAM)).find(|path| path.is_file());
         let program = program

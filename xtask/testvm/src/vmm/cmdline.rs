@@ -2,8 +2,8 @@
 
 use vvu_artifacts::machine::Machine;
 
-use crate::vm::Iommu;
 use crate::vm::args::{Config, Serial};
+use crate::vm::iommu::Iommu;
 
 /// For every guest. Without `quiet` the kernel prints messages up to "notice", among them the one that announces
 /// `/dev/vda`; fewer messages save boot time. A kernel that panics reboots, which ends the VM.

@@ -19,11 +19,13 @@ use vvu_artifacts::qemu::Qemu;
 use vvu_artifacts::versions::{Versions, VmmSource};
 use vvu_process::progress::Progress;
 
+use crate::facts;
 use crate::rundir::MAX_SOCKET_PATH;
+use crate::vm::addr::Slot;
 use crate::vm::args::{Config, Device, Guest, Serial};
-use crate::vm::{Cpu, Slot};
+use crate::vm::cpu::Cpu;
 
-pub use cloud_hypervisor::CloudHypervisor;
+use cloud_hypervisor::CloudHypervisor;
 
 /// A VMM that is installed, with all that its program needs to run.
 pub trait Vmm: fmt::Debug + Send + Sync {
@@ -54,6 +56,12 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     ///
     /// The VMM cannot run such a VM, two devices have one address, or a socket's path is too long.
     fn arguments(&self, config: &Config, guest: Guest<'_>, serial: Serial<'_>) -> Result<Vec<String>>;
+}
+
+impl From<&dyn Vmm> for facts::Qemu {
+    fn from(vmm: &dyn Vmm) -> Self {
+        Self { path: vmm.program().to_owned(), version: vmm.version().to_owned() }
+    }
 }
 
 /// What a VMM can do. All of them start a Linux kernel without firmware and connect virtio-blk to a vhost-user socket.
@@ -105,7 +113,7 @@ impl Capabilities {
 /// # Errors
 ///
 /// There is none of that name, it is not installed, or it cannot be downloaded.
-pub fn obtain(progress: &Progress, cache: &Cache, name: &str) -> Result<Box<dyn Vmm>> {
+pub(crate) fn obtain(progress: &Progress, cache: &Cache, name: &str) -> Result<Box<dyn Vmm>> {
     Ok(match Versions::read()?.vmm(name)? {
         VmmSource::Qemu(_) => Box::new(Qemu::named(progress, cache, name)?),
         VmmSource::CloudHypervisor {} => {
@@ -115,11 +123,6 @@ pub fn obtain(progress: &Progress, cache: &Cache, name: &str) -> Result<Box<dyn 
             Box::new(vmm)
         }
     })
-}
-
-/// The arguments of the host's QEMU, without asking which QEMU it is.
-pub(crate) fn qemu_arguments(config: &Config, guest: Guest<'_>, serial: Serial<'_>) -> Result<Vec<String>> {
-    qemu::arguments(vvu_artifacts::machine::Machine::host()?, config, guest, serial)
 }
 
 /// Fails if two devices of a VM are at one address, of which `taken` has some, or the path of a socket is too long.

@@ -12,8 +12,11 @@ use vvu_artifacts::qemu::Qemu;
 use super::cmdline::cmdline;
 use super::words::Words;
 use super::{Capabilities, Vmm, check_devices};
+use crate::vm::addr::Slot;
 use crate::vm::args::{Config, Device, Guest, Serial};
-use crate::vm::{Cpu, Frontend, Iommu, Slot};
+use crate::vm::cpu::Cpu;
+use crate::vm::frontend::Frontend;
+use crate::vm::iommu::Iommu;
 
 /// The slot of an IOMMU that is a PCI device.
 const IOMMU_SLOT: Slot = Slot::new(5);

@@ -3,7 +3,7 @@ use vvu_artifacts::machine::{AARCH64, X86_64};
 
 use super::super::rig::{device, guest, sibling, with_frontend};
 use super::*;
-use crate::vm::CpuLevel;
+use crate::vm::cpu::CpuLevel;
 
 fn line_of(machine: &Machine, config: &Config, serial: Serial<'_>) -> String {
     arguments(machine, config, guest(Kind::Tcg), serial).expect("valid").join(" ")

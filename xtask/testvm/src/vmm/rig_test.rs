@@ -4,8 +4,10 @@ use std::path::Path;
 
 use vvu_artifacts::accel::Kind;
 
+use crate::vm::addr::Slot;
 use crate::vm::args::{Config, Device, Guest};
-use crate::vm::{BlockFrontend, Frontend, Iommu, Slot};
+use crate::vm::frontend::{BlockFrontend, Frontend};
+use crate::vm::iommu::Iommu;
 
 /// What a guest boots, on this accelerator.
 pub(super) fn guest(accelerator: Kind) -> Guest<'static> {

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: everything there is, through nextest.
+//! `cargo xtask test`: runs all tests of the workspace with nextest.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -7,28 +7,29 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use vvu_artifacts::workspace;
 use vvu_process::progress::Progress;
-use vvu_scenario::format;
-use vvu_scenario::matrix::{Coverage, Matrix};
 use vvu_testvm::outer::NestedSetup;
-use vvu_testvm::setup::{Setup, SetupOptions};
+use vvu_testvm::{Setup, SetupOptions};
 
-/// Tells the scenario tests which xtask to run.
+use crate::format;
+use crate::matrix::{Coverage, Matrix};
+
+/// Names the xtask program to the scenario tests.
 const XTASK: &str = "VVU_XTASK";
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Options {
-    /// Passed on to `cargo nextest run`
+pub struct Options {
+    /// Arguments for `cargo nextest run`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "NEXTEST ARGS")]
     nextest: Vec<OsString>,
 }
 
-/// Makes what the scenarios need, then becomes `cargo nextest run --workspace`. Returns only if that cannot be.
+/// Makes the set-up of all scenarios, then becomes `cargo nextest run --workspace`.
 ///
 /// # Errors
 ///
-/// nextest is missing, or the set-up fails.
-pub(crate) fn main(options: &Options) -> Result<()> {
+/// Fails if nextest is missing or the set-up cannot be made.
+pub fn main(options: &Options) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut version = Command::new(&cargo);
     version.args(["nextest", "--version"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -36,7 +37,7 @@ pub(crate) fn main(options: &Options) -> Result<()> {
         bail!("cargo-nextest is missing: install it with `cargo install cargo-nextest --locked`");
     }
     {
-        // Here and not in the first test that needs it, where it would count against that test's time.
+        // Otherwise the set-up would count against the time of the first test that needs it.
         let progress = Progress::new(false);
         let options = SetupOptions::default();
         let dir = workspace().join("scenarios");
@@ -49,6 +50,6 @@ pub(crate) fn main(options: &Options) -> Result<()> {
     let mut nextest = Command::new(&cargo);
     nextest.current_dir(workspace()).args(["nextest", "run", "--workspace"]).args(&options.nextest);
     nextest.env(XTASK, std::env::current_exe().context("cannot find this program")?);
-    // Replaced rather than waited for: signals then go to nextest, which ends its tests by itself.
+    // nextest replaces this process, so that it gets the signals and can end its tests.
     Err(nextest.exec()).context("cannot run cargo nextest")
 }

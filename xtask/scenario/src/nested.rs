@@ -1,39 +1,35 @@
-//! `cargo xtask e2e SCENARIO --nested`: the KVM path, on a machine without KVM.
+//! `cargo xtask e2e SCENARIO --nested`: runs scenarios with KVM on a machine without KVM.
 //!
-//! In an [outer VM](vvu_testvm::outer) this same program runs the scenario with KVM. Its report is the report.
+//! This program runs the scenario inside an [outer VM](vvu_testvm::outer), and its report there is the report.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-
-use super::{Options, checked, finish};
-use crate::format::Scenario;
-use crate::report::Report;
 use vvu_artifacts::image::OverlayEntry;
-use vvu_process::children;
 use vvu_process::progress::Progress;
 use vvu_testvm::facts::Outcome;
-use vvu_testvm::memory;
 use vvu_testvm::outer::{NestedSetup, Outer, outside, proven};
-use vvu_testvm::rundir::RunDir;
-use vvu_testvm::rundir::runs;
-use vvu_testvm::setup::Setup;
+use vvu_testvm::{Lab, RunDir, Setup, SetupOptions, memory, runs};
+
+use crate::format::{self, Scenario};
+use crate::report::{Check, Report, publish};
 
 /// Where the scenario is in the outer VM.
 const SCENARIO: &str = "/prepared/scenario.json";
 /// How long the run inside may take.
 const RUN_LIMIT: Duration = Duration::from_secs(900);
 
-/// Runs scenarios, one after the other, each in an outer VM of its own. `file` tells where a scenario comes from.
+/// Runs scenarios one after the other, each in an outer VM of its own. `file` returns the file of a scenario.
 ///
 /// # Errors
 ///
-/// A scenario cannot be run that way, or the host has too little memory.
-pub(super) fn run_all(
+/// Fails if a scenario cannot run that way or the host has too little memory.
+pub(crate) fn run_all(
     scenarios: &[Scenario],
     file: impl Fn(&Scenario) -> PathBuf,
-    options: &Options,
+    options: &SetupOptions,
+    json: bool,
     progress: &Progress,
 ) -> Result<Vec<Report>> {
     for scenario in scenarios {
@@ -61,21 +57,12 @@ pub(super) fn run_all(
         let run = RunDir::create(&runs(), &format!("{}-nested", scenario.name))?;
         let mut report = Report { scenario: scenario.name.clone(), ..Report::default() };
         let result = one(scenario, &file(scenario), &run, options, progress, &mut report);
-        report.result = match result {
-            _ if children::interrupted() => Outcome::Interrupted,
-            // What could not run inside did not run.
-            Ok(()) if report.error.is_some() => Outcome::Error,
-            Ok(()) => report.judge(),
-            Err(error) => {
-                report.error = Some(format!("{error:#}"));
-                Outcome::Error
-            }
-        };
+        report.conclude(result);
         if let Some(outer) = &mut report.outer {
             outer.stages = progress.stages().split_off(before);
             outer.seconds = begun.elapsed().as_secs_f64();
         }
-        finish(&run, &report, options.json)?;
+        publish(&report, &run, json)?;
         let interrupted = report.result == Outcome::Interrupted;
         reports.push(report);
         if interrupted {
@@ -94,22 +81,22 @@ fn one(
     scenario: &Scenario,
     file: &Path,
     run: &RunDir,
-    options: &Options,
+    options: &SetupOptions,
     progress: &Progress,
     report: &mut Report,
 ) -> Result<()> {
-    let setup = Setup::obtain(&outside(&options.setup), &crate::format::needs([scenario]), progress)?;
-    let nested = NestedSetup::obtain(&options.setup, progress)?;
+    let setup = Setup::obtain(&outside(options), &format::needs([scenario]), progress)?;
+    let nested = NestedSetup::obtain(options, progress)?;
+    let lab = Lab::new(run, &setup)?;
     let extra = OverlayEntry::File { path: SCENARIO.to_owned(), mode: 0o644, from: file.to_owned() };
     let memory_mib = outer_memory_mib(scenario);
-    let (mut vm, outer) =
-        Outer::start(&setup, &scenario.kernel, &nested, vec![extra], memory_mib, run, progress)?;
+    let (vm, outer) = Outer::start(&lab, &scenario.kernel, &nested, vec![extra], memory_mib, progress)?;
     report.outer = Some(outer);
 
     let stage = progress.stage("nested run");
     stage.update(format!("{} with KVM inside", scenario.name));
     let inner = vm.json::<Report>(&format!("e2e --scenario-file {SCENARIO}"), RUN_LIMIT);
-    let fetched = vm.fetch_logs(run);
+    let fetched = vm.fetch_logs();
     let outer = report.outer.take();
     *report = inner?;
     report.outer = outer;
@@ -117,8 +104,8 @@ fn one(
     stage.done(format!("{:.1} s, {}: {}", report.totals.seconds, used.used, used.reason));
     fetched?;
 
-    let left = vm.end(run, progress)?;
-    report.checks.push(checked("kvm-proven", proven(&used)));
-    report.checks.push(checked("nothing-left-outside", left));
+    let left = vm.end(progress)?;
+    report.checks.push(Check::of("kvm-proven", proven(&used)));
+    report.checks.push(Check::of("nothing-left-outside", left));
     Ok(())
 }

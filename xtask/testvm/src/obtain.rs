@@ -1,0 +1,95 @@
+//! Obtains a set-up as the command line asks for it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::thread::{self, ScopedJoinHandle};
+
+use anyhow::{Error, Result, anyhow};
+use vvu_artifacts::accel::{self, Accelerator};
+use vvu_artifacts::cache::Cache;
+use vvu_artifacts::image::{GuestBinaries, GuestPrograms, GuestTools, build_base};
+use vvu_artifacts::kernel::{Kernel, KernelOptions};
+use vvu_artifacts::qemu::Qemu;
+use vvu_process::progress::Progress;
+
+use crate::prepared::Prepared;
+use crate::setup::{KernelId, Needs, Setup, slowness};
+use crate::vmm;
+
+/// Command-line options of the set-up.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct SetupOptions {
+    /// QEMU to use instead of the system's or Debian's
+    #[arg(long, value_name = "FILE")]
+    pub qemu: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "a doc comment on flattened options would become a help text")]
+    pub kernel: KernelOptions,
+    /// Accelerator that runs the VMs
+    #[arg(long, value_enum, default_value_t)]
+    pub accel: accel::Request,
+    /// Directory that holds everything, as --nested lays it out
+    #[arg(long, hide = true, value_name = "DIR", conflicts_with_all = ["qemu", "file", "source", "fragments"])]
+    pub prepared: Option<PathBuf>,
+    /// Factor by which limits exceed those for native speed [default: 2 with KVM, 6 without]
+    #[arg(long, hide = true, value_name = "FACTOR", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub slowness: Option<u32>,
+}
+
+impl Setup {
+    /// Builds and fetches what `needs` names, in parallel where possible.
+    ///
+    /// # Errors
+    ///
+    /// Fails on the first thing that cannot be had; the message names the remedy.
+    pub fn obtain(options: &SetupOptions, needs: &Needs, progress: &Progress) -> Result<Self> {
+        if let Some(dir) = &options.prepared {
+            let prepared = Prepared::read(dir)?;
+            return Ok(prepared.with(choose(options.accel, progress)?, options.slowness));
+        }
+        let cache = Cache::open(progress)?;
+        let (fetched, binaries, accelerator) = thread::scope(|scope| {
+            let binaries = scope.spawn(|| GuestBinaries::build(progress));
+            let accelerator = scope.spawn(|| choose(options.accel, progress));
+            // One after the other, as apt and dpkg take one caller at a time.
+            let fetch = || {
+                let qemu = Qemu::locate(progress, &cache, options.qemu.as_deref())?;
+                let named = needs.vmms.iter();
+                let named = named.map(|name| Ok((name.clone(), vmm::obtain(progress, &cache, name)?)));
+                let vmms = named.collect::<Result<BTreeMap<_, _>>>()?;
+                let tools = GuestTools::obtain(progress, &cache)?;
+                let list = GuestPrograms::read()?;
+                let programs = needs.programs.iter();
+                let programs = programs.map(|name| Ok((name.clone(), list.obtain(name, progress, &cache)?)));
+                let programs = programs.collect::<Result<BTreeMap<_, _>>>()?;
+                let mut kernels = BTreeMap::new();
+                let plain = KernelId::default();
+                for id in needs.kernels.iter().chain(needs.kernels.is_empty().then_some(&plain)) {
+                    let mut options = options.kernel.clone();
+                    options.fragments.extend(id.fragments.iter().cloned());
+                    options.named.clone_from(&id.source);
+                    kernels.insert(id.clone(), Kernel::obtain(progress, &cache, &options)?);
+                }
+                Ok::<_, Error>((qemu, vmms, tools, programs, kernels))
+            };
+            (fetch(), joined(binaries), joined(accelerator))
+        });
+        let ((qemu, vmms, tools, programs, kernels), binaries) = (fetched?, binaries?);
+        let base = build_base(&cache, &binaries, &tools)?;
+        let accelerator = accelerator?;
+        let slowness = slowness(&accelerator, options.slowness);
+        Ok(Self { qemu, vmms, kernels, programs, binaries, base, accelerator, slowness })
+    }
+}
+
+fn choose(request: accel::Request, progress: &Progress) -> Result<Accelerator> {
+    let stage = progress.stage("accelerator");
+    stage.update("trying KVM");
+    let chosen = accel::choose(request)?;
+    stage.done(format!("{}: {}", chosen.kind, chosen.reason));
+    Ok(chosen)
+}
+
+fn joined<T>(handle: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    handle.join().unwrap_or_else(|_| Err(anyhow!("a thread of the set-up panicked")))
+}

@@ -1,0 +1,103 @@
+//! The process between a device VM and a sibling VM: `vvu proxy`.
+
+use std::path::{Path, PathBuf};
+
+use crate::rundir::SocketDir;
+use crate::vm::addr::Slot;
+use crate::vm::args::Device;
+use crate::vm::frontend::Frontend;
+
+/// A proxy to start.
+#[derive(Debug, Clone)]
+pub struct ProxyConfig {
+    /// Name of the vvu device; the run directory's files of the proxy bear it.
+    pub name: String,
+    /// Where the vvu device is in the device VM.
+    pub slot: Slot,
+    /// The socket for the device VM.
+    pub vfio_user: PathBuf,
+    /// The socket for the front-end.
+    pub vhost_user: PathBuf,
+    /// The link to the sibling memory file.
+    pub memory_link: PathBuf,
+    /// The sibling's RAM in MiB if this proxy makes the memory file; `None` to use the file of another proxy.
+    pub memory_mib: Option<u64>,
+    /// Makes the memory file of huge pages.
+    pub huge_pages: bool,
+    /// File to which the proxy writes every message.
+    pub trace: Option<PathBuf>,
+    /// vhost queues of the device.
+    pub queues: u32,
+}
+
+impl ProxyConfig {
+    /// A proxy for a sibling with `memory_mib` of RAM, with one queue, whose sockets are in `sockets`.
+    #[must_use]
+    pub fn new(name: &str, memory_mib: u64, sockets: &SocketDir) -> Self {
+        Self {
+            name: name.to_owned(),
+            slot: Slot::DEFAULT,
+            vfio_user: sockets.socket(&format!("{name}.vfio")),
+            vhost_user: sockets.socket(&format!("{name}.vhost")),
+            memory_link: sockets.socket(&format!("{name}.mem")),
+            memory_mib: Some(memory_mib),
+            huge_pages: false,
+            trace: None,
+            queues: 1,
+        }
+    }
+
+    /// The vvu device, for the device VM.
+    #[must_use]
+    pub fn vvu_device(&self) -> Device {
+        Device::Vvu { slot: self.slot, socket: text(&self.vfio_user) }
+    }
+
+    /// A device at the default address whose back-end the proxy reaches, for the sibling VM.
+    #[must_use]
+    pub fn vhost_user_device(&self, frontend: Frontend) -> Device {
+        let socket = text(&self.vhost_user);
+        Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, reconnect_ms: 0 }
+    }
+
+    /// The sibling memory file, for the sibling VM.
+    #[must_use]
+    pub fn memory_file(&self) -> String {
+        text(&self.memory_link)
+    }
+
+    /// The words that start it; `vvu` is the program.
+    #[must_use]
+    pub fn words(&self, vvu: &Path) -> Vec<String> {
+        let mut words = vec![text(vvu), "proxy".to_owned()];
+        let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
+        option("--vfio-user", text(&self.vfio_user));
+        option("--vhost-user", text(&self.vhost_user));
+        match self.memory_mib {
+            Some(mib) => {
+                option("--memory-size", format!("{mib}M"));
+                option("--memory-link", text(&self.memory_link));
+            }
+            None => option("--memory", text(&self.memory_link)),
+        }
+        option("--queues", self.queues.to_string());
+        if let Some(trace) = &self.trace {
+            option("--trace", text(trace));
+        }
+        if self.huge_pages && self.memory_mib.is_some() {
+            words.push("--huge-pages".to_owned());
+        }
+        words
+    }
+
+    /// The sockets and links that the proxy makes and that are gone when it has ended.
+    #[must_use]
+    pub fn transient(&self) -> Vec<PathBuf> {
+        let link = self.memory_mib.is_some().then_some(&self.memory_link);
+        [&self.vfio_user, &self.vhost_user].into_iter().chain(link).cloned().collect()
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
