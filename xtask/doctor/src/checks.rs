@@ -1,4 +1,4 @@
-//! The requirements, each with what was seen, what follows and what helps.
+//! The requirements: what was seen, what follows from it, and what to do.
 
 use vvu_artifacts::accel::Kind;
 use vvu_artifacts::kernel;
@@ -8,20 +8,20 @@ use vvu_artifacts::qemu::{NEEDED_DEVICE, Origin, Qemu};
 use vvu_testvm::memory::needed_mib;
 
 use super::host::{Host, Place};
-use super::{Requirement, Status};
+use super::requirement::{Requirement, Status};
 
-/// RAM of the VMs of the scenario `block` in MiB, and their number.
+/// RAM in MiB and number of the VMs of the scenario `block`.
 const BLOCK: (u64, usize) = (1024, 2);
-/// Room for a kernel's source and objects, in MiB, and for everything else in the cache.
+/// Room in the cache for the source and objects of a kernel and for everything else, in MiB.
 const BUILD_ROOM_MIB: u64 = 3 << 10;
-/// Room for the images and logs of a few runs, and for what cargo builds, in MiB.
+/// Room for the images and logs of a few runs and for what cargo builds, in MiB.
 const RUN_ROOM_MIB: u64 = 1 << 10;
-/// Devices of QEMU that scenarios use beside [`NEEDED_DEVICE`].
+/// QEMU devices that scenarios use in addition to [`NEEDED_DEVICE`].
 const DEVICES: [&str; 2] = ["virtio-iommu-pci", "vhost-user-blk-pci"];
-/// What getting anything from Debian takes.
+/// Programs that fetch from Debian.
 const APT: [&str; 2] = ["apt-get", "dpkg-deb"];
 
-/// All of them, in the order in which a person sees to them.
+/// Checks all requirements, in the order in which a person sees to them.
 pub(super) fn all(host: &Host) -> Vec<Requirement> {
     let mut all = vec![machine(host), rust(host), target(host), nextest(host)];
     all.extend(kernel::PACKAGES.iter().map(|package| self::package(host, package)));
@@ -31,27 +31,12 @@ pub(super) fn all(host: &Host) -> Vec<Requirement> {
     all
 }
 
-fn met(id: impl Into<String>, evidence: impl Into<String>) -> Requirement {
-    Requirement { id: id.into(), status: Status::Ok, evidence: evidence.into(), consequence: None, fix: None }
-}
-
-fn unmet(
-    id: impl Into<String>,
-    status: Status,
-    evidence: impl Into<String>,
-    consequence: impl Into<String>,
-    fix: impl Into<String>,
-) -> Requirement {
-    let fix = Some(fix.into()).filter(|fix: &String| !fix.is_empty());
-    Requirement { status, consequence: Some(consequence.into()), fix, ..met(id, evidence) }
-}
-
 fn machine(host: &Host) -> Requirement {
     match Machine::of(host.arch) {
-        Ok(_) => met("machine", host.arch),
+        Ok(_) => Requirement::met("machine", host.arch),
         Err(error) => {
             let fix = format!("use a machine with {}", X86_64.title);
-            unmet("machine", Status::Missing, host.arch, error.to_string(), fix)
+            Requirement::unmet("machine", Status::Missing, host.arch, error.to_string(), fix)
         }
     }
 }
@@ -61,13 +46,13 @@ fn rust(host: &Host) -> Requirement {
     let consequence = "nothing can be built";
     let fix = format!("install Rust {want} or later with rustup");
     let Some(version) = host.answer("rustc", &["--version"]) else {
-        return unmet("rust", Status::Missing, "no rustc answers", consequence, fix);
+        return Requirement::unmet("rust", Status::Missing, "rustc does not run", consequence, fix);
     };
     let evidence = format!("{version}, want {want}");
     if parse_version(&version) >= parse_version(&format!("rustc {want}")) {
-        met("rust", evidence)
+        Requirement::met("rust", evidence)
     } else {
-        unmet("rust", Status::Missing, evidence, consequence, fix)
+        Requirement::unmet("rust", Status::Missing, evidence, consequence, fix)
     }
 }
 
@@ -96,12 +81,18 @@ pub(super) fn has_target(host: &Host) -> bool {
 fn target(host: &Host) -> Requirement {
     let triple = target_triple(host);
     if has_target(host) {
-        return met("rust-target", triple);
+        return Requirement::met("rust-target", triple);
     }
     let command = format!("rustup target add {triple}");
     let status = if host.program("rustup").is_some() { Status::Unfinished } else { Status::Missing };
     let consequence = "the programs of the guests cannot be built";
-    unmet("rust-target", status, format!("no standard library for {triple}"), consequence, command)
+    Requirement::unmet(
+        "rust-target",
+        status,
+        format!("no standard library for {triple}"),
+        consequence,
+        command,
+    )
 }
 
 /// Whether `cargo nextest` runs.
@@ -111,9 +102,9 @@ pub(super) fn has_nextest(host: &Host) -> bool {
 
 fn nextest(host: &Host) -> Requirement {
     if let Some(version) = host.answer("cargo-nextest", &["nextest", "--version"]) {
-        return met("nextest", version.lines().next().unwrap_or_default());
+        return Requirement::met("nextest", version.lines().next().unwrap_or_default());
     }
-    unmet(
+    Requirement::unmet(
         "nextest",
         Status::Worse,
         "cargo-nextest is not installed",
@@ -129,13 +120,13 @@ fn package(host: &Host, package: &Package) -> Requirement {
         Brings::File(path) => path,
     };
     if host.has(package.brings) {
-        return met(id, format!("{brings} is there"));
+        return Requirement::met(id, format!("{brings} is there"));
     }
     let (status, fix) = install(host, package.name);
-    unmet(id, status, format!("{brings} is not there"), "no kernel can be built", fix)
+    Requirement::unmet(id, status, format!("{brings} is not there"), "no kernel can be built", fix)
 }
 
-/// Who can install a package, and how.
+/// The status of a missing package, and the command that installs it.
 fn install(host: &Host, name: &str) -> (Status, String) {
     let command = format!("apt-get install --no-install-recommends {name}");
     if host.installs {
@@ -143,20 +134,20 @@ fn install(host: &Host, name: &str) -> (Status, String) {
     } else if host.program("apt-get").is_some() {
         (Status::Missing, format!("sudo {command}"))
     } else {
-        (Status::Missing, format!("install {name} by the name your distribution has for it"))
+        (Status::Missing, format!("install the package that your distribution has for {name}"))
     }
 }
 
-/// The programs of the guests, busybox apart, are linked statically.
+/// All programs of the guests except busybox are linked statically here.
 fn libc_static(host: &Host) -> Requirement {
     let path = host.answer("cc", &["-print-file-name=libc.a"]);
-    // A compiler that does not know the file answers with its bare name.
+    // A compiler that does not find the file prints its bare name.
     match path.filter(|path| path.contains('/') && std::path::Path::new(path).is_file()) {
-        Some(path) => met("libc-static", path),
+        Some(path) => Requirement::met("libc-static", path),
         None => {
             let (status, fix) = install(host, "libc6-dev");
             let consequence = "the programs of the guests cannot be linked";
-            unmet("libc-static", status, "the C compiler knows no libc.a", consequence, fix)
+            Requirement::unmet("libc-static", status, "the C compiler finds no libc.a", consequence, fix)
         }
     }
 }
@@ -164,29 +155,29 @@ fn libc_static(host: &Host) -> Requirement {
 fn apt(host: &Host) -> Requirement {
     let missing: Vec<_> = APT.into_iter().filter(|name| host.program(name).is_none()).collect();
     if missing.is_empty() {
-        return met("apt", APT.join(" and "));
+        return Requirement::met("apt", APT.join(" and "));
     }
-    unmet(
+    Requirement::unmet(
         "apt",
         Status::Worse,
         format!("no {}", missing.join(", no ")),
-        "nothing can be taken from Debian: QEMU, kernel source and missing packages",
-        "name what you have with --qemu and --kernel",
+        "QEMU, kernel source and missing packages cannot be fetched from Debian",
+        "name your own QEMU and kernel with --qemu and --kernel",
     )
 }
 
-/// The files of the cache's sound entries of a kind.
+/// The files of the undamaged cache entries of a kind.
 fn cached<'a>(host: &'a Host, kind: &'a str) -> impl Iterator<Item = &'a std::path::Path> {
     let sound = host.cache.content.iter().filter(move |entry| entry.kind == kind && entry.damage.is_none());
     sound.map(|entry| entry.files.as_path())
 }
 
-/// What can be had from Debian, or not.
+/// The status of something that can be fetched from Debian; `fix` is for a machine without apt.
 fn from_debian(host: &Host, fix: &str) -> (Status, String) {
     if APT.into_iter().all(|name| host.program(name).is_some()) {
         (
             Status::Unfinished,
-            "the next run gets it from this machine's Debian mirror, or doctor --fix".to_owned(),
+            "the next run, or doctor --fix, gets it from this machine's Debian mirror".to_owned(),
         )
     } else {
         (Status::Missing, fix.to_owned())
@@ -211,7 +202,7 @@ fn qemu(host: &Host) -> Requirement {
                     if qemu.origin == Origin::System { "the system's" } else { "unpacked into the cache" };
                 if missing.is_empty() {
                     let devices = DEVICES.join(", ");
-                    return met(
+                    return Requirement::met(
                         "qemu",
                         format!("QEMU {}, {origin}, has {NEEDED_DEVICE}, {devices}", qemu.version),
                     );
@@ -224,7 +215,7 @@ fn qemu(host: &Host) -> Requirement {
         seen.push(format!("no {program}, and none in the cache"));
     }
     let (status, fix) = from_debian(host, "install QEMU 10.1 or later, or name one with --qemu");
-    unmet("qemu", status, seen.join("; "), "no VM can be started", fix)
+    Requirement::unmet("qemu", status, seen.join("; "), "no VM can start", fix)
 }
 
 fn kernel(host: &Host) -> Requirement {
@@ -232,29 +223,35 @@ fn kernel(host: &Host) -> Requirement {
         0 => {
             let (status, fix) =
                 from_debian(host, "name one with --kernel, or its source with --kernel-source");
-            unmet("kernel", status, "none is built", "the first run takes some minutes longer", fix)
+            Requirement::unmet(
+                "kernel",
+                status,
+                "no kernel has been built",
+                "the first run takes some minutes longer",
+                fix,
+            )
         }
-        count => met("kernel", format!("{count} in the cache")),
+        count => Requirement::met("kernel", format!("{count} in the cache")),
     }
 }
 
 fn guest_tools(host: &Host) -> Requirement {
     if cached(host, "guest-tools").next().is_some() {
-        return met("guest-tools", "busybox and lspci are in the cache");
+        return Requirement::met("guest-tools", "busybox and lspci are in the cache");
     }
-    let (status, fix) = from_debian(host, "run this once on a machine with apt and copy its cache");
-    unmet("guest-tools", status, "not in the cache", "no initramfs can be made", fix)
+    let (status, fix) = from_debian(host, "run a scenario on a machine with apt and copy its cache");
+    Requirement::unmet("guest-tools", status, "not in the cache", "no initramfs can be made", fix)
 }
 
 fn cache(host: &Host) -> Requirement {
     let Place { path, writable, content, .. } = &host.cache;
     if !writable {
-        return unmet(
+        return Requirement::unmet(
             "cache",
             Status::Missing,
             format!("{} cannot be written", path.display()),
             "nothing can be kept",
-            "XDG_CACHE_HOME names another place",
+            "set XDG_CACHE_HOME to a directory that can be written",
         );
     }
     let damaged: Vec<String> = content
@@ -267,25 +264,25 @@ fn cache(host: &Host) -> Requirement {
         } else {
             format!("{} entries, verified", content.len())
         };
-        return met("cache", format!("{}: {state}", path.display()));
+        return Requirement::met("cache", format!("{}: {state}", path.display()));
     }
-    unmet(
+    Requirement::unmet(
         "cache",
         Status::Unfinished,
         format!("{}: damaged: {}", path.display(), damaged.join("; ")),
-        "what is damaged is not used",
-        "the next run makes it again, or doctor --fix; `cargo xtask clean` removes all",
+        "damaged entries are not used",
+        "the next run, or doctor --fix, makes them again; `cargo xtask clean` removes everything",
     )
 }
 
 fn cache_room(host: &Host) -> Requirement {
     let want = if cached(host, "kernel").next().is_some() { RUN_ROOM_MIB } else { BUILD_ROOM_MIB };
-    let fix = "free some, or let XDG_CACHE_HOME name another place";
+    let fix = "free some space, or set XDG_CACHE_HOME to a directory with more";
     room("cache-room", &host.cache, want, "kernel and QEMU do not fit", fix)
 }
 
 fn run_room(host: &Host) -> Requirement {
-    let fix = "free some, or let CARGO_TARGET_DIR name another place; `cargo xtask clean` removes old runs";
+    let fix = "free some space, or set CARGO_TARGET_DIR to a directory with more; `cargo xtask clean` removes old runs";
     room("run-room", &host.runs, RUN_ROOM_MIB, "the images and logs of a run do not fit", fix)
 }
 
@@ -293,38 +290,40 @@ fn room<T>(id: &str, place: &Place<T>, want_mib: u64, consequence: &str, fix: &s
     let evidence = format!("{} MiB free for {}, want {want_mib} MiB", place.free_mib, place.path.display());
     if !place.writable {
         let evidence = format!("{} cannot be written", place.path.display());
-        unmet(id, Status::Missing, evidence, consequence, fix)
+        Requirement::unmet(id, Status::Missing, evidence, consequence, fix)
     } else if place.free_mib < want_mib {
-        unmet(id, Status::Missing, evidence, consequence, fix)
+        Requirement::unmet(id, Status::Missing, evidence, consequence, fix)
     } else {
-        met(id, evidence)
+        Requirement::met(id, evidence)
     }
 }
 
 fn accelerator(host: &Host) -> Requirement {
-    let consequence = "the VMs are emulated (TCG): every scenario works, some times slower";
+    let consequence = "the VMs are emulated (TCG): every scenario works, but several times slower";
     match &host.accelerator {
-        Ok(chosen) if chosen.kind == Kind::Kvm => met("accelerator", format!("kvm: {}", chosen.reason)),
-        Ok(chosen) => unmet(
+        Ok(chosen) if chosen.kind == Kind::Kvm => {
+            Requirement::met("accelerator", format!("kvm: {}", chosen.reason))
+        }
+        Ok(chosen) => Requirement::unmet(
             "accelerator",
             Status::Worse,
             format!("tcg: {}", chosen.reason),
             consequence,
-            "use a machine whose KVM is hardware's; `e2e --nested` tests the KVM path on this one",
+            "use a machine with KVM in hardware; `e2e --nested` tests the KVM path on this one",
         ),
-        Err(error) => unmet("accelerator", Status::Worse, format!("{error:#}"), consequence, ""),
+        Err(error) => Requirement::unmet("accelerator", Status::Worse, format!("{error:#}"), consequence, ""),
     }
 }
 
 fn kvm_permission(host: &Host) -> Requirement {
     match host.kvm_opens {
-        None => met("kvm-permission", "no /dev/kvm, so none is needed"),
-        Some(true) => met("kvm-permission", "/dev/kvm may be opened"),
-        Some(false) => unmet(
+        None => Requirement::met("kvm-permission", "there is no /dev/kvm"),
+        Some(true) => Requirement::met("kvm-permission", "/dev/kvm can be opened"),
+        Some(false) => Requirement::unmet(
             "kvm-permission",
             Status::Worse,
-            "/dev/kvm may not be opened",
-            "KVM cannot be used, or tried",
+            "no permission to open /dev/kvm",
+            "KVM cannot be used",
             "sudo usermod -aG kvm $USER, then log in again",
         ),
     }
@@ -333,38 +332,45 @@ fn kvm_permission(host: &Host) -> Requirement {
 fn memory(host: &Host) -> Requirement {
     let want = needed_mib(BLOCK.0, BLOCK.1);
     match &host.free_mib {
-        Ok(free) if *free >= want => met("memory", format!("{free} MiB free, want {want} MiB")),
-        Ok(free) => unmet(
+        Ok(free) if *free >= want => Requirement::met("memory", format!("{free} MiB free, want {want} MiB")),
+        Ok(free) => Requirement::unmet(
             "memory",
             Status::Missing,
             format!("{free} MiB free, want {want} MiB"),
             "the scenario block does not start",
-            "end other programs, or lower memory_mib in a scenario of your own",
+            "end other programs, or run a scenario of your own with a lower memory_mib",
         ),
-        Err(error) => {
-            unmet("memory", Status::Missing, format!("{error:#}"), "no scenario starts", "mount /proc")
-        }
+        Err(error) => Requirement::unmet(
+            "memory",
+            Status::Missing,
+            format!("{error:#}"),
+            "no scenario starts",
+            "mount /proc",
+        ),
     }
 }
 
 fn shared_memory(host: &Host) -> Requirement {
     match &host.memfd {
-        Ok(()) => met("shared-memory", "memfd of 1 GiB; /dev/shm is not used"),
-        Err(error) => unmet(
+        Ok(()) => Requirement::met("shared-memory", "memfd of 1 GiB; /dev/shm is not used"),
+        Err(error) => Requirement::unmet(
             "shared-memory",
             Status::Missing,
             format!("memfd_create: {error:#}"),
             "the VMs cannot share memory",
-            "allow memfd_create in the sandbox this runs in",
+            "allow memfd_create in the sandbox or container",
         ),
     }
 }
 
 fn limits(host: &Host) -> Requirement {
     if host.low_limits.is_empty() {
-        return met("limits", "files, file size, address space, processes; no memory is locked on the host");
+        return Requirement::met(
+            "limits",
+            "files, file size, address space and processes suffice; the host locks no memory",
+        );
     }
-    unmet(
+    Requirement::unmet(
         "limits",
         Status::Missing,
         host.low_limits.join("; "),

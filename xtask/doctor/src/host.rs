@@ -1,4 +1,4 @@
-//! What the machine is asked.
+//! The facts about a machine that the requirements ask for.
 
 use std::ffi::OsStr;
 use std::io::{Read, Seek};
@@ -16,46 +16,46 @@ use vvu_artifacts::cache::{self, Surveyed};
 use vvu_artifacts::packages::{self, Brings};
 use vvu_process::children;
 
-/// How long a program may take to tell its version.
+/// How long a program may take to print its version.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// As large as the memory of a VM; sparse.
+/// Size of the memory file that is tried, as large as the memory of a VM. It is sparse.
 const MEMFD_BYTES: u64 = 1 << 30;
 
-/// The machine, as far as the requirements ask. Tests make one up.
+/// A machine as the requirements see it. Tests make one up.
 pub(super) struct Host {
-    /// Directories of programs.
+    /// Directories in which programs are searched for.
     pub(super) programs: Vec<PathBuf>,
-    /// What absolute paths of files begin with.
+    /// The directory that stands for `/` when a package's file is searched for.
     pub(super) root: PathBuf,
     /// The processor's architecture, as Rust names it.
     pub(super) arch: &'static str,
     /// Whether apt can install packages without a password.
     pub(super) installs: bool,
-    /// Memory that may still be used, in MiB, or why it cannot be told.
+    /// Memory that is available, in MiB.
     pub(super) free_mib: Result<u64>,
-    /// What would run the VMs.
+    /// The accelerator that would run the VMs.
     pub(super) accelerator: Result<Accelerator>,
-    /// Whether /dev/kvm may be opened; none if there is none.
+    /// Whether this user may open /dev/kvm; `None` if it does not exist.
     pub(super) kvm_opens: Option<bool>,
-    /// Whether shared memory without a name can be had.
+    /// Whether shared memory without a name can be made.
     pub(super) memfd: Result<()>,
-    /// Limits that are lower than they need to be, with what is wanted.
+    /// Resource limits that are too low, each with the value that is wanted.
     pub(super) low_limits: Vec<String>,
-    /// Where the cache is and what is in it.
+    /// The cache and its entries.
     pub(super) cache: Place<Vec<Surveyed>>,
-    /// Where the run directories go.
+    /// The directory of the run directories.
     pub(super) runs: Place<()>,
 }
 
-/// A directory that is going to be written to, whether or not it exists.
+/// A directory that runs write to. It need not exist.
 pub(super) struct Place<T> {
-    /// Where it is.
+    /// Its path.
     pub(super) path: PathBuf,
-    /// Whether it can be written, or made.
+    /// Whether it can be written or made.
     pub(super) writable: bool,
-    /// Room on its file system in MiB.
+    /// Free space on its file system in MiB.
     pub(super) free_mib: u64,
-    /// What it holds.
+    /// Its content.
     pub(super) content: T,
 }
 
@@ -64,7 +64,7 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// There is no place for a cache, or it cannot be read.
+    /// Fails if there is no directory for a cache or the cache cannot be read.
     pub(super) fn this() -> Result<Self> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cargo"));
@@ -91,12 +91,12 @@ impl Host {
         })
     }
 
-    /// The program of that name.
+    /// The path of a program.
     pub(super) fn program(&self, name: &str) -> Option<PathBuf> {
         self.programs.iter().map(|dir| dir.join(name)).find(|path| path.is_file())
     }
 
-    /// Whether a package's sign is there.
+    /// Whether the file by which a package is recognised exists.
     pub(super) fn has(&self, brings: Brings) -> bool {
         match brings {
             Brings::Program(name) => self.program(name).is_some(),
@@ -104,13 +104,13 @@ impl Host {
         }
     }
 
-    /// What a program prints, trimmed; `None` if it fails or does not answer in time.
+    /// The trimmed output of a program; `None` if it fails or takes too long.
     pub(super) fn answer<W: AsRef<OsStr>>(&self, program: &str, args: &[W]) -> Option<String> {
         let mut output = tempfile::tempfile().ok()?;
         let mut command = Command::new(self.program(program)?);
         command.args(args).stdin(Stdio::null()).stdout(output.try_clone().ok()?).stderr(Stdio::null());
         let mut running = children::spawn(command).ok()?;
-        // Dropping it ends it.
+        // Dropping it kills it.
         let status = running.wait_timeout(ANSWER_LIMIT).ok()??;
         output.rewind().ok()?;
         let mut text = String::new();
@@ -121,7 +121,7 @@ impl Host {
 
 impl<T> Place<T> {
     fn of(path: PathBuf, content: T) -> Self {
-        // Of what does not exist yet, the directory in which it would be made counts.
+        // A directory that does not exist yet is judged by the one in which it would be made.
         let there = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
         let free = rustix::fs::statvfs(there).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
         let writable =
@@ -136,7 +136,7 @@ fn memfd() -> Result<()> {
     Ok(())
 }
 
-/// What a VM and its proxy need; everything else has no limit that matters. Memory is locked only inside guests.
+/// Compares the limits that matter for a VM and its proxy with what they need. Only guests lock memory.
 fn low_limits() -> Vec<String> {
     const WANTED: [(Resource, &str, u64); 4] = [
         (Resource::Nofile, "open files (ulimit -n)", 512),

@@ -1,13 +1,13 @@
-//! `cargo xtask doctor`: what this machine has and lacks of what the runs need.
+//! `cargo xtask doctor`: checks that this machine can run the VMs.
 
 mod checks;
 mod host;
+mod requirement;
 
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-
 use vvu_artifacts::cache::Cache;
 use vvu_artifacts::kernel;
 use vvu_artifacts::packages;
@@ -16,69 +16,41 @@ use vvu_process::progress::Progress;
 use vvu_testvm::{Needs, Setup, SetupOptions};
 
 use host::Host;
+use requirement::{Requirement, Status};
 
-/// Exit code if something is missing that the next run, or `--fix`, gets by itself.
+/// Exit code if the next run, or `--fix`, sees to everything that is missing.
 const UNFINISHED: u8 = 1;
-/// Exit code if something is missing that a person has to see to. 2 is for a doctor that could not work.
+/// Exit code if a person has to see to something. 2 is the exit code of a doctor that fails itself.
 const BY_HAND: u8 = 3;
 
 /// Options of `cargo xtask doctor`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Print the findings, and nothing else, on stdout as JSON
+    /// Print the findings as JSON, and nothing else, on stdout
     #[arg(long)]
     json: bool,
-    /// First do all that can be done: packages, QEMU, kernel, guest programs, cargo-nextest
+    /// First repair what can be repaired: packages, QEMU, kernel, guest programs, cargo-nextest
     #[arg(long)]
     fix: bool,
 }
 
-/// Something that a run needs, or is better with.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-struct Requirement {
-    /// Its name, which does not change.
-    id: String,
-    /// How it is met.
-    status: Status,
-    /// What was seen.
-    evidence: String,
-    /// What does not work, or works less well; none if it is met.
-    consequence: Option<String>,
-    /// What to do about it; none if it is met or nothing can be done.
-    fix: Option<String>,
-}
-
-/// How a requirement is met.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Status {
-    /// It is there.
-    Ok,
-    /// Everything works without it, but not as well.
-    Worse,
-    /// It is not there yet: the next run, or `--fix`, gets it.
-    Unfinished,
-    /// A person has to see to it.
-    Missing,
-}
-
-/// What is printed with `--json`.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Findings<'a> {
-    /// The worst of all.
+    /// The worst status.
     status: Status,
     requirements: &'a [Requirement],
 }
 
-/// Runs `cargo xtask doctor`. Exit code 0: ready; 1: something is missing that the next run or `--fix` gets;
-/// 3: something is missing that a person has to see to.
+/// Runs `cargo xtask doctor`. The exit code is 0 if the machine is ready, 1 if the next run or `--fix` sees to what is
+/// missing, and 3 if a person has to.
 ///
 /// # Errors
 ///
-/// The machine cannot be looked at.
+/// Fails if the cache cannot be read.
 pub fn main(options: &Options) -> Result<ExitCode> {
     if options.fix {
-        // What could not be done shows in the findings.
+        // The findings show what is still missing.
         if let Err(error) = fix() {
             eprintln!("error: {error:#}");
         }
@@ -98,7 +70,7 @@ pub fn main(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Does what can be done without a person.
+/// Repairs what needs no person.
 fn fix() -> Result<()> {
     let progress = Progress::new(false);
     let cache = Cache::open(&progress)?;
@@ -136,24 +108,13 @@ fn text(requirements: &[Requirement], status: Status) -> String {
     }
     text.push_str(match status {
         Status::Ok => "ready\n",
-        Status::Worse => "ready, though it could be better\n",
+        Status::Worse => "ready, but some things could be better\n",
         Status::Unfinished => {
-            "not ready yet: the next run gets what is missing, or `cargo xtask doctor --fix` now\n"
+            "not ready yet: the next run sees to what is missing, or `cargo xtask doctor --fix` now\n"
         }
-        Status::Missing => "not ready: something is missing that a person has to see to\n",
+        Status::Missing => "not ready: you have to see to what is missing\n",
     });
     text
-}
-
-impl Status {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Worse => "worse",
-            Self::Unfinished => "unfinished",
-            Self::Missing => "missing",
-        }
-    }
 }
 
 #[cfg(test)]

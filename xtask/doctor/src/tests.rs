@@ -152,7 +152,7 @@ fn what_nobody_can_install_is_left_to_a_person() {
     let command = "sudo apt-get install --no-install-recommends bc".to_owned();
     assert_eq!(fix(&host), (Status::Missing, command));
     remove(&host, "apt-get");
-    let by_name = "install bc by the name your distribution has for it".to_owned();
+    let by_name = "install the package that your distribution has for bc".to_owned();
     assert_eq!(fix(&host), (Status::Missing, by_name));
 }
 
