@@ -1,4 +1,4 @@
-//! What a fresh guest needs before it can run anything, and how it ends.
+//! Sets a fresh guest up, and ends it.
 
 use std::fs;
 use std::path::Path;
@@ -23,10 +23,10 @@ const MOUNTS: [(&str, &str, &str); 7] = [
     ("tmpfs", "/tmp", "mode=1777"),
 ];
 
-/// How long ending processes and writing back may take.
+/// Time for ending processes and writing back.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What the kernel command line asks of PID 1. The kernel hands `vvu.` parameters on without looking at them.
+/// Options of PID 1 on the kernel command line. The kernel ignores `vvu.` parameters.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Options {
     /// `vvu.shell`: a shell on the console.
@@ -61,7 +61,7 @@ pub(crate) fn set_up() -> Result<Options> {
         let options = std::ffi::CString::new(options).context("mount options")?;
         match mount(kind, target, kind, MountFlags::empty(), Some(options.as_c_str())) {
             Ok(()) | Err(Errno::BUSY) => {}
-            // The kernel does not have it: whoever needs it finds out with a better message.
+            // The program that needs it reports the error better.
             Err(Errno::NODEV) => println!("vvu-init: the kernel has no {kind}, so {target} is empty"),
             Err(error) => return Err(error).with_context(|| format!("cannot mount {kind} on {target}")),
         }
@@ -82,7 +82,7 @@ pub(crate) fn console_terminal() -> Option<String> {
     Path::new(&path).exists().then_some(path)
 }
 
-/// How the guest ends.
+/// The way in which the guest ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
     /// The machine is turned off.
@@ -116,16 +116,16 @@ fn unmount_all() {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let targets = mounts.lines().filter_map(|line| line.split(' ').nth(1));
     for target in targets.collect::<Vec<_>>().into_iter().rev() {
-        // What is busy, such as /, stays; it has been written back.
+        // A busy file system, such as /, stays mounted; it has been written back.
         let _ = rustix::mount::unmount(target, UnmountFlags::empty());
     }
 }
 
-/// Does something that may hang and waits for it only so long.
+/// Does something that may hang, and gives it up after `patience`.
 pub(crate) fn within<T: Send + 'static>(patience: Duration, work: impl FnOnce() -> T + Send + 'static) {
     let (done, finished) = mpsc::channel();
     thread::spawn(move || done.send(work()));
-    // Whether it came to an end makes no difference to a machine that is going away.
+    // The machine goes away in either case.
     let _ = finished.recv_timeout(patience);
 }
 

@@ -12,7 +12,7 @@ use rustix::termios::{ControlModes, OptionalActions};
 
 use vvu_init::protocol::{self, Event, MAX_ANSWER, MAX_REQUEST, Message, Request};
 
-/// Unsent bytes from which on no further request is taken.
+/// Number of unsent bytes at which no further request is read.
 const MAX_UNSENT: usize = MAX_ANSWER;
 
 /// A non-blocking line to the host. Nothing here waits: the host may be absent, or late in reading.
@@ -20,7 +20,7 @@ pub(crate) struct Control {
     port: OwnedFd,
     /// Bytes of the request that is not complete yet.
     incoming: Vec<u8>,
-    /// Whether the rest of an overlong request is being dropped.
+    /// The rest of a request that is too long is being dropped.
     skipping: bool,
     unsent: Vec<u8>,
 }
@@ -32,7 +32,7 @@ impl Control {
         let port = rustix::fs::open(path, flags, Mode::empty())?;
         let mut modes = rustix::termios::tcgetattr(&port)?;
         modes.make_raw();
-        // A host end that comes and goes is no hang-up.
+        // The host may disconnect and connect again.
         modes.control_modes |= ControlModes::CLOCAL | ControlModes::CREAD;
         modes.control_modes -= ControlModes::HUPCL | ControlModes::CRTSCTS;
         rustix::termios::tcsetattr(&port, OptionalActions::Now, &modes)?;
@@ -44,7 +44,7 @@ impl Control {
         Self { port, incoming: Vec::new(), skipping: false, unsent: Vec::new() }
     }
 
-    /// What to poll for.
+    /// The descriptor and the events to poll for.
     pub(crate) fn interest(&self) -> (BorrowedFd<'_>, PollFlags) {
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::IN, self.unsent.len() < MAX_UNSENT);
@@ -52,7 +52,7 @@ impl Control {
         (self.port.as_fd(), flags)
     }
 
-    /// Takes what has come and returns the requests that are complete, or what to answer to bad ones.
+    /// Reads what has arrived and returns the complete requests; for a bad one, the answer.
     pub(crate) fn receive(&mut self) -> io::Result<Vec<Result<Request, Message>>> {
         let mut requests = Vec::new();
         let mut chunk = [0; 4096];

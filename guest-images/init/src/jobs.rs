@@ -69,13 +69,13 @@ impl Jobs {
             .map_err(|error| format!("cannot signal `{}`: {error}", kill.name))
     }
 
-    /// What to poll for input.
+    /// The descriptors to poll for input.
     pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let streams = self.jobs.iter().flat_map(|job| [&job.stdout, &job.stderr]);
         streams.filter_map(|stream| stream.pipe.as_ref().map(AsFd::as_fd))
     }
 
-    /// The next moment [`Jobs::expire`] has something to do.
+    /// The next time at which [`Jobs::expire`] has something to do.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let deadlines = self.jobs.iter().filter_map(|job| match job.purpose {
             Purpose::Run { deadline, .. } => Some(deadline),
@@ -84,14 +84,14 @@ impl Jobs {
         deadlines.min()
     }
 
-    /// Takes what the processes have written; lines of spawned ones go to the console.
+    /// Reads what the processes have written, and prints the lines of spawned commands on the console.
     pub(crate) fn read(&mut self, console: &mut impl Write) {
         for job in &mut self.jobs {
             job.read(console);
         }
     }
 
-    /// Kills what has run longer than allowed, and answers.
+    /// Kills commands that have run longer than allowed, and returns their answers.
     ///
     /// The answer does not wait for the process to be gone: one that hangs in the kernel never is.
     pub(crate) fn expire(&mut self, now: Instant) -> Vec<Message> {
@@ -107,7 +107,7 @@ impl Jobs {
             .collect()
     }
 
-    /// Notes that a process has ended, which may be none of ours, and says what the host is to be told.
+    /// Records that a process has ended, which need not be a job, and returns the message for the host.
     pub(crate) fn ended(
         &mut self,
         pid: Pid,
@@ -180,7 +180,7 @@ impl Job {
     }
 }
 
-/// One output of a process: what was read and not yet passed on.
+/// An output of a process, with the bytes that were read and not yet passed on.
 struct Stream {
     /// None once the other end is closed.
     pipe: Option<OwnedFd>,
@@ -253,12 +253,12 @@ impl Stream {
     }
 }
 
-/// One write a line, so that kernel messages do not fall into the middle of it.
+/// Writes each line with one call, so that kernel messages rarely split it.
 fn print_line(name: &str, line: &[u8], console: &mut impl Write) {
     let mut text = format!("[{name}] ").into_bytes();
     text.extend_from_slice(line);
     text.push(b'\n');
-    // A console that cannot be written to leaves nobody to tell.
+    // A failure of the console cannot be reported anywhere.
     let _ = console.write_all(&text);
 }
 

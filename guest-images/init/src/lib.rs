@@ -1,3 +1,3 @@
-//! What the guests' PID 1 and the host have to agree on. PID 1 itself is the binary of this crate.
+//! The protocol between the host and PID 1 of the guests. PID 1 itself is the binary of this crate.
 
 pub mod protocol;

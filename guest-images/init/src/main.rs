@@ -25,7 +25,7 @@ use control::Control;
 use jobs::Jobs;
 use vvu_init::protocol::{Action, Answer, Empty, Event, Identity, Message, Outcome, READY_LINE, Request};
 
-/// How long the last words may take to leave before the machine goes away.
+/// Time for sending the last messages before the machine goes away.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -151,7 +151,7 @@ impl Guest {
         let mut console = io::stdout();
         let outcome = match action {
             Action::Run(run) => {
-                // The console alone is to tell what happened. It has no one to tell if it fails.
+                // The console alone shows what happened. A failure of it cannot be reported anywhere.
                 let _ = writeln!(console, "vvu-init: run {id}: {}", brief(&run.command));
                 match self.jobs.run(id, run) {
                     Ok(()) => return,
@@ -251,15 +251,15 @@ fn drained(stream: &UnixStream) -> bool {
 struct Shell {
     pid: Pid,
     since: Instant,
-    /// How many shells before this one ended at once.
+    /// Number of shells before this one that ended at once.
     short_lived: u32,
 }
 
 impl Shell {
-    /// A shell that ends sooner than this does so by itself.
+    /// A shell that lives for less than this has failed to start.
     const SHORT: Duration = Duration::from_secs(1);
 
-    /// So many in a row mean that there is no use in starting another.
+    /// After this many failures in a row no other shell is started.
     const MOST_SHORT_LIVED: u32 = 5;
 
     fn start() -> Result<Self> {

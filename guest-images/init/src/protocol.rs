@@ -34,12 +34,12 @@ const ACTIONS: &str = "run, spawn, kill, hello, power_off, reboot";
 pub struct Request {
     /// Chosen by the host, repeated in the answer.
     pub id: u64,
-    /// What is asked for.
+    /// The action.
     #[serde(flatten)]
     pub action: Action,
 }
 
-/// What the host can ask for.
+/// An action that the host can ask for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Action {
@@ -49,7 +49,7 @@ pub enum Action {
     Spawn(Spawn),
     /// Send a signal to the process group of a spawned command: `killed`.
     Kill(Kill),
-    /// Ask who is there, for a host that came too late for the `ready` event: `hello`.
+    /// Ask for the versions in the guest, if the host was too late for the `ready` event: `hello`.
     Hello(Empty),
     /// End the guest: `powering_off`, then the machine goes away.
     PowerOff(Empty),
@@ -109,12 +109,12 @@ pub enum Message {
 pub struct Answer {
     /// The request's id.
     pub id: u64,
-    /// How it went.
+    /// The outcome.
     #[serde(flatten)]
     pub outcome: Outcome,
 }
 
-/// How a request went.
+/// The outcome of a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -124,7 +124,7 @@ pub enum Outcome {
     Timeout(Output),
     /// The command was started.
     Spawned {
-        /// Its process id, which is also its process group.
+        /// The process id, which is also the process group.
         pid: i32,
     },
     /// The signal was sent.
@@ -135,22 +135,22 @@ pub enum Outcome {
     PoweringOff(Empty),
     /// The guest is about to restart.
     Rebooting(Empty),
-    /// The request could not be done, and why.
+    /// The request could not be carried out, for this reason.
     Error(String),
 }
 
-/// How a command ended and what it printed.
+/// The end of a command and its output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
     /// `"code": 0` or `"signal": 9`.
     #[serde(flatten)]
     pub end: End,
-    /// What it printed.
+    /// The output.
     #[serde(flatten)]
     pub output: Output,
 }
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum End {
@@ -169,18 +169,18 @@ impl fmt::Display for End {
     }
 }
 
-/// What a command printed. Bytes that are not UTF-8 are replaced.
+/// The output of a command. Bytes that are not UTF-8 are replaced.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Output {
     /// Standard output.
     pub stdout: String,
     /// Standard error.
     pub stderr: String,
-    /// Whether either is cut off at [`MAX_CAPTURE`].
+    /// One of them was cut off at [`MAX_CAPTURE`].
     pub truncated: bool,
 }
 
-/// Who runs in the guest.
+/// The versions of the programs in the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Kernel release, such as `6.12.117`.
@@ -193,7 +193,7 @@ pub struct Identity {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// Everything is mounted and requests are served. Sent once.
+    /// PID 1 serves requests. Sent once.
     Ready(Identity),
     /// A spawned command ended.
     Exited {
@@ -203,15 +203,15 @@ pub enum Event {
         #[serde(flatten)]
         end: End,
     },
-    /// A line that is no request and whose `id` could not be told.
+    /// A line that is no request and has no readable `id`.
     BadRequest {
-        /// What is wrong with it.
+        /// The error.
         error: String,
     },
 }
 
 impl Request {
-    /// Reads a line of the host; what is wrong with it comes as the message to send back.
+    /// Reads a line of the host. The error is the message to send back.
     pub fn parse(line: &[u8]) -> Result<Self, Message> {
         let bad = |error: String| Message::Event(Event::BadRequest { error });
         let value: serde_json::Value =

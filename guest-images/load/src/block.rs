@@ -39,7 +39,7 @@ pub(crate) struct Identity {
     pub(crate) generation: u64,
 }
 
-/// What is wrong with a block.
+/// The fault of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// Not something that was ever written here.

@@ -35,7 +35,7 @@ struct Common {
     /// Block device or file.
     #[arg(long, value_name = "PATH")]
     file: PathBuf,
-    /// How long to go on.
+    /// The duration of the run.
     #[arg(long, value_name = "N")]
     seconds: u64,
     /// Requests in flight.

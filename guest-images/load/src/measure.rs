@@ -1,4 +1,4 @@
-//! How fast requests are served.
+//! Measures how fast requests are served.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -81,7 +81,7 @@ impl Histogram {
     }
 }
 
-/// What was measured.
+/// The measurement.
 #[derive(Clone, Debug)]
 pub(crate) struct Outcome {
     times: Histogram,

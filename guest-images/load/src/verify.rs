@@ -14,7 +14,7 @@ const REQUESTS_PER_SYNC: u64 = 64;
 /// Faults that are described in full, in each thread.
 const FAULTS_SHOWN: u64 = 8;
 
-/// What came of it.
+/// The result.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) blocks_written: u64,
@@ -113,7 +113,7 @@ impl<'t> Worker<'t> {
         Self { target, seed, index, stride, written, random, buffer, requests: 0, outcome }
     }
 
-    /// One request, of which two in three are writes.
+    /// Makes one request. Two of three are writes.
     fn step(&mut self) {
         self.requests += 1;
         let choice = self.random.below(self.written.len() as u64);
@@ -156,13 +156,13 @@ impl<'t> Worker<'t> {
     fn check(&mut self, slot: usize) {
         let (block, Written { oldest, newest }) = (self.block(slot), self.written[slot]);
         let done = timed(&mut self.outcome, || self.target.read(block, &mut self.buffer));
-        // What never was acknowledged may not be there at all.
+        // A write that was never acknowledged may be missing.
         if !self.note(done, "read") || oldest == 0 {
             return;
         }
         self.outcome.blocks_verified += 1;
         match block::check(&self.buffer, self.seed, block, oldest, newest) {
-            // What was seen cannot go back.
+            // A block that was read once cannot become older.
             Ok(generation) => self.written[slot].oldest = generation,
             Err(fault) => {
                 self.outcome.bad_blocks += 1;

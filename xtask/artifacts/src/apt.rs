@@ -20,10 +20,10 @@ use vvu_process::progress::Stage;
 const KEYRINGS: [&str; 2] =
     ["/usr/share/keyrings/debian-archive-keyring.pgp", "/usr/share/keyrings/debian-archive-keyring.gpg"];
 
-/// Which part of the Debian archive to look in.
+/// The part of the archive to look in.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Suites<'a> {
-    /// The suites this machine itself uses, with their security updates.
+    /// The suites that this machine itself uses, with their security updates.
     Machine,
     /// The same, with source packages.
     MachineSources,
@@ -33,7 +33,7 @@ pub(crate) enum Suites<'a> {
 
 /// An apt whose lists and downloads live in a directory of their own, used by one run at a time.
 ///
-/// Dropping it removes the directory: what is to stay must be unpacked or moved away before.
+/// Dropping it removes the directory. Unpack or move away what is to stay before.
 pub(crate) struct Apt<'a> {
     dir: PathBuf,
     log: PathBuf,
@@ -43,7 +43,7 @@ pub(crate) struct Apt<'a> {
 
 impl Drop for Apt<'_> {
     fn drop(&mut self) {
-        // What cannot be removed now is used again, and removed, by the next run.
+        // The next run uses, and removes, what is left.
         let _ = fs::remove_dir_all(&self.dir);
     }
 }
@@ -115,7 +115,7 @@ impl<'a> Apt<'a> {
         self.fetch(&["download"], packages)
     }
 
-    /// Downloads the files of a source package (needs [`Suites::MachineSources`]); unpacking them is the caller's.
+    /// Downloads the files of a source package, packed. It needs [`Suites::MachineSources`].
     ///
     /// # Errors
     ///
@@ -124,7 +124,7 @@ impl<'a> Apt<'a> {
         self.fetch(&["source", "--download-only"], &[package])
     }
 
-    /// Runs one download into a directory of its own; the files there afterwards are what was asked for.
+    /// Downloads into a directory of its own and returns the files that are there afterwards.
     fn fetch(&self, action: &[&str], packages: &[&str]) -> Result<Vec<PathBuf>> {
         let dir = self.dir.join(format!("files-{}", packages.join("+")));
         fs::create_dir_all(dir.join("partial")).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -336,7 +336,7 @@ fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
     Ok(text)
 }
 
-/// What a line of apt's status output says about a download: `dlstatus:ITEM:PERCENT:TEXT`.
+/// The percentage in a line of apt's status output about a download: `dlstatus:ITEM:PERCENT:TEXT`.
 fn download_percent(line: &str) -> Option<&str> {
     line.strip_prefix("dlstatus:")?.split(':').nth(1)?.split('.').next()
 }

@@ -1,4 +1,4 @@
-//! Host packages: what is missing is installed by apt where that needs no password, else the command is named.
+//! Packages of the host: apt installs missing ones if that needs no password, else the message names the command.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,16 +9,16 @@ use crate::cache::Cache;
 use vvu_process::logged;
 use vvu_process::progress::Progress;
 
-/// A Debian package and what shows that it, or something as good, is there.
+/// A Debian package, and how to see that it, or a replacement, is installed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Package {
-    /// Its name for apt.
+    /// The name of the package for apt.
     pub name: &'static str,
-    /// What it brings.
+    /// Something that the package installs.
     pub brings: Brings,
 }
 
-/// What tells that a package is installed, on any distribution.
+/// Something whose presence shows, on any distribution, that a package is installed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Brings {
     /// A program in `PATH` or in the system's directories.
@@ -97,7 +97,7 @@ pub fn ensure(progress: &Progress, cache: &Cache, packages: &[Package]) -> Resul
     Ok(())
 }
 
-/// How to become root without a password: nothing to do, `sudo -n`, or not at all.
+/// The words that run a command as root without a password: none for root, `sudo -n`; `None` if there is no way.
 pub fn privilege() -> Option<&'static [&'static str]> {
     let apt = Command::new("apt-get").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if !apt.is_ok_and(|status| status.success()) {

@@ -1,4 +1,4 @@
-//! Which QEMU runs the VMs: the one named, the system's, or Debian's packages unpacked into the cache.
+//! Finds QEMU: the one that the user names, the system's, or Debian's packages, unpacked into the cache.
 
 use std::ffi::OsString;
 use std::fs;
@@ -17,24 +17,24 @@ use vvu_process::progress::{Progress, Stage};
 /// QEMU's vfio-user client, which a VM needs for a vvu device. QEMU has it since 10.1.
 pub const NEEDED_DEVICE: &str = "vfio-user-pci";
 
-/// A QEMU.
+/// A QEMU that can be started.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     /// The program.
     pub path: PathBuf,
-    /// Where it comes from.
+    /// The source of the program.
     pub origin: Origin,
-    /// Its version, such as `11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)`.
+    /// The version, such as `11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)`.
     pub version: String,
     /// The machine that it emulates.
     pub machine: &'static Machine,
-    /// Whether it has [`NEEDED_DEVICE`].
+    /// It has [`NEEDED_DEVICE`].
     pub vfio_user: bool,
     env: Vec<(&'static str, OsString)>,
     argv: Vec<OsString>,
 }
 
-/// Where a QEMU comes from.
+/// The source of a QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     /// Named with `--qemu`.
@@ -236,7 +236,7 @@ impl Qemu {
         command
     }
 
-    /// The words a script writes before the VM's own arguments: `env NAME=VALUE` where needed, then the program.
+    /// The words that a script writes before the VM's own arguments: `env NAME=VALUE` where needed, then the program.
     pub fn argv_prefix(&self) -> Vec<String> {
         let mut words = Vec::new();
         if !self.env.is_empty() {
@@ -247,12 +247,12 @@ impl Qemu {
         words
     }
 
-    /// Whether this QEMU has a device of that name.
+    /// Tells whether this QEMU has a device of that name.
     pub fn probe_device(&self, name: &str) -> bool {
         let mut command = self.command();
         command.args(["-device", &format!("{name},help")]);
         let output = command.stdin(Stdio::null()).output();
-        // QEMU 7.2 ends well even if it has to say, on standard error, that there is no such device.
+        // QEMU 7.2 exits with 0 for an unknown device too; it reports the error on standard error.
         output.is_ok_and(|output| output.status.success() && !output.stdout.is_empty())
     }
 }
@@ -261,18 +261,18 @@ fn parse_version(text: &str) -> Option<&str> {
     text.lines().next()?.strip_prefix("QEMU emulator version ").map(str::trim)
 }
 
-/// Where Debian 13 and 12 have libraries, relative to the root.
+/// Library folders of Debian 13 and 12, relative to the root.
 fn libraries(machine: &Machine) -> [String; 2] {
     [machine.libraries(), format!("lib/{}", machine.debian.multiarch)]
 }
 
-/// Where Debian 13 and 12 have the program loader, relative to the root.
+/// Program loaders of Debian 13 and 12, relative to the root.
 fn loaders(machine: &Machine) -> [String; 2] {
     let loader = format!("{}/{}", machine.debian.loader_folder, machine.debian.loader);
     [format!("usr/{loader}"), loader]
 }
 
-/// What is kept of the unpacked packages; the rest is documentation, translations and other programs.
+/// Paths of the unpacked packages that are kept. The rest is documentation, translations and other programs.
 fn kept(machine: &Machine) -> Vec<String> {
     let mut kept = vec![format!("usr/bin/{}", machine.qemu.program)];
     kept.extend(["usr/lib", "usr/lib64", "usr/share/qemu"].map(str::to_owned));

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-/// Part of this program, which runs without the source too: in the outer VM of `e2e --nested`.
+/// The list is part of this program, which runs without its source in the outer VM of `e2e --nested`.
 const LIST: &str = include_str!("../../../guest-images/versions.json");
-/// The QEMU that is unpacked when the machine has none that suits.
+/// The QEMU that is unpacked when the machine has no suitable one.
 const DEFAULT_QEMU: &str = "debian-13-backports";
 
-/// All of them, by name.
+/// The list, by name.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Versions<'a> {
@@ -19,7 +19,7 @@ pub struct Versions<'a> {
     kernels: BTreeMap<&'a str, KernelSource<'a>>,
 }
 
-/// Where a VMM comes from.
+/// The source of a VMM.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmmSource<'a> {
@@ -31,7 +31,7 @@ pub enum VmmSource<'a> {
 }
 
 impl VmmSource<'_> {
-    /// Whether it can host a vvu device.
+    /// Tells whether the VMM can host a vvu device.
     #[must_use]
     pub fn hosts_vvu_devices(&self) -> bool {
         matches!(self, VmmSource::Qemu(QemuSource { vfio_user: true, .. }))
@@ -45,7 +45,7 @@ pub struct QemuSource<'a> {
     /// Suites of the Debian archive; the last is preferred.
     #[serde(borrow)]
     pub suites: Vec<&'a str>,
-    /// Whether it has vfio-user-pci, which a VM with a vvu device cannot do without.
+    /// It has vfio-user-pci, which a VM with a vvu device needs.
     pub vfio_user: bool,
 }
 
@@ -95,7 +95,7 @@ impl Versions<'static> {
         }
     }
 
-    /// The QEMU for a machine that has none that suits.
+    /// The QEMU for a machine that has no suitable one.
     ///
     /// # Errors
     ///

@@ -11,7 +11,7 @@ use std::slice;
 /// I/O port on which the guest announces the steps it has done.
 pub(super) const PORT: u16 = 0x10;
 
-/// What the guest does, in order. A step's number is what it writes to [`PORT`] when it is done.
+/// Steps of the guest code in order. The guest writes the number of a step to [`PORT`] when the step is done.
 pub(super) const STEPS: [&str; 7] = [
     "entering long mode",
     "a timed loop",
@@ -226,7 +226,7 @@ impl Memory {
         self.write(DATA + ITERATIONS, iterations);
     }
 
-    /// Whether the steps had the effect they must have.
+    /// Fails with the reason if a step did not have its effect.
     pub(super) fn check(&self) -> Result<(), &'static str> {
         if self.read(DATA + TRAPS) != 1 {
             return Err("int3 did not reach its handler once");

@@ -1,4 +1,4 @@
-//! Which accelerator the VMs run on.
+//! Chooses the accelerator of the VMs.
 //!
 //! That /dev/kvm opens proves nothing: there are hosts whose KVM creates VMs, runs firmware and then hangs in an
 //! ordinary kernel. So KVM counts only if it takes a piece of 64-bit kernel code through its steps at the speed of
@@ -25,16 +25,16 @@ pub const PROBE_COMMAND: &str = "accel-probe";
 /// A usable KVM answers within a fraction of this.
 const DEADLINE: Duration = Duration::from_secs(3);
 
-/// How long a killed probe may take to be gone before it is left to the kernel.
+/// Time that a killed probe has to exit; after it the probe is left to the kernel.
 const DYING: Duration = Duration::from_secs(1);
 
 /// Least speed of a usable KVM as a fraction of the host's: hardware has about 1, emulation below 0.1.
 const LEAST_SPEED: f64 = 0.5;
 
-/// How the reason begins when KVM is used without proof.
+/// Start of the reason for a KVM that is used without proof.
 pub const UNPROVEN: &str = "asked for by --accel kvm, although";
 
-/// What a user asks for.
+/// The accelerator that a user asks for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Request {
     /// KVM if it is proven, else TCG.
@@ -59,38 +59,38 @@ pub enum Kind {
 /// The accelerator to use, and why.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Accelerator {
-    /// What runs the VMs.
+    /// The accelerator.
     pub kind: Kind,
-    /// Why, in a sentence for people.
+    /// The reason for it, in a sentence.
     pub reason: String,
-    /// What the probe has shown; none if it did not have to run.
+    /// Findings of the probe; `None` if the probe did not run.
     pub evidence: Option<Evidence>,
 }
 
-/// What the probe has shown about KVM.
+/// Findings of the probe about KVM.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Evidence {
-    /// Whether KVM runs ordinary kernels at the host's speed.
+    /// KVM runs ordinary kernels at the host's speed.
     pub usable: bool,
-    /// What the guest code did without fault.
+    /// Steps that the guest code did without a fault.
     pub steps_passed: Vec<String>,
     /// Speed of ring 0 code as a fraction of the host's.
     pub speed: Option<f64>,
-    /// What went wrong, if anything.
+    /// The fault, if there was one.
     pub failure: Option<String>,
 }
 
-/// What the probing process writes, a line each.
+/// A line that the probe writes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Finding {
-    /// It begins a step; those before have passed.
+    /// The probe begins this step; the steps before it have passed.
     Trying(String),
     /// The guest's speed as a fraction of the host's.
     Speed(f64),
     /// All steps have passed.
     Passed,
-    /// It cannot go on.
+    /// The probe cannot go on, for this reason.
     Failed(String),
 }
 
@@ -126,7 +126,7 @@ pub fn choose(request: Request) -> Result<Accelerator> {
     Ok(Accelerator { kind, reason, evidence: Some(evidence) })
 }
 
-/// The other side of [`choose`]: what `xtask accel-probe` does.
+/// Runs the probe for [`choose`], in the process of `xtask accel-probe`.
 ///
 /// # Errors
 ///
@@ -135,7 +135,7 @@ pub fn serve_probe() -> Result<()> {
     probe::run(&mut io::stdout().lock())
 }
 
-/// Runs the probe in a process that can be killed, since nothing else can interrupt a KVM that hangs.
+/// Runs the probe in a process of its own, since only killing it interrupts a KVM that hangs.
 fn examine(mut command: Command, deadline: Duration) -> Result<Evidence> {
     // A file rather than a pipe: reading it never waits for a process that cannot be killed.
     let mut output = tempfile::tempfile().context("cannot create a temporary file")?;
@@ -163,7 +163,7 @@ fn examine(mut command: Command, deadline: Duration) -> Result<Evidence> {
 }
 
 impl Evidence {
-    /// Sums the findings up; `end` tells how the probe ended if they do not.
+    /// The sum of the findings. Where they break off, `end` says how the probe ended.
     fn of(findings: impl Iterator<Item = Finding>, end: &str) -> Self {
         let mut evidence = Self::default();
         let mut trying: Option<String> = None;

@@ -12,13 +12,13 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use super::guest::{self, Memory};
 use super::{Finding, LEAST_SPEED};
 
-/// A loop is long enough to be timed if it takes this long.
+/// Shortest time of a loop that is precise enough to be measured.
 const LONG_ENOUGH: Duration = Duration::from_millis(5);
 
-/// How often the final loops run at least; the fastest counts, as others only had company on the CPU.
+/// Smallest number of measurements. The fastest counts; the others shared the CPU with other programs.
 const ROUNDS: usize = 5;
 
-/// How long they are repeated on a busy machine until the guest is fast enough: well within the probe's deadline.
+/// Time for which a busy machine repeats the measurement until the guest is fast enough; well below the probe's deadline.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
 /// Intel's real mode needs three pages that nobody uses; this is where others put them.

@@ -1,4 +1,4 @@
-//! What identifies an entry.
+//! Keys, which identify entries.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
-/// What an entry is made from: SHA-256 over labelled parts.
+/// The key of an entry: SHA-256 over labelled parts, which are everything that the entry is made from.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Key(Sha256);
 

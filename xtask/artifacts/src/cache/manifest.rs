@@ -1,4 +1,4 @@
-//! What an entry holds, so that damage is noticed.
+//! Manifests, which list the files of an entry so that damage is noticed.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -13,7 +13,7 @@ use super::{list, sha256_file};
 
 /// The manifest's name in an entry.
 pub(super) const MANIFEST: &str = "manifest.json";
-/// The name of the directory beside it that has what the entry is about.
+/// The name of the directory beside it that holds the entry's files.
 pub(super) const FILES: &str = "files";
 /// Well above the granularity of file times.
 const CLOCK_STEP: Duration = Duration::from_millis(100);
@@ -33,7 +33,7 @@ pub(super) enum Content {
     },
 }
 
-/// What changes when a file is touched: as long as it does not, the content is as last hashed.
+/// The identity and times of a file. While they stay the same, so does the content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Stamp {
     inode: u64,
@@ -137,7 +137,7 @@ pub(super) fn verify(entry: &Path) -> Result<()> {
     if touched {
         write_manifest(entry, &manifest)?;
     } else {
-        // Its time says when the entry was last used.
+        // The manifest's time is the time of the last use of the entry.
         let file = File::options().append(true).open(&path).context("cannot open its manifest")?;
         file.set_modified(SystemTime::now()).context("cannot touch its manifest")?;
     }

@@ -25,12 +25,12 @@ use self::manifest::{FILES, MANIFEST, scan, verify, write_manifest};
 use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 
-/// How long a failed build waits for the removal of what it leaves.
+/// Time that a failed build waits for the removal of its unfinished files.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// Entries nobody used for so long are removed.
+/// Entries that no run has used for this long are removed.
 const UNUSED_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
-/// How often to look whether another run is done.
+/// Time between two attempts to take a lock.
 const LOCK_PERIOD: Duration = Duration::from_millis(100);
 
 /// The cache directory.
@@ -51,12 +51,12 @@ static USES: LazyLock<Uses> = LazyLock::new(Uses::default);
 /// A verified directory in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Entry {
-    /// Where its files are. Read only: a change makes the next run rebuild the entry.
+    /// The directory of its files. Do not change them: the next run would build the entry again.
     pub(crate) path: PathBuf,
 }
 
 impl Cache {
-    /// Opens `$XDG_CACHE_HOME/vvu` (or `~/.cache/vvu`), removing what dead runs and old keys left.
+    /// Opens `$XDG_CACHE_HOME/vvu` or `~/.cache/vvu`, and removes what runs that died and old keys have left.
     ///
     /// # Errors
     ///
@@ -89,7 +89,7 @@ impl Cache {
         Ok(cache)
     }
 
-    /// A directory for what is not an entry (downloads); its users see to their own locking with [`Cache::lock`].
+    /// A directory for files that are no entries, such as logs. Its users lock it with [`Cache::lock`].
     ///
     /// # Errors
     ///
@@ -135,7 +135,7 @@ impl Cache {
     ///
     /// # Errors
     ///
-    /// What `build` says, or the cache cannot be written.
+    /// `build` fails, or the cache cannot be written.
     pub(crate) fn entry(
         &self,
         kind: &str,
@@ -242,7 +242,7 @@ impl Cache {
         Ok(freed)
     }
 
-    /// Removes the temporary directories of dead runs and the entries nobody used for a month.
+    /// Removes the temporary directories of runs that died, and entries that no run has used for a month.
     fn sweep(&self) -> Result<()> {
         for kind in list(&self.root)?.into_iter().filter(|path| path.is_dir()) {
             for path in list(&kind)? {
@@ -260,7 +260,7 @@ impl Cache {
 fn remove_aside(path: PathBuf, lock: File) -> Receiver<()> {
     let (done, closed) = mpsc::channel();
     std::thread::spawn(move || {
-        // What cannot be removed is found again by the next run's sweep.
+        // The next run removes what is left.
         let _ = remove(&path);
         drop(lock);
         drop(done);
@@ -268,7 +268,7 @@ fn remove_aside(path: PathBuf, lock: File) -> Receiver<()> {
     closed
 }
 
-/// Where the cache is, or is going to be: `$XDG_CACHE_HOME/vvu` or `~/.cache/vvu`.
+/// The directory of the cache, which may not exist: `$XDG_CACHE_HOME/vvu` or `~/.cache/vvu`.
 ///
 /// # Errors
 ///
@@ -281,19 +281,18 @@ pub fn place() -> Result<PathBuf> {
     Ok(base.join("vvu"))
 }
 
-/// An entry as [`survey`] finds it.
+/// An entry that [`survey`] has found.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Surveyed {
-    /// Its kind, such as `kernel`.
+    /// The kind of entry, such as `kernel`.
     pub kind: String,
-    /// Where its files are.
+    /// The directory of its files.
     pub files: PathBuf,
-    /// What is wrong with it.
+    /// The damage, if there is any.
     pub damage: Option<String>,
 }
 
-/// Looks at every entry of the cache at `root`, and changes nothing but what the entries remember of their files'
-/// times.
+/// Checks every entry of the cache at `root`. It changes nothing but the file times that manifests record.
 ///
 /// # Errors
 ///
@@ -305,7 +304,7 @@ pub fn survey(root: &Path) -> Result<Vec<Surveyed>> {
     }
     for kind in list(root)?.into_iter().filter(|path| path.is_dir()) {
         for place in list(&kind)?.into_iter().filter(|path| path.join(FILES).is_dir()) {
-            // One that is being made is none yet.
+            // An entry in the making does not count.
             if place.extension() == Some(OsStr::new("tmp")) {
                 continue;
             }

@@ -14,7 +14,7 @@ use vvu_process::progress::{Progress, Stage};
 
 const PROFILE: &str = "guest";
 
-/// The programs, built.
+/// The paths of the built programs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestBinaries {
     /// PID 1.
@@ -26,7 +26,7 @@ pub struct GuestBinaries {
 }
 
 impl GuestBinaries {
-    /// Builds them with the cargo that runs us. Needs nothing but the source, so it can run beside anything.
+    /// Builds them with the cargo that runs this program.
     ///
     /// # Errors
     ///
@@ -40,7 +40,7 @@ impl GuestBinaries {
     }
 }
 
-/// Builds this program as it can run in a guest, and tells where it is.
+/// Builds this program for the guests and returns its path.
 ///
 /// # Errors
 ///
@@ -52,7 +52,7 @@ pub fn build_xtask(progress: &Progress) -> Result<PathBuf> {
     Ok(built.join("xtask"))
 }
 
-/// Builds an example of `vvu` as it can run in a guest, and tells where it is.
+/// Builds an example of `vvu` for the guests and returns its path.
 ///
 /// # Errors
 ///
@@ -62,7 +62,7 @@ pub(super) fn build_example(stage: &Stage, name: &str) -> Result<PathBuf> {
     Ok(built.join("examples").join(name))
 }
 
-/// Builds what cargo's words `wanted` name and returns the directory it is in.
+/// Builds what the arguments `wanted` of cargo name, and returns the directory with the programs.
 fn build(stage: &Stage, wanted: &[&str]) -> Result<PathBuf> {
     let root = workspace();
     let triple = Machine::host()?.rust_target;
@@ -82,7 +82,8 @@ fn build(stage: &Stage, wanted: &[&str]) -> Result<PathBuf> {
     Ok(target.join(triple).join(PROFILE))
 }
 
-/// Static, and without the places of the source in panic messages, so that checkouts give the same bytes.
+/// Flags for static programs without the path of the source in panic messages, so that every checkout gives the same
+/// bytes.
 fn flags(root: &Path) -> OsString {
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));

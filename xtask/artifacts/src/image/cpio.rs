@@ -1,4 +1,4 @@
-//! A writer for the archives the kernel unpacks as initramfs: "newc" cpio, as
+//! Writes the archives that the kernel unpacks as initramfs: "newc" cpio, as
 //! Documentation/driver-api/early-userspace/buffer-format.rst of Linux describes it.
 //!
 //! Equal content gives equal bytes: entries are sorted, owned by root and dated 1970.
@@ -21,7 +21,7 @@ const CHARACTER_DEVICE: u32 = 0o020_000;
 /// Archives end on this boundary, so that the next one can follow.
 const BLOCK: u64 = 512;
 
-/// What an archive holds, by path without the leading slash. Adding a path again replaces it.
+/// An archive: nodes by path without the leading slash. Adding a path again replaces its node.
 #[derive(Debug, Default)]
 pub(super) struct Archive {
     nodes: BTreeMap<String, Node>,
@@ -35,7 +35,7 @@ enum Node {
     Device { mode: u32, major: u32, minor: u32 },
 }
 
-/// Where a file's bytes come from when the archive is written.
+/// The source of a file's bytes when the archive is written.
 #[derive(Debug)]
 pub(super) enum Content {
     /// From memory.
@@ -46,7 +46,7 @@ pub(super) enum Content {
     Disk(DiskImage),
 }
 
-/// What writing an archive has shown.
+/// Facts about an archive that was written.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Written {
     /// Length of the archive in bytes, a multiple of 512.
@@ -221,7 +221,7 @@ impl Header {
     }
 }
 
-/// Counts what has been written, as padding depends on it.
+/// Counts the bytes that have been written, since padding depends on their number.
 struct Counted<W> {
     out: W,
     bytes: u64,

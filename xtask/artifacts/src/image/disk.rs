@@ -1,4 +1,4 @@
-//! Disk images with a content that can be told by its digest.
+//! Disk images whose content a digest identifies.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::cache::hex;
 
-/// Bytes made, hashed and written at a time.
+/// Bytes that are made, hashed and written at a time.
 const CHUNK: usize = 1 << 20;
 
 /// A disk image.
@@ -17,11 +17,11 @@ const CHUNK: usize = 1 << 20;
 pub struct DiskImage {
     /// Length in bytes.
     pub size: u64,
-    /// What is in it.
+    /// The content.
     pub pattern: Pattern,
 }
 
-/// What a disk image holds.
+/// The content of a disk image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pattern {
     /// Zero bytes.

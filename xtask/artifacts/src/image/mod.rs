@@ -1,4 +1,4 @@
-//! What the guests boot from: an initramfs with PID 1, `vvu`, busybox and lspci, and what a scenario adds to it.
+//! The guests' initramfs: PID 1, `vvu`, busybox and lspci, and what a scenario adds.
 
 mod binaries;
 mod cpio;
@@ -22,7 +22,7 @@ pub use disk::{DiskImage, Pattern};
 pub use programs::GuestPrograms;
 pub use tools::GuestTools;
 
-/// Directories every guest has; PID 1 mounts file systems on some.
+/// Directories of every guest. PID 1 mounts file systems on some of them.
 const DIRECTORIES: [(&str, u32); 13] = [
     ("bin", 0o755),
     ("dev", 0o755),
@@ -48,11 +48,11 @@ const FILES: [(&str, &str); 3] = [
 /// The initramfs without what a scenario adds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BaseImage {
-    /// Where it is. Read only, as it is in the cache.
+    /// The file, which is in the cache. Do not change it.
     pub path: PathBuf,
-    /// Its SHA-256 in hexadecimal.
+    /// The file's SHA-256 in hexadecimal.
     pub digest: String,
-    /// Its length in bytes.
+    /// The file's length in bytes.
     pub bytes: u64,
 }
 
@@ -72,7 +72,7 @@ pub enum OverlayEntry {
     File {
         /// Absolute path in the guest.
         path: String,
-        /// Its permissions there.
+        /// Permissions in the guest.
         mode: u32,
         /// The file.
         from: PathBuf,
@@ -81,7 +81,7 @@ pub enum OverlayEntry {
     Disk {
         /// Absolute path in the guest.
         path: String,
-        /// What is in it.
+        /// The image.
         image: DiskImage,
     },
 }

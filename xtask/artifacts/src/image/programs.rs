@@ -18,12 +18,12 @@ use crate::packages;
 use vvu_process::logged;
 use vvu_process::progress::{Progress, Stage};
 
-/// Where Debian packages come from: the same suites as QEMU.
+/// Debian suites of the packages: the same as QEMU's.
 const SUITES: &[&str] = &["trixie", "trixie-backports"];
 /// In the list, what stands for the machine's library folder.
 const LIBRARIES: &str = "{libraries}";
 
-/// Where a program comes from.
+/// The source of a program.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, deny_unknown_fields)]
 enum Source {
@@ -102,7 +102,7 @@ impl GuestPrograms {
             Key::new().part("source", serde_json::to_vec(source).context("cannot encode a program")?);
         let mut built = PathBuf::new();
         if let Source::Example { name } = source {
-            // Cargo knows what has changed.
+            // Cargo decides whether it has to be built again.
             built = build_example(&stage, name)?;
             key = key.part("program", sha256_file(&built)?);
         }
@@ -142,7 +142,7 @@ fn from_crate(cache: &Cache, stage: &Stage, name: &str, version: &str, dir: &Pat
     let programs = dir.join("usr");
     fs::create_dir(&programs).with_context(|| format!("cannot create {}", programs.display()))?;
     fs::rename(work.join("root/bin"), programs.join("bin")).context("the crate brought no program")?;
-    // Its removal goes on beside us.
+    // Another thread removes it.
     cache.discard(&work).map(drop)
 }
 

@@ -18,7 +18,7 @@ const BUSYBOX: &str = "busybox-static";
 /// Source package of lspci: the binary one pulls 9 MB of libraries into the image.
 const PCIUTILS: &str = "pciutils";
 
-/// How lspci is made: nothing but what reads sysfs and pci.ids.
+/// Arguments of make for an lspci that reads sysfs and pci.ids and nothing else.
 const LSPCI_OPTIONS: [&str; 9] = [
     "ZLIB=no",
     "DNS=no",
@@ -34,15 +34,15 @@ const LSPCI_OPTIONS: [&str; 9] = [
 /// Vendors a guest can meet, as pci.ids has them: AMD (its IOMMU), QEMU, virtio, QEMU's bridges, Intel (a PC's chipset).
 const VENDORS: [&str; 5] = ["1022", "1234", "1af4", "1b36", "8086"];
 
-/// Applets that would only be in the way.
+/// Applets that guests must not have, as they would hide our own programs.
 const NO_APPLETS: [&str; 3] = ["busybox", "init", "linuxrc"];
 
-/// The programs and what belongs to them.
+/// The programs and their data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestTools {
     /// A static busybox.
     pub busybox: PathBuf,
-    /// Its commands.
+    /// The commands of busybox.
     pub applets: Vec<String>,
     /// A static lspci that looks for its names in /usr/share/misc/pci.ids.
     pub lspci: PathBuf,
@@ -138,7 +138,7 @@ fn trim_pci_ids(ids: &str) -> String {
     lines.filter(keep).flat_map(|line| [line, "\n"]).collect()
 }
 
-/// Where a line of pci.ids belongs.
+/// The section of pci.ids that a line belongs to.
 enum Section {
     Dropped,
     Vendor,

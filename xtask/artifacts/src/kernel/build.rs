@@ -19,13 +19,13 @@ const KEPT_VARIABLES: [&str; 4] = ["PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR"];
 
 /// A kernel build: from `tree`, in `dir`.
 pub(super) struct Build<'a> {
-    /// What the kernel is for.
+    /// The machine that runs the kernel.
     pub(super) machine: &'a Machine,
     /// The top of the source tree.
     pub(super) tree: &'a Path,
-    /// Where objects go.
+    /// The directory for objects.
     pub(super) dir: &'a Path,
-    /// Where make's output goes.
+    /// The log of make.
     pub(super) log: &'a Path,
 }
 
@@ -123,7 +123,7 @@ impl Build<'_> {
     fn make<'s>(&self, shell: &'s Shell) -> Cmd<'s> {
         let (tree, dir) = (self.tree, self.dir);
         let kept = KEPT_VARIABLES.iter().filter_map(|name| Some((name, env::var_os(name)?)));
-        // What would make the same source another kernel on another machine or day.
+        // With these the same source gives the same kernel on every machine and day.
         cmd!(shell, "nice -n 10 make -C {tree} O={dir}")
             .env_clear()
             .envs(kept)
@@ -135,13 +135,13 @@ impl Build<'_> {
     }
 }
 
-/// Whether Kbuild can build in a folder: it takes a space or a colon in its path for the end of a name.
+/// Tells whether Kbuild can build in a directory. Kbuild ends names at spaces and colons.
 pub(super) fn is_buildable(path: &Path) -> bool {
     let path = path.as_os_str().as_encoded_bytes();
     !path.iter().any(|byte| byte.is_ascii_whitespace() || *byte == b':')
 }
 
-/// Whether a line of make's output announces an object of the kernel.
+/// Tells whether a line of make's output announces an object of the kernel.
 fn is_object(line: &str) -> bool {
     line.starts_with("  CC  ") || line.starts_with("  AS  ")
 }

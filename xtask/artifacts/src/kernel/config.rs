@@ -1,4 +1,4 @@
-//! Kernel configuration: fragments, what became of them, and why.
+//! Kernel configuration: what fragments ask for, whether a kernel has it, and if not, why.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// The options the project's first description names. On 5.10 these were all it took.
+/// The options that the project's first description names. Linux 5.10 needed no others.
 pub(super) const SEED: [&str; 4] = ["CONFIG_ACPI", "CONFIG_VFIO", "CONFIG_VFIO_PCI", "CONFIG_VIRTIO_IOMMU"];
 
 /// Symbols with their values as written in a `.config`; a symbol that is off is absent.
@@ -22,7 +22,7 @@ pub(super) fn parse(text: &str) -> Config {
         .collect()
 }
 
-/// What fragments ask for.
+/// The options that fragments ask for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Requests {
     wanted: BTreeMap<String, Request>,
@@ -33,7 +33,7 @@ pub(super) struct Requests {
 struct Request {
     /// `n` for "is not set".
     value: String,
-    /// A matter of build time or speed: not asked of a kernel that somebody else built.
+    /// The option matters for build time or speed only, so a kernel of the user need not have it.
     preference: bool,
 }
 
@@ -46,7 +46,7 @@ pub(super) struct Unmet {
     pub want: String,
     /// The value it has; `n` when it is off or unknown.
     pub got: String,
-    /// The fragment lets it be absent.
+    /// The fragment allows it to be absent.
     pub optional: bool,
 }
 
@@ -108,7 +108,7 @@ impl Requests {
         lines.collect()
     }
 
-    /// How many symbols are asked for.
+    /// The number of symbols.
     pub(super) fn len(&self) -> usize {
         self.wanted.len()
     }
@@ -118,7 +118,7 @@ impl Requests {
         self.compare(config, |_| true)
     }
 
-    /// What a kernel somebody else built lacks: options asked for as `y` that are no preference.
+    /// The requests that a kernel of the user does not meet: options with the value `y` that are no preference.
     pub(super) fn lacking(&self, config: &Config) -> Vec<Unmet> {
         self.compare(config, |request| request.value == "y" && !request.preference)
     }
@@ -137,7 +137,7 @@ impl Requests {
     }
 }
 
-/// Where a symbol is declared, and on what that depends.
+/// A declaration of a symbol.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Declaration {
     depends: Vec<String>,

@@ -1,4 +1,4 @@
-//! What a built kernel tells about itself: its version, its configuration, and whether it has a PVH entry.
+//! Reads a kernel image: its version, its configuration, and whether a VMM can start it.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -18,12 +18,12 @@ const PHYS32_ENTRY: u32 = 18;
 const PT_NOTE: u32 = 4;
 const EM_X86_64: u16 = 62;
 
-/// A kernel image that QEMU can start.
+/// A kernel image that a VMM can start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Image {
-    /// Its release, such as `6.12.57`: the first word of what it prints at boot.
+    /// The release, such as `6.12.57`.
     pub version: String,
-    /// Its configuration, unless it was built without `CONFIG_IKCONFIG` and no file beside it has it.
+    /// The configuration; `None` if the kernel was built without `CONFIG_IKCONFIG` and no file beside it has it.
     pub config: Option<Config>,
 }
 
@@ -104,7 +104,7 @@ fn usize_at(bytes: &[u8], at: usize) -> Option<usize> {
     field(bytes, at).map(u64::from_le_bytes)?.try_into().ok()
 }
 
-/// Whether an ELF-64 file for x86-64 has the note that QEMU's PVH loader looks for.
+/// Tells whether an ELF-64 file for x86-64 has the note that PVH loaders look for.
 fn has_pvh_note(elf: &[u8]) -> bool {
     note_segments(elf).is_some_and(|segments| segments.iter().any(|segment| has_entry_note(segment)))
 }
@@ -187,19 +187,19 @@ fn filter(program: &str, bytes: &[u8]) -> Result<Vec<u8>> {
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
     let output = std::thread::scope(|scope| {
         scope.spawn(move || {
-            // A program that stopped reading has said all it will say.
+            // A program that stopped reading writes nothing more either.
             let _ = stdin.map(|mut stdin| stdin.write_all(bytes));
         });
         let mut output = Vec::new();
         let result = stdout.map_or(Ok(0), |stdout| stdout.take(MAX_SIZE).read_to_end(&mut output));
         result.map(|_| output)
     });
-    // Ends it should it have more to say than MAX_SIZE.
+    // It may still have output beyond MAX_SIZE.
     let _ = child.kill();
     child.wait().with_context(|| format!("cannot wait for {program}"))?;
     let output = output.with_context(|| format!("cannot read from {program}"))?;
     if output.is_empty() {
-        bail!("{program} made nothing of it");
+        bail!("{program} cannot decompress it");
     }
     Ok(output)
 }

@@ -1,4 +1,5 @@
-//! The guest kernel: built from a distribution's source with the fragments under `guest-images/kernel`, or given.
+//! The guest kernel: built from a distribution's source with the fragments in `guest-images/kernel`, or a file of the
+//! user.
 
 mod build;
 mod config;
@@ -22,7 +23,7 @@ use crate::packages::{self, Package};
 use crate::versions::Versions;
 use vvu_process::progress::Progress;
 
-/// What compiling a kernel takes on the host.
+/// Packages that the host needs to compile a kernel.
 pub const PACKAGES: [Package; 12] = [
     packages::program("gcc", "gcc"),
     packages::program("binutils", "ld"),
@@ -37,9 +38,9 @@ pub const PACKAGES: [Package; 12] = [
     packages::program("tar", "tar"),
     packages::program("dpkg", "dpkg-deb"),
 ];
-/// The fragment that is always in; the machine's follows it.
+/// The fragment that every kernel is built with, followed by the fragment of the machine.
 const BASE: &str = "base";
-/// Objects that [`BASE`] takes with Linux 6.12, for the first progress bar.
+/// Objects of a Linux 6.12 that is built with [`BASE`], for the first progress bar.
 const EXPECTED_OBJECTS: usize = 1064;
 /// Free space needed for the unpacked source and the objects.
 const BUILD_SPACE: u64 = 2 << 30;
@@ -47,7 +48,7 @@ const VMLINUX: &str = "vmlinux";
 const CONFIG: &str = "config";
 const FACTS: &str = "kernel.json";
 
-/// Which kernel the guests run.
+/// Options that choose the guests' kernel.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct KernelOptions {
     /// Run this vmlinux or bzImage instead of building one
@@ -67,15 +68,15 @@ pub struct KernelOptions {
 /// A kernel that the guests can run.
 #[derive(Debug, Clone)]
 pub struct Kernel {
-    /// What `-kernel` takes: a vmlinux with PVH entry, or the bzImage that was given.
+    /// The image that a VMM starts, in the format of the machine's profile.
     pub vmlinux: PathBuf,
-    /// Its release, such as `6.12.57`.
+    /// The release, such as `6.12.57`.
     pub version: String,
-    /// SHA-256 over its configuration, without the versions of the tools that built it.
+    /// SHA-256 over the configuration, without the versions of the tools that built the kernel.
     pub config_digest: String,
 }
 
-/// What is kept beside a built kernel.
+/// Facts that are stored beside a built kernel.
 #[derive(Serialize, Deserialize)]
 struct Facts {
     version: String,
@@ -190,11 +191,11 @@ fn from_archive(
     read_kernel(progress, &entry.path)
 }
 
-/// Where a kernel is unpacked and built.
+/// The directory in which a kernel is unpacked and built.
 enum Scratch {
-    /// In the entry that is made, so that the next run removes it should this one die.
+    /// In the entry in the making: the next run removes it if this one dies.
     InEntry(PathBuf),
-    /// Elsewhere, since the path of the cache is none that Kbuild takes.
+    /// A temporary directory, since Kbuild does not accept the path of the cache.
     Elsewhere(TempDir),
 }
 
@@ -236,7 +237,7 @@ impl Scratch {
     }
 }
 
-/// Builds from a tree that the user may be changing: make decides what is out of date.
+/// Builds from a tree that the user may change between builds; make decides what is out of date.
 fn from_tree(progress: &Progress, cache: &Cache, requests: &Requests, tree: &Path) -> Result<Kernel> {
     let key = Key::new().part("tree", tree.as_os_str().as_encoded_bytes()).part("fragments", requests.text());
     let name = format!("kernel-tree/{}", key.name());
@@ -296,7 +297,7 @@ fn read_kernel(progress: &Progress, dir: &Path) -> Result<Kernel> {
     Ok(Kernel { vmlinux: dir.join(VMLINUX), version: facts.version, config_digest: facts.config_digest })
 }
 
-/// SHA-256 over what makes two kernels behave alike.
+/// SHA-256 over the options that determine how a kernel behaves.
 fn digest(config: &Config) -> String {
     const TOOLS: [&str; 5] = ["_VERSION", "CONFIG_CC_", "CONFIG_GCC", "CONFIG_LD_", "CONFIG_AS_"];
     let of_tool = |symbol: &str| {

@@ -1,4 +1,4 @@
-//! Where the kernel's source comes from: Debian's linux-source package, a tarball, or a tree.
+//! The kernel's source: Debian's linux-source package, a tarball, or a tree.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ const PREFIX: &str = "linux-source-";
 const NAME_FILE: &str = "name";
 const DIGEST_FILE: &str = "sha256";
 const DEB_FILE: &str = "linux-source.deb";
-/// What a build for a guest never reads, two thirds of the files with other architectures: documentation, tests.
+/// Files that a build for a guest never reads. With those of other architectures they are two thirds of all files.
 const EXCLUDED: [&str; 6] = [
     "*.dts*",
     "*/Documentation/*/*",
@@ -66,9 +66,9 @@ pub(super) enum Source {
     Archive {
         /// A Debian package or a tarball.
         path: PathBuf,
-        /// Its SHA-256.
+        /// The file's SHA-256.
         digest: String,
-        /// What to call it.
+        /// The name that messages give it.
         name: String,
     },
     /// A tree that stays where it is.

@@ -8,14 +8,14 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{Deserialize, Deserializer, Error};
 use serde::ser::{Serialize, Serializer};
 
-/// A slot of the q35 root bus, `0000:00:DEVICE.0`.
+/// A slot of a VM's PCI root bus, `0000:00:DEVICE.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Slot(u8);
 
 impl Slot {
     /// The slot in the manual steps this project follows.
     pub const DEFAULT: Slot = Slot(0x10);
-    /// The slots a device can have: 0 is the host bridge and 1f the ISA bridge.
+    /// Slots that a device can have. 0 is the host bridge, and a PC has its ISA bridge at 1f.
     const FREE: std::ops::RangeInclusive<u8> = 1..=0x1e;
 
     /// Slot number `device`; [`Slot::from_str`] is for outside input.
@@ -47,7 +47,7 @@ impl fmt::Display for Slot {
 /// A text that is no slot.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{0:?} is not a free PCI address of a q35 root bus: want [0000:]00:DEVICE.0 with DEVICE from 01 to 1e, for example 00:10.0"
+    "{0:?} is not a free PCI address of a VM's root bus: want [0000:]00:DEVICE.0 with DEVICE from 01 to 1e, for example 00:10.0"
 )]
 pub struct SlotError(String);
 
