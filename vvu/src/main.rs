@@ -21,11 +21,11 @@ mod sandbox {
 }
 mod stop;
 
-/// virtio-vhost-user: a vhost-user back-end in one VM serves a virtio device of another.
+/// virtio-vhost-user: a vhost-user back-end in one VM serves a virtio device of another VM
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Cli {
-    /// Say more; twice for every message.
+    /// Log more; twice to log every message
     #[arg(short, long, action = ArgAction::Count, global = true)]
     verbose: u8,
     #[command(subcommand)]
@@ -34,16 +34,19 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the vvu device of a device VM, and listen for the sibling's front-end.
+    /// Run the vvu device of a device VM, and listen for the sibling's front-end
     Proxy(commands::proxy::Args),
-    /// Run a back-end: in a device VM behind its vvu device, or anywhere on a vhost-user socket.
+    /// Run a back-end: in a device VM behind its vvu device, or on a vhost-user socket of any machine
     Device(commands::device::Args),
-    /// Give the vvu device of a device VM to vfio-pci, as back-ends need it.
+    /// Bind the vvu device of a device VM to vfio-pci, as back-ends need it
     Bind(commands::bind::Args),
-    /// Tell what a vvu device is and what state it is in.
+    /// Print what a vvu device is and in which state it is
     Inspect(commands::inspect::Args),
-    /// Print a trace of `vvu proxy --trace`.
+    /// Print a trace of `vvu proxy --trace`
     Trace(commands::trace::Args),
+    /// Run a back-end program for `vvu device bridge`, and end it with the bridge
+    #[command(hide = true)]
+    Supervise(commands::supervise::Args),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Command::Bind(args) => commands::bind::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Trace(args) => commands::trace::run(&args),
+        Command::Supervise(args) => commands::supervise::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -65,12 +69,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// An error and its causes, but for causes that the text before them has told already.
+/// Joins an error and its causes, without causes that the text before them contains.
 fn describe(error: &anyhow::Error) -> String {
     error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
         "" => cause,
-        told if told.contains(&cause) => text,
-        told => format!("{told}: {cause}"),
+        before if before.contains(&cause) => text,
+        before => format!("{before}: {cause}"),
     })
 }
 
@@ -80,10 +84,10 @@ mod tests {
 
     #[test]
     fn causes_are_told_once() {
-        let told = anyhow::Error::msg("no such file").context("cannot open x: no such file; make one");
-        assert_eq!(describe(&told), "cannot open x: no such file; make one");
+        let error = anyhow::Error::msg("no such file").context("cannot open x: no such file; make one");
+        assert_eq!(describe(&error), "cannot open x: no such file; make one");
         assert_eq!(
-            describe(&told.context("cannot start")),
+            describe(&error.context("cannot start")),
             "cannot start: cannot open x: no such file; make one"
         );
     }

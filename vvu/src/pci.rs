@@ -64,6 +64,15 @@ pub trait PciFunction {
     fn reset(&mut self);
 }
 
+/// A file that can be mapped for a BAR.
+#[derive(Debug)]
+pub struct BarFile {
+    /// The file.
+    pub file: File,
+    /// Where the BAR begins in the file, in bytes.
+    pub offset: u64,
+}
+
 /// Memory that the device can read and write, for as long as this value lives.
 #[derive(Debug)]
 pub struct DmaBuffer {
@@ -141,11 +150,11 @@ pub trait PciDevice: Send + Sync {
     /// [`DeviceError`].
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), DeviceError>;
 
-    /// Returns a file whose mapping at an offset is BAR `bar` at that offset.
+    /// Returns a file that can be mapped for BAR `bar`.
     ///
     /// # Errors
     /// [`DeviceError`].
-    fn bar_file(&self, bar: u8) -> Result<File, DeviceError>;
+    fn bar_file(&self, bar: u8) -> Result<BarFile, DeviceError>;
 
     /// Allocates `len` bytes, rounded up to whole pages and zeroed, that the device can reach.
     ///

@@ -12,7 +12,8 @@ use super::options::BridgeError;
 use crate::driver::{Driver, DriverError, Incoming};
 use crate::event::wait_any;
 use crate::message_socket::{Message, MessageSocket, SocketError};
-use crate::pci::PciDevice;
+use crate::pci::{BarFile, PciDevice};
+use crate::spec::vhost_user::{HEADER_SIZE, MemoryRegion};
 
 /// Messages moved before the other file descriptors get their turn.
 const MESSAGES_PER_TURN: usize = 64;
@@ -184,7 +185,7 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         }
     }
 
-    fn give_to_backend(&mut self, message: Message) -> Result<(), Halt> {
+    fn give_to_backend(&mut self, mut message: Message) -> Result<(), Halt> {
         let header = message.header;
         if header.is_reply() {
             let Some(channel) = &mut self.channel else {
@@ -205,7 +206,7 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
             }
             Err(refusal) => return Err(refusal.into()),
         };
-        let fds = self.attach(attachments)?;
+        let fds = self.attach(attachments, &mut message)?;
         log::debug!("request {} to the back-end with {attachments:?}", header.request);
         self.backend.send(message.bytes, fds).map_err(|reason| self.backend_left(reason))?;
         if let Attachments::Kick(index) = attachments {
@@ -216,14 +217,15 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         Ok(())
     }
 
-    /// The descriptors that go with a message.
-    fn attach(&mut self, attachments: Attachments) -> Result<Vec<OwnedFd>, Halt> {
+    /// Returns the descriptors that go with a message, whose offsets then fit them.
+    fn attach(&mut self, attachments: Attachments, message: &mut Message) -> Result<Vec<OwnedFd>, Halt> {
         let io = |source| BridgeError::Io { what: "duplicate a descriptor for the back-end", source };
         let event = match attachments {
             Attachments::None => return Ok(Vec::new()),
             Attachments::Memory(regions) => {
-                let memory = self.driver.shared_memory()?;
-                let each = (0..regions).map(|_| memory.try_clone().map(OwnedFd::from));
+                let BarFile { file, offset } = self.driver.shared_memory()?;
+                move_offsets(message, offset);
+                let each = (0..regions).map(|_| file.try_clone().map(OwnedFd::from));
                 return Ok(each.collect::<Result<_, _>>().map_err(io)?);
             }
             Attachments::BackendChannel => {
@@ -293,6 +295,26 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
 
     fn backend_left(&self, reason: SocketError) -> Halt {
         Halt::Session(End::BackendLeft { reason, serving: self.serving })
+    }
+}
+
+/// Adds where the shared memory BAR begins in its file to the offsets in a message whose shape was checked.
+fn move_offsets(message: &mut Message, begin: u64) {
+    // The padded count or padding before the regions, and the offset at the end of each region.
+    const REGIONS: usize = 8;
+    const OFFSET_IN_REGION: usize = MemoryRegion::SIZE - 8;
+    let payload = message.bytes.len() - HEADER_SIZE;
+    let offsets: Vec<usize> = match FrontendReq::try_from(message.header.request) {
+        Ok(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG) => {
+            (REGIONS + OFFSET_IN_REGION..payload).step_by(MemoryRegion::SIZE).collect()
+        }
+        Ok(FrontendReq::SET_INFLIGHT_FD) => vec![8],
+        _ => Vec::new(),
+    };
+    for at in offsets {
+        if let Some(field) = message.payload_mut().get_mut(at..).and_then(<[u8]>::first_chunk_mut) {
+            *field = u64::from_le_bytes(*field).wrapping_add(begin).to_le_bytes();
+        }
     }
 }
 

@@ -158,7 +158,8 @@ fn requests_reach_the_back_end_with_their_descriptors() {
     harness.fake.request(5, VERSION, &table);
     let memory = receive(&mut backend).expect("SET_MEM_TABLE");
     assert_eq!(memory.payload(), table);
-    let shared = harness.fake.bar_file(SHARED_MEMORY_BAR).expect("file").metadata().expect("metadata").ino();
+    let shared =
+        harness.fake.bar_file(SHARED_MEMORY_BAR).expect("file").file.metadata().expect("metadata").ino();
     assert_eq!(memory.fds.iter().map(inode).collect::<Vec<_>>(), [shared, shared]);
 
     harness.fake.request(12, VERSION, &2u64.to_le_bytes());
@@ -179,6 +180,35 @@ fn requests_reach_the_back_end_with_their_descriptors() {
 
     harness.fake.request(13, VERSION, &0x101u64.to_le_bytes());
     assert!(receive(&mut backend).expect("no descriptor").fds.is_empty());
+}
+
+/// As the BAR of a VFIO device does where the kernel does not let it be mapped from sysfs.
+#[test]
+fn offsets_count_from_where_the_bar_begins_in_its_file() {
+    const BEGIN: u64 = 4 << 40;
+    let mut harness = Harness::new(Retry::Never);
+    harness.fake.lock().bar_offset = BEGIN;
+    let mut backend = harness.backend();
+    let region = |offset| MemoryRegion {
+        gpa: SiblingGpa(0x1000 + offset),
+        size: 0x1000,
+        va: SiblingVa(offset),
+        offset: BarOffset(offset),
+    };
+    let moved = |offset| MemoryRegion { offset: BarOffset(offset + BEGIN), ..region(offset) };
+
+    harness.fake.request(5, VERSION, &memory_table_to_bytes(&[region(0), region(0x3000)]));
+    let table = receive(&mut backend).expect("SET_MEM_TABLE");
+    assert_eq!(table.payload(), memory_table_to_bytes(&[moved(0), moved(0x3000)]));
+    let single = |region: MemoryRegion| [&[0; 8], &region.to_bytes()[..]].concat();
+    harness.fake.request(37, VERSION, &single(region(0x4000)));
+    assert_eq!(receive(&mut backend).expect("ADD_MEM_REG").payload(), single(moved(0x4000)));
+    let inflight = |offset: u64| [0x1000u64.to_le_bytes(), offset.to_le_bytes(), [1; 8]].concat();
+    harness.fake.request(32, VERSION, &inflight(0x5000));
+    assert_eq!(receive(&mut backend).expect("SET_INFLIGHT_FD").payload(), inflight(0x5000 + BEGIN));
+    // No file comes with these.
+    harness.fake.request(38, VERSION, &single(region(0x4000)));
+    assert_eq!(receive(&mut backend).expect("REM_MEM_REG").payload(), single(region(0x4000)));
 }
 
 #[test]

@@ -4,4 +4,5 @@ pub(crate) mod bind;
 pub(crate) mod device;
 pub(crate) mod inspect;
 pub(crate) mod proxy;
+pub(crate) mod supervise;
 pub(crate) mod trace;

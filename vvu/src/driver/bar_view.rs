@@ -5,8 +5,10 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory};
 
+use super::sysfs::mapping_hint;
 use crate::pci::DeviceError;
 use crate::spec::pci::{Region, Structure};
 
@@ -19,18 +21,25 @@ pub struct BarView {
 
 impl BarView {
     /// Maps the BAR `bar` from its file, which has its size ([`PciSysfs::resource`](super::sysfs::PciSysfs::resource)).
-    /// The device has to answer: with memory access off, what is read means nothing.
+    /// Memory access of the device has to be on, or else what is read means nothing.
     ///
     /// # Errors
-    /// [`DeviceError::Io`].
+    /// [`DeviceError::Io`], with a remedy where the kernel forbids the mapping.
     pub fn open(path: &Path, bar: u8) -> Result<Self, DeviceError> {
-        let failed = |source| DeviceError::Io { what: format!("map {}", path.display()), source };
+        let failed = |source: io::Error| {
+            let what = format!("map {}{}", path.display(), mapping_hint(&source));
+            DeviceError::Io { what, source }
+        };
         let file = File::open(path).map_err(failed)?;
         let size = usize::try_from(file.metadata().map_err(failed)?.len());
         let size = size.map_err(|error| failed(io::Error::other(error)))?;
         let (file, flags) = (FileOffset::new(file, 0), libc::MAP_SHARED);
-        let memory = MmapRegion::build(Some(file), size, libc::PROT_READ, flags);
-        Ok(Self { bar, memory: memory.map_err(|error| failed(io::Error::other(error)))? })
+        let memory =
+            MmapRegion::build(Some(file), size, libc::PROT_READ, flags).map_err(|error| match error {
+                MmapRegionError::Mmap(source) => failed(source),
+                error => failed(io::Error::other(error)),
+            })?;
+        Ok(Self { bar, memory })
     }
 
     /// Bytes of the BAR `bar` that can be seen.

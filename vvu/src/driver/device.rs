@@ -1,7 +1,5 @@
 //! The driver of a vvu device that is up: sends and receives its messages, watches its link.
 
-use std::fs::File;
-
 use crate::event::Event;
 
 use super::bring_up::{BringUp, MessageQueue, Prepared, QUEUES_MAX};
@@ -10,7 +8,7 @@ use super::layout::Layout;
 use super::queue::QueueError;
 use super::registers::Registers;
 use crate::message_socket::Message;
-use crate::pci::PciDevice;
+use crate::pci::{BarFile, PciDevice};
 use crate::spec::addr::QueueIndex;
 use crate::spec::pci::{SHARED_MEMORY_BAR, Structure};
 use crate::spec::vhost_user::{HEADER_SIZE, Header};
@@ -84,11 +82,11 @@ impl<D: PciDevice> Driver<D> {
         self.layout.shared_memory
     }
 
-    /// The sibling's memory: offsets are those of the memory regions in messages.
+    /// Returns the file of the sibling's memory. Offsets in messages count from the start of the shared memory BAR.
     ///
     /// # Errors
     /// [`DriverError::Device`].
-    pub fn shared_memory(&self) -> Result<File, DriverError> {
+    pub fn shared_memory(&self) -> Result<BarFile, DriverError> {
         Ok(self.device.bar_file(SHARED_MEMORY_BAR)?)
     }
 

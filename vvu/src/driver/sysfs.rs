@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+
 use crate::spec::addr::Bdf;
 use crate::spec::pci::{CONFIG_SPACE_SIZE, DEVICE_ID, VENDOR_ID};
 
@@ -118,6 +120,18 @@ impl std::fmt::Display for Bound<'_> {
 
 fn root_hint(error: &io::Error) -> &'static str {
     if error.kind() == io::ErrorKind::PermissionDenied { "; run as root" } else { "" }
+}
+
+/// Says what may help when the kernel does not let a BAR be mapped from its file in sysfs.
+pub(super) fn mapping_hint(error: &io::Error) -> &'static str {
+    match Errno::from_io_error(error) {
+        Some(Errno::INVAL) => {
+            "; a kernel with CONFIG_IO_STRICT_DEVMEM allows it with `iomem=relaxed` on its command line"
+        }
+        Some(Errno::PERM) => "; a kernel that is locked down (Secure Boot, `lockdown=`) does not allow it",
+        Some(Errno::ACCESS) => "; run as root",
+        _ => "",
+    }
 }
 
 /// The sysfs and `/dev` of a machine.

@@ -12,13 +12,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_DEVICE_IOEVENTFD_16, VFIO_TYPE, vfio_device_ioeventfd};
 use vfio_ioctls::{VfioContainer, VfioError};
-use vm_memory::MmapRegion;
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{FileOffset, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use super::sysfs::{PciSysfs, SysfsError, VfioReady};
+use super::sysfs::{PciSysfs, SysfsError, VfioReady, mapping_hint};
 use crate::event::Event;
-use crate::pci::{DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
+use crate::pci::{BarFile, DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
 use crate::spec::addr::{Bdf, Iova};
 use crate::spec::pci::Region;
 
@@ -114,6 +115,8 @@ pub struct VfioDevice {
 struct State {
     iovas: IovaSpace,
     msix: bool,
+    /// The log says that BARs are mapped through VFIO.
+    through_vfio: bool,
 }
 
 impl std::fmt::Debug for VfioDevice {
@@ -133,7 +136,8 @@ impl VfioDevice {
         let failed = |error| VfioOpenError::new(bdf, group, error);
         let container = Arc::new(VfioContainer::new(None).map_err(failed)?);
         let device = vfio_ioctls::VfioDevice::new(&directory, container.clone(), false).map_err(failed)?;
-        let state = State { iovas: IovaSpace { next: IOVA_START, reserved }, msix: false };
+        let state =
+            State { iovas: IovaSpace { next: IOVA_START, reserved }, msix: false, through_vfio: false };
         Ok(Self { device, container, sysfs, bdf, state: Mutex::new(state) })
     }
 
@@ -187,13 +191,34 @@ impl PciDevice for VfioDevice {
         self.access("write", region, offset, data.len(), |at| rustix::io::pwrite(self.fd(), data, at))
     }
 
-    fn bar_file(&self, bar: u8) -> Result<File, DeviceError> {
+    fn bar_file(&self, bar: u8) -> Result<BarFile, DeviceError> {
+        // Most back-ends expect a file that begins with the memory, as the one in sysfs does.
         let path = self.sysfs.resource(self.bdf, bar);
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(|source| DeviceError::Io { what: format!("open {}", path.display()), source })
+        let open = || OpenOptions::new().read(true).write(true).open(&path);
+        let refused = match open().and_then(|file| mappable(file, 0)) {
+            Ok(found) => return Ok(found),
+            Err(error) => error,
+        };
+        let failed = |source: io::Error| DeviceError::Io {
+            what: format!(
+                "map {} ({refused}{}) or the BAR through VFIO",
+                path.display(),
+                mapping_hint(&refused)
+            ),
+            source,
+        };
+        let offset = self.device.get_region_offset(vfio_region_index(Region::Bar(bar)));
+        let file = self.fd().try_clone_to_owned().map_err(failed)?;
+        let found = mappable(file.into(), offset).map_err(failed)?;
+        if !std::mem::replace(&mut self.state().through_vfio, true) {
+            log::warn!(
+                "cannot map {}: {refused}; the back-end maps the BAR through VFIO instead, at an offset, which not \
+                 every back-end can{}",
+                path.display(),
+                mapping_hint(&refused)
+            );
+        }
+        Ok(found)
     }
 
     fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {
@@ -248,6 +273,17 @@ impl PciDevice for VfioDevice {
         }
         let source = io::Error::last_os_error();
         Err(DeviceError::Io { what: format!("tie an eventfd to {offset:#x} of {region:?}"), source })
+    }
+}
+
+/// Checks that `file` can be mapped at `offset`, for a page and without an access.
+fn mappable(file: File, offset: u64) -> io::Result<BarFile> {
+    let page = FileOffset::new(file.try_clone()?, offset);
+    let size = usize::try_from(PAGE_SIZE).map_err(io::Error::other)?;
+    match MmapRegion::<()>::build(Some(page), size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED) {
+        Ok(_) => Ok(BarFile { file, offset }),
+        Err(MmapRegionError::Mmap(error)) => Err(error),
+        Err(error) => Err(io::Error::other(error)),
     }
 }
 
@@ -319,6 +355,15 @@ mod tests {
         assert!(text(VfioError::GroupViable).contains("/sys/kernel/iommu_groups/7/devices"));
         let container = VfioError::OpenContainer(io::Error::from_raw_os_error(libc::ENOENT));
         assert!(text(container).contains("CONFIG_VFIO"));
+    }
+
+    #[test]
+    fn only_what_can_be_mapped_counts_as_a_file_of_a_bar() {
+        let memory = tempfile::tempfile().expect("file");
+        memory.set_len(2 * PAGE_SIZE).expect("size");
+        assert_eq!(mappable(memory, PAGE_SIZE).expect("mapped").offset, PAGE_SIZE);
+        let (read, _write) = io::pipe().expect("pipe");
+        assert!(mappable(File::from(std::os::fd::OwnedFd::from(read)), 0).is_err());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{FileOffset, MmapRegion, Permissions};
 
 use crate::event::{Event, StopToken, wait_readable};
-use crate::pci::{DeviceError, DmaBuffer, PciDevice, PciFunction, check_access};
+use crate::pci::{BarFile, DeviceError, DmaBuffer, PciDevice, PciFunction, check_access};
 use crate::spec::addr::Iova;
 use crate::spec::pci::Region;
 use crate::vfio_user::client::Doorbells;
@@ -36,6 +36,8 @@ impl<F> Clone for LocalDevice<F> {
 pub(crate) struct State<F> {
     pub(crate) function: F,
     pub(crate) host: VmmHost,
+    /// Where BARs begin in their files.
+    pub(crate) bar_offset: u64,
     /// Bound doorbells, as (offset in the BAR, value).
     pub(crate) doorbells: Vec<(u64, u16)>,
     next_iova: u64,
@@ -70,8 +72,13 @@ impl<F: PciFunction + Send + 'static> LocalDevice<F> {
     pub(crate) fn new(function: F) -> Self {
         let host = VmmHost::new(function.vector_count());
         let events = function.events().try_clone_to_owned().expect("dup");
-        let shared =
-            Arc::new(Shared(Mutex::new(State { function, host, doorbells: Vec::new(), next_iova: 1 << 32 })));
+        let shared = Arc::new(Shared(Mutex::new(State {
+            function,
+            host,
+            bar_offset: 0,
+            doorbells: Vec::new(),
+            next_iova: 1 << 32,
+        })));
         let stop = StopToken::new().expect("stop");
         let thread = std::thread::spawn({
             let (shared, stop) = (shared.clone(), stop.clone());
@@ -118,10 +125,11 @@ impl<F: PciFunction + Send + 'static> PciDevice for LocalDevice<F> {
         Ok(())
     }
 
-    fn bar_file(&self, bar: u8) -> Result<File, DeviceError> {
+    fn bar_file(&self, bar: u8) -> Result<BarFile, DeviceError> {
         let state = self.lock();
         let mappable = state.function.mappable_bar().filter(|mappable| mappable.bar == bar);
-        Ok(mappable.expect("a BAR to map").file.try_clone_to_owned().expect("dup").into())
+        let file = mappable.expect("a BAR to map").file.try_clone_to_owned().expect("dup").into();
+        Ok(BarFile { file, offset: state.bar_offset })
     }
 
     fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {

@@ -13,7 +13,7 @@ use vm_memory::{FileOffset, MmapRegion};
 use connection::{Connection, RegionView};
 pub(crate) use doorbells::Doorbells;
 
-use crate::pci::{DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
+use crate::pci::{BarFile, DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
 use crate::spec::addr::Iova;
 use crate::spec::pci::{Region, cap_id, config, msix};
 use crate::vfio_user::protocol::REGION_COUNT;
@@ -112,15 +112,13 @@ impl PciDevice for VfioUserDevice {
         self.connection.write(region, offset, data)
     }
 
-    fn bar_file(&self, bar: u8) -> Result<File, DeviceError> {
+    fn bar_file(&self, bar: u8) -> Result<BarFile, DeviceError> {
         let what = || format!("map BAR {bar}");
-        match self.region(Region::Bar(bar)).and_then(|view| view.file.as_ref()) {
-            Some((file, 0)) => file.try_clone().map_err(|source| DeviceError::Io { what: what(), source }),
-            Some((_, offset)) => {
-                Err(DeviceError::other(what(), format!("it starts at {offset:#x} of its file: want 0")))
-            }
-            None => Err(DeviceError::other(what(), "the server gives no file for it")),
-        }
+        let view = self.region(Region::Bar(bar)).and_then(|view| view.file.as_ref());
+        let (file, offset) =
+            view.ok_or_else(|| DeviceError::other(what(), "the server gives no file for it"))?;
+        let file = file.try_clone().map_err(|source| DeviceError::Io { what: what(), source })?;
+        Ok(BarFile { file, offset: *offset })
     }
 
     fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {

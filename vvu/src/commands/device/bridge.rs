@@ -10,7 +10,7 @@ use vvu::listening_socket::ListeningSocket;
 use vvu::pci::PciDevice;
 use vvu::{Bdf, StopToken, open_vfio};
 
-use super::program::Program;
+use super::program::{Exit, Program};
 use super::say;
 
 /// What stands for the socket's path in the words of a command.
@@ -107,6 +107,13 @@ fn serve<D: PciDevice>(
         };
         // Whatever it started must not serve the next one's socket.
         program.end()?;
+        let Exit::Status(exit) = exit else {
+            bail!(
+                "{} has gone to the background, where nobody can tell whether it runs: start it in the foreground (an \
+                 option like --foreground, or without one like --daemonize)",
+                words[0]
+            );
+        };
         ensure!(answered, "{} ended ({exit}) before it answered on its socket", words[0]);
         match bridged {
             Ok(()) | Err(BridgeError::Connect { .. } | BridgeError::BackendLeft { .. }) => {}

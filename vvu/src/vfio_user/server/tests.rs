@@ -144,7 +144,7 @@ fn the_client_sees_the_device() {
 fn the_shared_memory_bar_is_the_sibling_memory_file() {
     let rig = Rig::new();
     let device = rig.device();
-    let file = device.bar_file(pci::SHARED_MEMORY_BAR).expect("file");
+    let file = device.bar_file(pci::SHARED_MEMORY_BAR).expect("file").file;
     let size = file.metadata().expect("metadata").len();
     assert!(size >= MEMORY);
     assert_eq!(device.region_size(Region::Bar(pci::SHARED_MEMORY_BAR)), size.next_power_of_two());
