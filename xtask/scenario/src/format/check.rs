@@ -12,9 +12,9 @@ use vvu_testvm::vm::{Addr, MAX_QUEUES};
 
 use super::{DiskSpec, Scenario, VmSpec};
 
-/// Largest generated disk: it lives in the memory of a VM.
+/// Largest generated disk in MiB.
 const MAX_DISK_MIB: u64 = 64 << 10;
-/// Names become file names and placeholders.
+/// What a name may be; names become file names and placeholders.
 const NAME: &str = "lower-case letters, digits, - and _, at most 32, first a letter";
 
 impl Scenario {
