@@ -1,4 +1,4 @@
-//! Lists each scenario to the test runner and runs it as `cargo xtask e2e SCENARIO` does.
+//! Makes each scenario file beside this one a test, which runs `cargo xtask e2e SCENARIO`.
 
 use std::env;
 use std::path::Path;
@@ -6,9 +6,10 @@ use std::process::{Command, ExitCode};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// The xtask program, which `cargo xtask test` names; else cargo builds it.
+/// Environment variable with the path of the xtask program, which `cargo xtask test` sets. Without it cargo builds and
+/// runs xtask.
 const XTASK: &str = "VVU_XTASK";
-/// Lines of a failed run's output that are shown: the table of checks with its evidence.
+/// Lines shown from the end of a failed run's output; enough for the table of checks and their evidence.
 const TAIL_LINES: usize = 120;
 
 fn main() -> ExitCode {
@@ -34,9 +35,9 @@ fn trials(dir: &Path) -> std::io::Result<Vec<Trial>> {
             trials.push(Trial::test(name.clone(), move || run(&[&name])));
         }
     }
-    // The KVM path, wherever this runs.
+    // Tests the KVM path even on machines without KVM.
     trials.push(Trial::test("nested", || run(&["block", "--nested"])));
-    // IOMMUs, kernels, QEMUs, sizes.
+    // Varies IOMMUs, kernels, VMMs and sizes.
     trials.push(Trial::test("matrix", || run(&["block", "--matrix"])));
     Ok(trials)
 }

@@ -12,9 +12,14 @@ use vvu_testvm::{Addr, MAX_QUEUES};
 
 use super::{DiskSpec, Scenario, VmSpec};
 
-/// Largest generated disk: it lives in the memory of a VM.
+/// Largest generated disk in MiB.
 const MAX_DISK_MIB: u64 = 64 << 10;
-/// Names become file names and placeholders.
+/// RAM that a VM needs for each byte of its disks: the initramfs with the disks stays in RAM until it is unpacked, and the
+/// file system that it is unpacked into takes at most half of the rest.
+const DISK_ROOM: u64 = 3;
+/// RAM in MiB that a VM needs beside its disks: the kernel, and three times the initramfs without disks.
+const SYSTEM_MIB: u64 = 64;
+/// What a name may be; names become file names and placeholders.
 const NAME: &str = "lower-case letters, digits, - and _, at most 32, first a letter";
 
 impl Scenario {
@@ -38,6 +43,9 @@ impl Scenario {
             let checked = check_name(name).and_then(|()| self.known_vm(&disk.vm)).and_then(|()| disk.check());
             checked.with_context(|| format!("at disks.{name}"))?;
         }
+        for (name, vm) in &self.vms {
+            self.check_room(name, vm)?;
+        }
         self.check_steps()
     }
 
@@ -55,6 +63,27 @@ impl Scenario {
             "{vmm:?} has no {NEEDED_DEVICE}, which a VM with a vvu device needs: want one of {}, or none for the \
              run's VMM",
             versions.with_vvu_devices()
+        );
+        Ok(())
+    }
+
+    /// Checks that the disks of a VM fit into its RAM.
+    fn check_room(&self, name: &str, vm: &VmSpec) -> Result<()> {
+        let mut bytes = 0_u64;
+        let mut largest = (0, "");
+        for (disk, spec) in self.disks.iter().filter(|(_, spec)| spec.vm == name) {
+            let size = spec.bytes().with_context(|| format!("at disks.{disk}"))?;
+            bytes = bytes.saturating_add(size);
+            largest = largest.max((size, disk));
+        }
+        let mib = bytes.div_ceil(1 << 20);
+        let want = mib.saturating_mul(DISK_ROOM).saturating_add(SYSTEM_MIB);
+        ensure!(
+            mib == 0 || vm.memory_mib >= want,
+            "at disks.{}: {mib} MiB of disks do not fit into the {} MiB of {name:?}, which unpacks them into its RAM: \
+             want `memory_mib` to be {want} or more there",
+            largest.1,
+            vm.memory_mib
         );
         Ok(())
     }
@@ -128,6 +157,25 @@ impl DiskSpec {
             meta.len()
         );
         Ok(())
+    }
+}
+
+impl DiskSpec {
+    /// The size of the image.
+    ///
+    /// # Errors
+    ///
+    /// Its file cannot be looked at.
+    pub fn bytes(&self) -> Result<u64> {
+        match &self.file {
+            None => Ok(self.size_mib.unwrap_or_default() << 20),
+            Some(file) => {
+                let meta = std::fs::metadata(file);
+                Ok(meta
+                    .with_context(|| format!("file: cannot open the disk image {}", file.display()))?
+                    .len())
+            }
+        }
     }
 }
 

@@ -9,8 +9,7 @@ use serde_json::Value;
 use super::{Scenario, is_old, upgraded};
 
 impl Scenario {
-    /// Reads and checks a scenario file. One in the format of before is read as well, and a note on standard error says
-    /// so.
+    /// Reads and checks a scenario file. A file of the old format is read as well, with a note on standard error.
     ///
     /// # Errors
     ///
@@ -25,11 +24,13 @@ impl Scenario {
             return Self::parse(&text, dir).with_context(invalid);
         }
         eprintln!(
-            "note: {0} is in the format of before; `cargo xtask scenario upgrade {0}` rewrites it",
+            "note: {0} is in the old format; `cargo xtask scenario upgrade {0}` rewrites it",
             path.display()
         );
         let text = upgraded(&text).with_context(invalid)?;
-        Self::parse(&text, dir).with_context(|| format!("{}, once it is in the format of now,", invalid()))
+        Self::parse(&text, dir).with_context(|| {
+            format!("{}, upgraded to the current format, is not a valid scenario", path.display())
+        })
     }
 
     /// Reads and checks the text of a scenario file in `dir`.
@@ -49,9 +50,9 @@ impl Scenario {
         Ok(scenario)
     }
 
-    /// Reads the text of a scenario file, without a look at what it means.
+    /// Reads the text of a scenario file without checking what it means.
     pub(super) fn read(text: &str) -> Result<Self> {
-        // A step with two actions would else be told as a missing brace.
+        // serde would report a step with two actions as a missing brace.
         let json: Value = serde_json::from_str(text)?;
         check_shape(&json["steps"], "steps")?;
         let mut json = serde_json::Deserializer::from_str(text);

@@ -190,6 +190,20 @@ fn a_disk_file_must_be_a_whole_number_of_sectors() {
 }
 
 #[test]
+fn disks_that_do_not_fit_into_the_ram_of_their_vm_are_refused() {
+    refused(r#""size_mib": 1"#, r#""size_mib": 65"#, &["at disks.disk: 65 MiB", "\"device\"", "259 or more"]);
+    parse(&MINIMAL.replace(r#""size_mib": 1"#, r#""size_mib": 64"#)).expect("fits");
+    let two = r#""disk": {"size_mib": 1}, "large": {"size_mib": 64}"#;
+    refused(r#""disk": {"size_mib": 1}"#, two, &["at disks.large: 65 MiB of disks"]);
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = std::fs::File::create(dir.path().join("a.img")).expect("made");
+    file.set_len(65 << 20).expect("sparse");
+    let text = MINIMAL.replace(r#""size_mib": 1"#, r#""file": "a.img""#);
+    let error = format!("{:#}", Scenario::parse(&text, dir.path()).expect_err("too large"));
+    assert!(error.contains("at disks.disk: 65 MiB"), "{error}");
+}
+
+#[test]
 fn an_unknown_scenario_is_answered_with_those_there_are() {
     let dir = tempfile::tempdir().expect("a directory");
     std::fs::write(dir.path().join("one.json"), MINIMAL).expect("written");

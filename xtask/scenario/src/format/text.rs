@@ -1,4 +1,4 @@
-//! Placeholders in a scenario's texts: `{bdf}` stands for a value that is known only when the scenario runs.
+//! Placeholders in the texts of a scenario: `{bdf}` stands for a value that is known only when the scenario runs.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use anyhow::{Result, bail};
 use regex::{Captures, Regex};
 
-/// A placeholder, one in doubled braces that stands for itself, or a shell's `${...}`, which is none of ours.
+/// Matches a shell's `${...}`, which stays as it is; `{{name}}`, which stands for the text `{name}`; or a placeholder.
 static PLACEHOLDER: LazyLock<Regex> =
     LazyLock::new(|| compiled(r"\$\{[^}]*\}|\{(\{[a-z_][a-z0-9_.-]*\})\}|\{([a-z_][a-z0-9_.-]*)\}"));
 
@@ -15,35 +15,35 @@ fn compiled(pattern: &str) -> Regex {
     Regex::new(pattern).unwrap_or_else(|error| unreachable!("{pattern} is constant: {error}"))
 }
 
-/// The values of the placeholders.
+/// The values of placeholders by name.
 #[derive(Debug, Clone, Default)]
 pub struct Values(BTreeMap<String, String>);
 
 impl Values {
-    /// Gives the placeholder `name` a value.
+    /// Sets the value of the placeholder `name`.
     pub fn set(&mut self, name: impl Into<String>, value: impl Into<String>) {
         self.0.insert(name.into(), value.into());
     }
 
-    /// Takes the value of the placeholder `name` away.
+    /// Removes the placeholder `name`.
     pub fn unset(&mut self, name: &str) {
         self.0.remove(name);
     }
 
-    /// `text` with its placeholders filled in.
+    /// Replaces the placeholders in `text` with their values.
     ///
     /// # Errors
     ///
-    /// A placeholder has no value; the message lists those that have.
+    /// A placeholder is unknown; the message lists the known ones.
     pub fn fill(&self, text: &str) -> Result<String> {
         self.replace(text, |value| Cow::Borrowed(value))
     }
 
-    /// The regular expression `text` with its placeholders filled in, each standing for its exact value.
+    /// Compiles the regular expression `text`, whose placeholders match exactly their values. `^` and `$` match at lines.
     ///
     /// # Errors
     ///
-    /// A placeholder has no value, or the text is no regular expression. `^` and `$` match at lines.
+    /// A placeholder is unknown, or the text is no regular expression.
     pub fn pattern(&self, text: &str) -> Result<Regex> {
         let filled = self.replace(text, |value| Cow::Owned(regex::escape(value)))?;
         Ok(Regex::new(&format!("(?mR:{filled})"))?)

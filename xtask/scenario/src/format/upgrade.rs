@@ -1,7 +1,7 @@
-//! The format of scenario files until version 0.1, and how it becomes the one of now.
+//! Reads the old format of scenario files and turns it into the current one.
 //!
-//! There a step was an object with one key of many that was its action, beside `vm`, `check` and others; a VM named its
-//! `qemu` and QEMU's model of the CPUs; a front-end had QEMU's properties.
+//! In the old format, a step had its action as one key beside `vm`, `check` and others, a VM named its `qemu` and QEMU's
+//! model of its CPUs, and a front-end had the properties of QEMU's device.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,9 +20,9 @@ use super::step::{
 use super::{DiskSpec, Scenario, Step, VmSpec, VvuSpec, to_text};
 use crate::matrix::Matrix;
 
-/// The check whose time was that of the milestone `disk-visible`.
+/// The check whose time the report gave, as it now gives that of the milestone `disk-visible`.
 const DISK_VISIBLE: &str = "vda-appears";
-/// The name of a spawned command that had none.
+/// Default name of a spawned command.
 const SPAWNED: &str = "spawned";
 
 /// Whether `file`, the JSON of a scenario or a matrix, has steps in the old format.
@@ -39,11 +39,11 @@ fn old_steps(steps: &Value) -> bool {
     })
 }
 
-/// The text of a scenario or matrix file in the format of now, from its text in the old one.
+/// Turns the text of a scenario or matrix file of the old format into one of the current format.
 ///
 /// # Errors
 ///
-/// The place in the text, as a JSON path, that is not of the old format or has nothing to become.
+/// The text is not of the old format, or has something without a counterpart. The message names the place as a JSON path.
 pub fn upgraded(text: &str) -> Result<String> {
     let json: Value = serde_json::from_str(text)?;
     if json.get("axes").is_some() {
@@ -55,7 +55,7 @@ pub fn upgraded(text: &str) -> Result<String> {
     to_text(&old.upgraded()?)
 }
 
-/// A matrix: its patches and steps.
+/// Turns the patches and steps of a matrix.
 fn matrix(mut json: Value) -> Result<Matrix> {
     for (axis, json) in elements(&mut json, "axes") {
         for (value, json) in elements(json, "values") {
@@ -83,7 +83,7 @@ fn members<'a>(json: &'a mut Value, key: &str) -> impl Iterator<Item = &'a mut V
     json.get_mut(key).and_then(Value::as_object_mut).into_iter().flat_map(Map::values_mut)
 }
 
-/// A merge patch for a scenario, as far as it can be told what it is about.
+/// Turns a merge patch for a scenario, in place.
 fn patch(patch: &mut Value) -> Result<()> {
     for vm in members(patch, "vms") {
         if let Some(vmm) = vm.as_object_mut().and_then(|vm| vm.remove("qemu")) {
@@ -249,7 +249,7 @@ impl OldVm {
     }
 }
 
-/// The level of QEMU's CPU models.
+/// The highest level that QEMU's CPU model has all of.
 fn cpu_level(model: &str) -> Result<CpuLevel> {
     Ok(match model {
         "qemu64" | "kvm64" | "Conroe" | "Penryn" => CpuLevel::V1,
@@ -322,7 +322,7 @@ fn steps(old: Vec<OldStep>) -> Result<Vec<Step>> {
 }
 
 impl OldStep {
-    /// How many actions the step has.
+    /// The number of actions that the step has.
     fn actions(&self) -> usize {
         let flags = [self.start, self.power_off, self.reboot, self.kill_vm, self.repeat.is_some()];
         let texts = [

@@ -1,4 +1,4 @@
-//! The format of `scenarios/matrix/NAME.json`, and the scenarios that it makes.
+//! The format of matrix files, `scenarios/matrix/NAME.json`, and the variants of the scenario that they describe.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,44 +12,46 @@ use serde_json::{Map, Value};
 use super::cover::Coverage;
 use crate::format::{Scenario, Step, is_old};
 
-/// Most combinations that a matrix may have: choosing among them takes a while.
+/// Most combinations of values that a matrix may have. The time to choose cells grows with their number.
 const MAX_COMBINATIONS: usize = 10_000;
+/// Longest name of an axis or a value, in bytes.
 const MAX_NAME: usize = 32;
 
-/// A matrix file.
+/// A matrix file: in what ways a scenario is varied.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Matrix {
     /// The JSON Schema of this file, for editors; a run does not read it.
     #[serde(default, rename = "$schema", skip_serializing_if = "Option::is_none")]
     schema: Option<String>,
-    /// Name of the scenario that is varied, and of the file without `.json`.
+    /// Name of the scenario; the matrix file has the same name.
     scenario: String,
-    /// Values that cannot be together.
+    /// Combinations of values that are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) impossible: Vec<Impossible>,
-    /// What varies.
+    /// What varies. A cell, which is one run, has one value of each axis.
     #[schemars(length(min = 1))]
     pub(super) axes: Vec<Axis>,
 }
 
-/// Values that cannot be together.
+/// A combination of values that cannot work.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Impossible {
-    /// The values by axis.
+    /// One value each of some axes, by the axis' name.
     pub(super) values: BTreeMap<String, String>,
-    /// Why not.
+    /// The reason, which the reports repeat.
     pub(super) because: String,
 }
 
-/// One thing that varies.
+/// A property that varies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Axis {
-    /// What it is.
+    /// Name of the property, such as `kernel`.
     pub(super) name: String,
-    /// How it can be; the first is the default.
+    /// Its values; the first is the default.
+    #[schemars(length(min = 1))]
     pub(super) values: Vec<Choice>,
 }
 
@@ -57,34 +59,36 @@ pub(super) struct Axis {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Choice {
-    /// What it is called.
+    /// Name of the value, such as `6.1`.
     pub(super) name: String,
-    /// What the value changes in the scenario: a JSON merge patch (RFC 7396).
+    /// JSON merge patch (RFC 7396) that gives the scenario this value.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     patch: Map<String, Value>,
-    /// Steps that come before the scenario's.
+    /// Steps that are carried out before the scenario's, for example to check that the guest sees the value.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     steps: Vec<Step>,
 }
 
 /// A variant of the scenario.
 pub struct Cell {
-    /// The number of its value of each axis.
+    /// The index of the cell's value on each axis.
     pub(super) values: Vec<usize>,
-    /// The text of its scenario file.
+    /// The text of the variant's scenario file.
     pub(super) text: String,
-    /// The same, checked.
+    /// The scenario that the text describes, checked.
     pub scenario: Scenario,
 }
 
 impl Matrix {
-    /// Reads the matrix of the scenario `name` and makes its cells, all of them checked. `dir` has the scenarios.
+    /// Reads the matrix of the scenario `name` in the folder `dir`, and makes and checks the cells that `coverage` asks
+    /// for.
     ///
     /// # Errors
     ///
-    /// The scenario has no matrix, or a file or a cell is not as it must be; the message says which and where.
+    /// There is no such scenario, it has no matrix, or a file or a cell is not valid. The message names the file or the
+    /// cell, and the place in it as a JSON path.
     pub fn load(dir: &Path, name: &str, coverage: Coverage) -> Result<(Self, Vec<Cell>)> {
-        // For the message when there is no such scenario.
+        // If there is no such scenario, this error lists those there are.
         crate::format::find(dir, name)?;
         let path = dir.join("matrix").join(format!("{name}.json"));
         let text = fs::read_to_string(&path)
@@ -140,7 +144,7 @@ impl Matrix {
         Ok(())
     }
 
-    /// Whether a cell has all of `values`.
+    /// Whether the cell has all of `values`, which go by the name of their axis.
     fn all_in(&self, values: &BTreeMap<String, String>, cell: &[usize]) -> bool {
         let named = self.axes.iter().zip(self.choices(cell));
         named.filter(|(axis, choice)| values.get(&axis.name) == Some(&choice.name)).count() == values.len()
@@ -150,7 +154,7 @@ impl Matrix {
         self.axes.iter().map(|axis| axis.values.len()).collect()
     }
 
-    /// The cells of the scenario whose text is `base`.
+    /// Makes the cells of the scenario whose text is `base`.
     fn cells(&self, base: &str, dir: &Path, coverage: Coverage) -> Result<Vec<Cell>> {
         let base: Value = serde_json::from_str(base).context("the scenario is no JSON")?;
         let possible =
@@ -187,13 +191,13 @@ impl Matrix {
         self.axes.iter().zip(values).filter_map(|(axis, value)| axis.values.get(*value))
     }
 
-    /// A cell's values in a line.
+    /// A cell's axes and values in one line.
     fn describe(&self, values: &[usize]) -> String {
         let named = self.axes.iter().zip(self.choices(values));
         named.map(|(axis, choice)| format!("{} {}", axis.name, choice.name)).collect::<Vec<_>>().join(", ")
     }
 
-    /// The names of a cell's values.
+    /// The names of a cell's values, in the order of the axes.
     pub(super) fn names(&self, values: &[usize]) -> Vec<String> {
         self.choices(values).map(|choice| choice.name.clone()).collect()
     }

@@ -1,27 +1,28 @@
-//! Which cells of a matrix are run. A cell has the number of a value for each axis; 0 is an axis' default.
+//! Chooses which cells of a matrix are run. A cell is a list with the index of one value for each axis; index 0 is the
+//! default.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
-/// Which cells to run.
+/// The set of cells to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Coverage {
-    /// A few in which every two values of different axes occur together.
+    /// A small set in which every two values of different axes occur together.
     Pairs,
-    /// The defaults, and each other value by itself.
+    /// The defaults, and each other value with the defaults of all other axes.
     Each,
     /// Every combination.
     All,
 }
 
 impl Coverage {
-    /// The cells of a matrix whose axes have as many values as `sizes` says, of those that are possible. The first has
-    /// the defaults; the same sizes always give the same cells.
+    /// Chooses among the possible cells of a matrix whose axes have `sizes` values. The first cell has the defaults. The
+    /// same sizes always give the same cells.
     pub(super) fn cells(self, sizes: &[usize], possible: impl Fn(&[usize]) -> bool) -> Vec<Vec<usize>> {
         let mut all = all(sizes);
         all.retain(|cell| possible(cell));
         match self {
-            // With one axis there are no pairs, and each value is wanted.
+            // A single axis has no pairs, so each of its values makes a cell.
             Coverage::Pairs if sizes.len() > 1 => pairs(&all),
             Coverage::Pairs | Coverage::All => all,
             Coverage::Each => {
@@ -31,7 +32,7 @@ impl Coverage {
         }
     }
 
-    /// What the cells have in common, for people.
+    /// Describes the set in a few words.
     pub(super) fn describe(self) -> &'static str {
         match self {
             Coverage::Pairs => "every two values of different axes occur together",
@@ -49,7 +50,7 @@ fn all(sizes: &[usize]) -> Vec<Vec<usize>> {
     sizes.iter().fold(vec![Vec::new()], grown)
 }
 
-/// Two values of different axes: axis and value of one, axis and value of the other.
+/// Two values of different axes: the first axis and its value, the second axis and its value.
 type Pair = (usize, usize, usize, usize);
 
 fn pairs_in(cell: &[usize]) -> impl Iterator<Item = Pair> {
@@ -60,8 +61,9 @@ fn pairs_in(cell: &[usize]) -> impl Iterator<Item = Pair> {
     cell.iter().enumerate().flat_map(rest)
 }
 
-/// Greedy: always the cell that has most of what is still missing; of several such the one that is least like any
-/// cell chosen before, which leaves more for the later ones; of these the first.
+/// Chooses cells until all pairs occur (a greedy pairwise cover): always the cell with the most missing pairs. Among
+/// several such cells it takes the one that differs most from all chosen so far, which keeps the set small, and among
+/// those the first.
 fn pairs(all: &[Vec<usize>]) -> Vec<Vec<usize>> {
     let mut missing: BTreeSet<Pair> = all.iter().flat_map(|cell| pairs_in(cell)).collect();
     let mut chosen: Vec<Vec<usize>> = Vec::new();
@@ -69,7 +71,7 @@ fn pairs(all: &[Vec<usize>]) -> Vec<Vec<usize>> {
         let gain = |cell: &&Vec<usize>| pairs_in(cell).filter(|pair| missing.contains(pair)).count();
         let alike = |one: &[usize], other: &[usize]| one.iter().zip(other).filter(|(a, b)| a == b).count();
         let likeness = |cell: &&Vec<usize>| chosen.iter().map(|known| alike(cell, known)).max();
-        // At first all are equal, and the defaults come before all others.
+        // At first all cells are equally good, and the one with the defaults comes first.
         let Some(best) = all.iter().min_by_key(|cell| (Reverse(gain(cell)), likeness(cell))) else { break };
         for pair in pairs_in(best) {
             missing.remove(&pair);

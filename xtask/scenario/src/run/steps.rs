@@ -1,4 +1,4 @@
-//! Carries out a scenario's steps on its running VMs.
+//! Carries out the steps of a scenario on its running VMs and proxies.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -13,16 +13,16 @@ use vvu_process::interrupt;
 use vvu_process::progress::{Progress, Stage};
 use vvu_testvm::{Process, Vm, ending, printed};
 
-/// The measurement that counts what was taken away by force.
+/// The measurement that counts kills and reboots.
 const FAULTS: &str = "faults_injected";
 
-/// Starts, or finds, what has this name.
+/// Starts or reads something by its name in the scenario.
 pub(super) type Launch<'a, T> = Box<dyn Fn(&str) -> Result<T> + 'a>;
 
 /// Numbers for the report, by name.
 pub(super) type Measurements = BTreeMap<String, f64>;
 
-/// Everything that runs.
+/// The running parts of a scenario, and what is known so far.
 pub(super) struct Running<'a> {
     /// The VMs by name; one that has ended is gone.
     pub vms: BTreeMap<String, Vm>,
@@ -34,28 +34,29 @@ pub(super) struct Running<'a> {
     pub launch_proxy: Launch<'a, Process>,
     /// Reads the messages of a vvu device so far.
     pub trace: Launch<'a, String>,
-    /// When the first VM was started.
+    /// When the first VM was launched.
     pub launched: Option<Instant>,
-    /// The placeholders' values.
+    /// The values of the placeholders.
     pub values: Values,
-    /// What was measured so far.
+    /// The measurements so far.
     pub measurements: Measurements,
-    /// How much longer than at native speed things may take.
+    /// Factor by which time limits are longer than at native speed.
     pub slowness: u32,
 }
 
-/// What came of the steps.
+/// The outcome of the steps.
 #[derive(Debug, Default)]
 pub(super) struct Done {
-    /// One for each check of the scenario.
+    /// The checks of the scenario, in the order of their first steps.
     pub checks: Vec<Check>,
     /// From the launch of the first VM to the milestone `disk-visible`, in seconds.
     pub launch_to_vda: Option<f64>,
-    /// Why a step that belongs to no check failed.
+    /// The failure of a step that belongs to no check, or of `before_end`.
     pub error: Option<Error>,
 }
 
-/// Carries out all steps until one fails. `before_end` is called before the VMs that are left are shut down.
+/// Carries out the steps until one fails. Calls `before_end` before the last steps if these only power VMs off, else after
+/// all steps.
 pub(super) fn carry_out(
     scenario: &Scenario,
     running: &mut Running<'_>,
@@ -103,7 +104,7 @@ pub(super) fn carry_out(
         }
         let failed = done.checks.iter().any(|check| check.result == CheckResult::Fail);
         if failed || done.error.is_some() {
-            // Dropping the stage says that it failed.
+            // Dropping the stage marks it as failed.
             return done;
         }
     }
@@ -116,7 +117,7 @@ pub(super) fn carry_out(
     done
 }
 
-/// The scenario's checks in order, none of them made yet.
+/// The checks of the scenario, each not reached yet.
 fn planned(steps: &[Placed<'_>]) -> Vec<Check> {
     let mut checks: Vec<Check> = Vec::new();
     for name in steps.iter().filter_map(|placed| placed.check) {
@@ -127,7 +128,8 @@ fn planned(steps: &[Placed<'_>]) -> Vec<Check> {
     checks
 }
 
-/// Writes a step's result into its check. A failed step without a check comes back as an error.
+/// Adds a step's result to its check; `last` says that it is the check's last step. Returns the error of a step that
+/// belongs to no check.
 fn record(checks: &mut [Check], name: Option<&str>, last: bool, result: Result<String>) -> Result<()> {
     let Some(check) = checks.iter_mut().find(|check| Some(check.name.as_str()) == name) else {
         return result.map(drop);
@@ -157,7 +159,7 @@ fn evidence_of(checks: &[Check], name: &str) -> String {
 }
 
 impl Running<'_> {
-    /// Sets the placeholder that tells the round of a repeat.
+    /// Sets the placeholder for the round of a repeat; removes it outside of one.
     fn enter(&mut self, round: Option<u32>) {
         match round {
             Some(round) => self.values.set(ROUND, round.to_string()),
@@ -278,7 +280,7 @@ impl Running<'_> {
         })
     }
 
-    /// Keeps what a step found under `name`, if it is to be kept.
+    /// Saves what a step found as the placeholder `name`, and adds it to the measurement of that name with `measure`.
     fn save(&mut self, name: Option<&str>, measure: bool, found: Option<String>) -> Result<()> {
         let (Some(name), Some(value)) = (name, found) else { return Ok(()) };
         if measure {
@@ -291,7 +293,7 @@ impl Running<'_> {
     }
 }
 
-/// What a step looks for in a trace: the value to save, and the first line of what was found.
+/// Finds `pattern` in a trace. Returns the value to save and the first line of the match.
 fn shown(name: &str, trace: &str, pattern: &Regex) -> Result<(Option<String>, String)> {
     let Some(found) = pattern.captures(trace) else {
         bail!(
@@ -304,7 +306,7 @@ fn shown(name: &str, trace: &str, pattern: &Regex) -> Result<(Option<String>, St
     Ok((value, line))
 }
 
-/// What a command gave, if it is as wanted: the value to save, and the evidence.
+/// Compares a command's exit code and output with what the step expects. Returns the value to save and the evidence.
 fn judge(
     vm: &str,
     command: &str,

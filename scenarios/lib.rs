@@ -1,1 +1,0 @@
-//! The scenarios of the end-to-end harness, one JSON file each.
