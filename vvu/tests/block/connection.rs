@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vhost::VhostBackend;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
-use vvu::backend::block::{Block, Options};
+use vvu::backend::block::{BlockBackend, BlockOptions};
 
 use crate::common::{Backend, Setup, pattern, wait_until};
 use crate::{DATA, memory};
@@ -114,8 +114,8 @@ fn one_writer_or_many_readers() {
     let backend = Backend::start(&pattern(18, 512), |_| {});
     let open = |path: &Path, read_only| {
         let options =
-            Options { path: path.to_owned(), read_only, queues: 1, serial: None, poll: Duration::ZERO };
-        Block::open(&options).map_err(|error| error.to_string())
+            BlockOptions { path: path.to_owned(), read_only, queues: 1, serial: None, poll: Duration::ZERO };
+        BlockBackend::open(&options).map_err(|error| error.to_string())
     };
     let busy = open(&backend.disk, false).expect_err("second writer");
     assert!(busy.contains("stop that one, or serve it read-only in both"), "{busy}");

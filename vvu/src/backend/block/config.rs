@@ -1,17 +1,12 @@
 //! What a block device tells its driver: features and configuration (virtio 1.2, 5.2.3 and 5.2.4).
 
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::disk::{Disk, SECTOR_SIZE};
 
-/// Largest queue, in descriptors.
-pub(super) const QUEUE_SIZE_MAX: u16 = 1024;
 /// Data segments of a request, such that it fits into a queue of 128 with its header and status.
 const SEG_MAX: u32 = 126;
 /// Ranges in a discard or write-zeroes request.
@@ -26,33 +21,19 @@ const DISCARD_ALIGNMENT: u32 = 8;
 /// Bytes of configuration that a front-end may ask for (vhost-user, `VHOST_USER_GET_CONFIG`).
 const SPACE_SIZE: usize = 256;
 
-/// Virtio features of a device for `disk`.
+/// Feature bits of a block device for `disk` (virtio 1.2, 5.2.3).
 pub(super) fn features(disk: &Disk) -> u64 {
     let bit = |bit: u32| 1u64 << bit;
-    let always = bit(VIRTIO_F_VERSION_1)
-        | bit(VIRTIO_RING_F_EVENT_IDX)
-        | bit(VIRTIO_RING_F_INDIRECT_DESC)
-        | bit(VIRTIO_BLK_F_FLUSH)
+    let always = bit(VIRTIO_BLK_F_FLUSH)
         | bit(VIRTIO_BLK_F_SEG_MAX)
         | bit(VIRTIO_BLK_F_BLK_SIZE)
-        | bit(VIRTIO_BLK_F_MQ)
-        | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        | bit(VIRTIO_BLK_F_MQ);
     let access = if disk.is_read_only() {
         bit(VIRTIO_BLK_F_RO)
     } else {
         bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES)
     };
     always | access
-}
-
-/// vhost-user protocol features of every device.
-pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
-    VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::MQ
-        | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::RESET_DEVICE
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// `size` bytes at `offset` of the configuration space, empty if there are not that many.

@@ -12,7 +12,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
-use super::{Options, QUEUES_MAX, SERIAL_MAX};
+use super::options::{BlockOptions, QUEUES_MAX, SERIAL_MAX};
 
 /// Bytes of a sector, the unit of every address and length (virtio 1.2, 5.2.4).
 pub(super) const SECTOR_SIZE: u16 = 512;
@@ -110,8 +110,8 @@ pub(super) struct Disk {
 }
 
 impl Disk {
-    pub(super) fn open(options: &Options) -> Result<Self, OpenError> {
-        let Options { path, read_only, .. } = options;
+    pub(super) fn open(options: &BlockOptions) -> Result<Self, OpenError> {
+        let BlockOptions { path, read_only, .. } = options;
         let read_only = *read_only;
         let serial = serial(options)?;
         let failed = |what, source: io::Error| match source.kind() {
@@ -294,7 +294,7 @@ fn advance(pieces: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
     rest
 }
 
-fn serial(options: &Options) -> Result<[u8; SERIAL_MAX], OpenError> {
+fn serial(options: &BlockOptions) -> Result<[u8; SERIAL_MAX], OpenError> {
     let printable = |byte: &u8| byte.is_ascii_graphic() || *byte == b' ';
     let text: Vec<u8> = match &options.serial {
         Some(serial) => {

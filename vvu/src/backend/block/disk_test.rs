@@ -14,8 +14,8 @@ pub(in super::super) fn disk_of(content: &[u8], read_only: bool) -> (NamedTempFi
     (file, disk)
 }
 
-fn options(path: &Path, read_only: bool) -> Options {
-    Options { path: path.to_owned(), read_only, queues: 1, serial: None, poll: Duration::ZERO }
+fn options(path: &Path, read_only: bool) -> BlockOptions {
+    BlockOptions { path: path.to_owned(), read_only, queues: 1, serial: None, poll: Duration::ZERO }
 }
 
 /// The error for a path, and that it names it and a remedy.
@@ -71,7 +71,7 @@ fn names_the_access_that_is_denied() {
 #[test]
 fn serial_numbers_fit() {
     let name = |path: &str, serial: Option<&str>| {
-        let options = Options { serial: serial.map(str::to_owned), ..options(Path::new(path), false) };
+        let options = BlockOptions { serial: serial.map(str::to_owned), ..options(Path::new(path), false) };
         super::serial(&options).map(|serial| String::from_utf8_lossy(&serial).into_owned())
     };
     let fitting = |path, serial| name(path, serial).expect("serial").trim_end_matches('\0').to_owned();
