@@ -15,10 +15,10 @@ use crate::stop;
 mod bridge;
 mod program;
 
-/// Most microseconds to look for a request; a waiting driver is told within that time that its queue has stopped.
+/// Longest poll window in microseconds. A front-end that stops a queue waits for the end of the window at most.
 const POLL_US_MAX: i64 = 10_000;
 
-/// Options of `vvu device`.
+/// Arguments of `vvu device`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -27,21 +27,21 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Device {
-    /// Serve a disk.
+    /// Serve a disk
     Block(BlockArgs),
-    /// Connect a vvu device to any vhost-user back-end.
+    /// Connect a vvu device to any vhost-user back-end
     Bridge(bridge::Args),
 }
 
-/// Where a back-end is reached.
+/// Where front-ends find the back-end.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct Place {
-    /// Serve through the vvu device with this PCI address.
-    #[arg(long, value_name = "BDF")]
+    /// Serve the sibling VM through the vvu device with this PCI address
+    #[arg(long, value_name = "BDF", help_heading = "Front-end, one of")]
     vfio: Option<Bdf>,
-    /// Serve on a vhost-user socket of this machine.
-    #[arg(long, value_name = "PATH")]
+    /// Serve VMs of this machine on a vhost-user socket
+    #[arg(long, value_name = "PATH", help_heading = "Front-end, one of")]
     socket: Option<PathBuf>,
 }
 
@@ -49,24 +49,33 @@ struct Place {
 struct BlockArgs {
     #[command(flatten)]
     place: Place,
-    /// Disk image or block device.
-    #[arg(long, value_name = "PATH")]
+    /// Disk image or block device to serve
+    #[arg(long, value_name = "PATH", help_heading = "Disk")]
     file: PathBuf,
-    /// Refuse writes.
-    #[arg(long)]
+    /// Refuse writes; several back-ends may serve one disk then
+    #[arg(long, help_heading = "Disk")]
     read_only: bool,
-    /// Queues, each with a thread of its own.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    queues: u16,
-    /// Serial number; by default the file name.
-    #[arg(long, value_name = "TEXT")]
+    /// Serial number of up to 20 characters; by default the file name
+    #[arg(long, value_name = "TEXT", help_heading = "Disk")]
     serial: Option<String>,
-    /// Look for the next request for so many microseconds before asking for a notification; 0: never.
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(..=POLL_US_MAX))]
+    /// Queues to offer; each that the sibling uses has a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Performance")]
+    queues: u16,
+    /// Watch an empty queue for so many microseconds before asking for a notification; 0 turns it off
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 200,
+        value_parser = clap::value_parser!(u32).range(..=POLL_US_MAX),
+        help_heading = "Performance"
+    )]
     poll_us: u32,
 }
 
-/// Serves until a signal asks for the end.
+/// Runs a back-end until `SIGINT` or `SIGTERM`.
+///
+/// # Errors
+/// When the back-end cannot start, or ends by itself.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = stop::on_signal().context("cannot catch signals")?;
     match &args.device {
@@ -115,12 +124,12 @@ fn on_socket(path: &Path, disk: &BlockBackend, stop: &StopToken, ready: &str) ->
     Ok(disk.serve(socket.listener(), stop)?)
 }
 
-/// The line that whoever started us waits for.
+/// Prints the line that tells the caller that front-ends can connect.
 fn say(ready: &str) -> anyhow::Result<()> {
     writeln!(io::stdout(), "vvu: {ready}").context("cannot write to standard output")
 }
 
-/// A number of bytes in the largest unit of which it is a multiple.
+/// A number of bytes, printed in the largest unit of which it is a multiple.
 struct Size(u64);
 
 impl std::fmt::Display for Size {
