@@ -16,7 +16,10 @@ pub use options::{BlockOptions, QUEUES_MAX, SERIAL_MAX};
 mod config;
 mod device;
 mod disk;
+#[cfg(test)]
+mod durability_test;
 mod failure;
+mod faults;
 mod options;
 mod ranges;
 mod request;

@@ -46,6 +46,8 @@ pub struct Descriptor {
 /// A disk, its device, and one queue.
 #[derive(Debug)]
 pub struct Rig {
+    #[cfg(test)]
+    disk: Arc<Disk>,
     device: BlockDevice,
     queue: Mutex<Queue>,
     /// Set to make the device give up the queue between two requests, as when the front-end is gone.
@@ -75,14 +77,22 @@ impl Rig {
         let mut file = NamedTempFile::new().expect("file");
         let sector = |number: u64| vec![u8::try_from(number).expect("small"); SECTOR_SIZE.into()];
         file.write_all(&(0..SECTORS).flat_map(sector).collect::<Vec<_>>()).expect("content");
-        let options =
-            BlockOptions { path: file.path().to_owned(), read_only: false, queues: 1, serial: None, poll };
-        let device = BlockDevice::new(Arc::new(Disk::open(&options).expect("disk")), 1);
+        let disk = open(&file);
+        let device = BlockDevice::new(Arc::clone(&disk), 1);
         device.set_features(1 << VIRTIO_BLK_F_FLUSH);
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
         let queue = Mutex::new(Queue::new(0, poll));
         let interrupt = Arc::new(AtomicBool::new(false));
-        let mut rig = Self { device, queue, interrupt, memory, file, available: 0 };
+        let mut rig = Self {
+            #[cfg(test)]
+            disk,
+            device,
+            queue,
+            interrupt,
+            memory,
+            file,
+            available: 0,
+        };
         rig.restart();
         rig
     }
@@ -147,4 +157,44 @@ impl Rig {
     pub fn content(&self) -> Vec<u8> {
         std::fs::read(self.file.path()).expect("file")
     }
+}
+
+/// What tests do to the disk.
+#[cfg(test)]
+impl Rig {
+    pub(super) fn faults(&self) -> &super::faults::Faults {
+        &self.disk.faults
+    }
+
+    /// Begins with a new front-end, whose driver accepts `features`.
+    pub(super) fn reconnect(&mut self, features: u64) {
+        self.device = BlockDevice::new(Arc::clone(&self.disk), 1);
+        self.device.set_features(features);
+        self.restart();
+    }
+
+    /// Begins with a new back-end.
+    pub(super) fn reopen(&mut self) {
+        // The last owner of the disk gives up the lock on it.
+        let mut other = NamedTempFile::new().expect("file");
+        other.write_all(&[0; SECTOR_SIZE as usize]).expect("content");
+        self.disk = open(&other);
+        self.reconnect(0);
+        self.disk = open(&self.file);
+        self.reconnect(1 << VIRTIO_BLK_F_FLUSH);
+    }
+
+    pub(super) fn resize(&self, len: u64) {
+        self.file.as_file().set_len(len).expect("size");
+    }
+
+    pub(super) fn set_content(&self, content: &[u8]) {
+        std::fs::write(self.file.path(), content).expect("content");
+    }
+}
+
+fn open(file: &NamedTempFile) -> Arc<Disk> {
+    let path = file.path().to_owned();
+    let options = BlockOptions { path, read_only: false, queues: 1, serial: None, poll: Duration::ZERO };
+    Arc::new(Disk::open(&options).expect("disk"))
 }
