@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -11,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::event::Event;
+use crate::event::signaller::Signaller;
 
 const NO_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// Tags of what a queue waits for.
@@ -105,8 +107,23 @@ impl Kicks {
 /// Signals a call event. One whose counter is full is signalled already.
 ///
 /// # Errors
-/// When `event` cannot be written to.
+/// When `event` is no eventfd.
 pub(super) fn signal(event: impl AsFd) -> io::Result<()> {
+    match Signaller::shared() {
+        Ok(signaller) => signaller.signal(event.as_fd()),
+        Err(error) => {
+            if !WITHOUT_SIGNALLER.swap(true, Ordering::Relaxed) {
+                log::warn!("a front-end can block this back-end by its call events: {error}");
+            }
+            signal_unless_full(event)
+        }
+    }
+}
+
+static WITHOUT_SIGNALLER: AtomicBool = AtomicBool::new(false);
+
+/// Signals an event by a write, which waits if the front-end fills the counter after the look at it.
+fn signal_unless_full(event: impl AsFd) -> io::Result<()> {
     let mut fds = [PollFd::new(&event, PollFlags::OUT)];
     rustix::event::poll(&mut fds, Some(&NO_WAIT))?;
     if fds[0].revents().contains(PollFlags::OUT) {
@@ -200,5 +217,12 @@ mod tests {
         let (event, call) = event();
         rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).expect("fill");
         signal(&event).expect("no wait");
+        signal_unless_full(&event).expect("no wait");
+    }
+
+    #[test]
+    fn what_is_no_eventfd_is_no_call_event() {
+        let (_read, write) = rustix::pipe::pipe().expect("pipe");
+        assert!(signal(&write).is_err());
     }
 }

@@ -159,7 +159,11 @@ impl Queue {
     fn interrupt_driver(&mut self) {
         let Some(call) = &self.call else { return };
         if let Err(error) = notify::signal(call) {
-            log::warn!("queue {}: cannot signal the call event: {error}", self.index);
+            log::warn!(
+                "queue {}: the driver gets no interrupts: cannot signal the call event: {error}",
+                self.index
+            );
+            self.call = None;
         }
     }
 }
