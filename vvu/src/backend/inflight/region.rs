@@ -18,6 +18,8 @@ use crate::spec::PAGE_SIZE;
 const ALIGNMENT: u64 = 64;
 /// `f_type` of sysfs, where a PCI device's memory is (`SYSFS_MAGIC`).
 const SYSFS: i64 = 0x6265_6572;
+/// `f_type` of files in huge pages (`HUGETLBFS_MAGIC`).
+const HUGETLBFS: i64 = 0x9584_58f6;
 
 /// Why a front-end gets no in-flight region, or cannot hand one in.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +37,11 @@ pub(in crate::backend) enum RegionError {
         "the file of the in-flight region can shrink: want the one that GET_INFLIGHT_FD returned, or one sealed with F_SEAL_SHRINK"
     )]
     CanShrink,
+    /// An access fails, and ends this process, when no huge page is free.
+    #[error(
+        "the in-flight region is in huge pages: want the one that GET_INFLIGHT_FD returned, or ordinary pages"
+    )]
+    HugePages,
     #[error("cannot map the in-flight region: {0}")]
     Map(String),
     #[error("cannot use an in-flight region: {0}")]
@@ -133,6 +140,9 @@ impl Region {
         }
         if can_shrink(&file)? {
             return Err(RegionError::CanShrink);
+        }
+        if fstatfs(&file)?.f_type == HUGETLBFS {
+            return Err(RegionError::HugePages);
         }
         let map = |error: &dyn std::fmt::Display| RegionError::Map(error.to_string());
         let end = offset.checked_add(want);

@@ -100,3 +100,14 @@ fn files_that_can_shrink_are_refused() {
 fn files_of_sysfs_pass() {
     assert!(!can_shrink(File::open("/sys").expect("sysfs")).expect("seals"));
 }
+
+/// No page need be there for the file to have its size, and an access without one would kill us (SIGBUS).
+#[test]
+fn huge_pages_are_refused() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+    let file = memfd_create("test", flags).expect("a kernel with huge pages");
+    ftruncate(&file, 2 << 20).expect("size");
+    fcntl_add_seals(&file, SealFlags::SHRINK).expect("seal");
+    let (offered, _) = made(1, 128);
+    assert!(matches!(open(&offered, file.into()), Err(RegionError::HugePages)));
+}
