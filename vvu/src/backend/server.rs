@@ -1,19 +1,24 @@
 //! Serves front-ends, one after another.
 
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::handler::Handler;
 use crate::event::{StopToken, wait_any, wait_readable};
-use crate::spec::vhost_user::{HEADER_SIZE, Header};
+use crate::spec::vhost_user::{HEADER_SIZE, Header, REGIONS_MAX};
+
+/// How long to wait before a front-end that could not even be hung up on is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Why a back-end serves no longer, although nobody has told it to stop.
 #[derive(Debug, thiserror::Error)]
@@ -34,13 +39,17 @@ pub(super) enum End {
     LeftInMessage,
     #[error("{0}")]
     Refused(Error),
+    #[error(
+        "a message has more than {REGIONS_MAX} descriptors, or there are too few left: check `ulimit -n`"
+    )]
+    Descriptors,
     #[error("cannot wait: {0}")]
     Wait(#[from] io::Error),
 }
 
 /// Serves the front-ends that connect to `listener`, one at a time and each with a handler of its own, until `stop`.
-/// Nobody can connect to `listener` after that. A front-end that breaks the protocol loses its connection, and no
-/// more.
+/// Nobody can connect to `listener` after that. A front-end that breaks the protocol, or for which there are no
+/// descriptors or threads, loses its connection, and no more.
 ///
 /// # Errors
 /// [`ServeError`].
@@ -49,12 +58,49 @@ pub(super) fn serve(
     stop: &StopToken,
     new_handler: impl Fn() -> Handler,
 ) -> Result<(), ServeError> {
+    let mut reserve = Reserve::new(listener);
     while wait_readable(&[stop.as_fd(), listener.as_fd()], None)? == Some(1) {
-        let (frontend, _) = listener.accept()?;
-        serve_frontend(frontend, stop, new_handler(), || close(listener));
+        match listener.accept() {
+            Ok((frontend, _)) => serve_frontend(frontend, stop, new_handler(), || close(listener)),
+            Err(error) if is_shortage(&error) => {
+                log::warn!("a front-end was hung up on: {error}");
+                if !reserve.hang_up() {
+                    // The shortage is that of the whole system. The front-end stays where it is meanwhile.
+                    wait_readable(&[stop.as_fd()], Some(Instant::now() + RETRY_INTERVAL))?;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
+        }
     }
     close(listener);
     Ok(())
+}
+
+/// A descriptor that is kept to be able to take a connection, and close it, when there is no other left.
+struct Reserve<'l> {
+    listener: &'l UnixListener,
+    descriptor: Option<UnixListener>,
+}
+
+impl<'l> Reserve<'l> {
+    fn new(listener: &'l UnixListener) -> Self {
+        Self { listener, descriptor: listener.try_clone().ok() }
+    }
+
+    /// Hangs up on the front-end that waits to be accepted. Returns whether that was possible.
+    fn hang_up(&mut self) -> bool {
+        self.descriptor = None;
+        let done = self.listener.accept().is_ok();
+        self.descriptor = self.listener.try_clone().ok();
+        done
+    }
+}
+
+/// Whether `error` says that descriptors or memory are short, which passes.
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
+    shortages.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 /// Lets nobody connect to `listener` any more, so that a front-end which connects again at once finds nobody here
@@ -137,11 +183,25 @@ impl Connection {
     }
 
     /// Looks at what has arrived, without taking it.
+    ///
+    /// The descriptors are duplicated for the look: the crate waits for another message when it cannot take all of
+    /// them.
     fn arrived(&self) -> Result<Arrived, End> {
         let mut header = [0; HEADER_SIZE];
-        let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        let count = match rustix::net::recv(&self.stream, &mut header, peek) {
-            Ok((_, count)) => count,
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(REGIONS_MAX))];
+        let mut descriptors = RecvAncillaryBuffer::new(&mut space);
+        let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let count = match recvmsg(&self.stream, &mut [IoSliceMut::new(&mut header)], &mut descriptors, peek) {
+            Ok(got) => {
+                let rights = descriptors.drain().map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(descriptors) => descriptors.count(),
+                    _ => 0,
+                });
+                if rights.sum::<usize>() > REGIONS_MAX || got.flags.contains(ReturnFlags::CTRUNC) {
+                    return Err(End::Descriptors);
+                }
+                got.bytes
+            }
             Err(Errno::AGAIN | Errno::INTR) => 0,
             Err(Errno::CONNRESET) => return Err(End::Left),
             Err(error) => return Err(io::Error::from(error).into()),
