@@ -12,6 +12,9 @@ pub(super) trait Device: Send + Sync {
     /// The device's own feature bits, without those of the rings and the transport.
     fn features(&self) -> u64;
 
+    /// Most descriptors of a request, by what the configuration space says.
+    fn descriptors_max(&self) -> u16;
+
     /// Takes over the features that the driver accepted; 0 when the device is reset.
     fn set_features(&self, features: u64);
 

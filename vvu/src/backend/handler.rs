@@ -106,6 +106,20 @@ impl Handler {
         self.workers.iter().flatten().for_each(|worker| worker.change(&change));
     }
 
+    /// Warns of a queue that is too short for the driver's requests. The driver would not even make such a request
+    /// available, but wait until there is room for it.
+    fn check_size(&self, index: u8, size: u16) {
+        let want = self.device.descriptors_max();
+        let indirect = self.features.unwrap_or(0) & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0;
+        if !indirect && size < want {
+            log::warn!(
+                "queue {index} has {size} descriptors and its driver no indirect ones: it waits for ever with a \
+                 request of up to {want}; want a larger queue-size, indirect_desc=on or --seg-max {}",
+                size.saturating_sub(2).max(1)
+            );
+        }
+    }
+
     fn set_memory(&mut self, memory: Memory) {
         self.change_all(|queue| queue.memory = Arc::clone(memory.guest()));
         self.memory = memory;
@@ -205,7 +219,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn set_vring_kick(&mut self, index: u8, event: Option<File>) -> Result<()> {
         let starts = event.is_some();
         match self.worker(index.into())?.set_kick(event) {
-            Ok(()) if starts => self.change(index.into(), Queue::start),
+            Ok(()) if starts => {
+                let size = self.change(index.into(), |queue| {
+                    queue.start();
+                    queue.ring.size
+                })?;
+                self.check_size(index, size);
+                Ok(())
+            }
             Ok(()) => Ok(()),
             Err(error) => {
                 log::warn!("queue {index}: the front-end's kick event cannot be waited for: {error}");

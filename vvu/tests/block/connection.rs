@@ -2,7 +2,6 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
 
 use vhost::VhostBackend;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
@@ -113,8 +112,7 @@ fn stops_while_a_front_end_is_connected() {
 fn one_writer_or_many_readers() {
     let backend = Backend::start(&pattern(18, 512), |_| {});
     let open = |path: &Path, read_only| {
-        let options =
-            BlockOptions { path: path.to_owned(), read_only, queues: 1, serial: None, poll: Duration::ZERO };
+        let options = BlockOptions { read_only, ..BlockOptions::new(path) };
         BlockBackend::open(&options).map_err(|error| error.to_string())
     };
     let busy = open(&backend.disk, false).expect_err("second writer");

@@ -7,7 +7,6 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
 
 use vvu::backend::block::{BlockBackend, BlockOptions};
 use vvu::driver::Driver as GuestDriver;
@@ -93,9 +92,7 @@ fn message(request: u32, payload: &[u8]) -> Vec<u8> {
 fn hostile_front_ends_do_not_end_the_program() {
     let content = pattern(20, 4096);
     let (_directory, path) = disk(&content).expect("disk");
-    let poll = Duration::from_micros(200);
-    let options = BlockOptions { path, read_only: false, queues: 4, serial: None, poll };
-    let block = BlockBackend::open(&options).expect("disk");
+    let block = BlockBackend::open(&BlockOptions { queues: 4, ..BlockOptions::new(path) }).expect("disk");
     let proxy = Proxy::start(8 << 20, 16);
     let memory = Arc::new(proxy.memory(&FLAT));
     let data = Driver::buffers(&memory, 4);

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use vvu::backend::ServeError;
 use vvu::backend::block::{BlockBackend, BlockOptions};
@@ -24,9 +23,7 @@ pub struct Backend {
 impl Backend {
     pub fn start(content: &[u8], adjust: impl FnOnce(&mut BlockOptions)) -> Self {
         let (dir, disk) = disk(content).expect("disk");
-        let poll = Duration::from_micros(200);
-        let mut options =
-            BlockOptions { path: disk.clone(), read_only: false, queues: 4, serial: None, poll };
+        let mut options = BlockOptions { queues: 4, ..BlockOptions::new(&disk) };
         adjust(&mut options);
         let path = dir.path().join("s");
         let (stop, task) = Self::serve(&options, &path);

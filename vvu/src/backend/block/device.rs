@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use vm_memory::{Bytes, GuestMemoryMmap, Permissions};
 
-use super::config;
+use super::config::{self, Shape};
 use super::disk::{Disk, SECTOR_SIZE};
 use super::failure::Failure;
 use super::ranges::{Range, offset, ranges};
@@ -21,7 +21,7 @@ use crate::backend::device::Device;
 #[derive(Debug)]
 pub(super) struct BlockDevice {
     disk: Arc<Disk>,
-    queues: u16,
+    shape: Shape,
     /// The driver cannot flush, so each write has to be durable (virtio 1.2, 5.2.6.2).
     write_through: AtomicBool,
     /// A failure of the disk has been logged.
@@ -29,8 +29,8 @@ pub(super) struct BlockDevice {
 }
 
 impl BlockDevice {
-    pub(super) fn new(disk: Arc<Disk>, queues: u16) -> Self {
-        Self { disk, queues, write_through: AtomicBool::new(true), disk_failed: AtomicBool::new(false) }
+    pub(super) fn new(disk: Arc<Disk>, shape: Shape) -> Self {
+        Self { disk, shape, write_through: AtomicBool::new(true), disk_failed: AtomicBool::new(false) }
     }
 
     /// Carries a request out and returns the number of bytes of data that were written to the guest.
@@ -105,11 +105,16 @@ impl BlockDevice {
 
 impl Device for BlockDevice {
     fn queues(&self) -> u16 {
-        self.queues
+        self.shape.queues
     }
 
     fn features(&self) -> u64 {
         config::features(&self.disk)
+    }
+
+    fn descriptors_max(&self) -> u16 {
+        // The header and the status have a descriptor each.
+        self.shape.segments + 2
     }
 
     fn set_features(&self, features: u64) {
@@ -117,7 +122,7 @@ impl Device for BlockDevice {
     }
 
     fn config(&self, offset: u32, size: u32) -> Vec<u8> {
-        config::read(&self.disk, self.queues, offset, size)
+        config::read(&self.disk, self.shape, offset, size)
     }
 
     fn handle(&self, memory: &GuestMemoryMmap, chain: Chain, announce: &mut dyn FnMut()) -> u32 {

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
 use super::faults::{Call, Faults};
-use super::options::{BlockOptions, QUEUES_MAX, SERIAL_MAX};
+use super::options::{BlockOptions, QUEUES_MAX, SEGMENTS_MAX, SERIAL_MAX};
 
 /// Bytes of a sector, the unit of every address and length (virtio 1.2, 5.2.4).
 pub(super) const SECTOR_SIZE: u16 = 512;
@@ -86,6 +86,12 @@ pub enum OpenError {
     /// Too few or too many queues.
     #[error("{got} queues: want 1 to {QUEUES_MAX}")]
     Queues {
+        /// The number asked for.
+        got: u16,
+    },
+    /// Too few or too many pieces of memory in a request.
+    #[error("requests of {got} pieces of memory: want 1 to {SEGMENTS_MAX}")]
+    Segments {
         /// The number asked for.
         got: u16,
     },

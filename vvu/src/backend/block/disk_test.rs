@@ -1,7 +1,6 @@
 use super::*;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
 
 use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -15,7 +14,7 @@ pub(in super::super) fn disk_of(content: &[u8], read_only: bool) -> (NamedTempFi
 }
 
 fn options(path: &Path, read_only: bool) -> BlockOptions {
-    BlockOptions { path: path.to_owned(), read_only, queues: 1, serial: None, poll: Duration::ZERO }
+    BlockOptions { read_only, ..BlockOptions::new(path) }
 }
 
 /// The error for a path, and that it names it and a remedy.

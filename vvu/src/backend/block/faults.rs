@@ -14,7 +14,7 @@ pub(super) enum Call {
 
 #[cfg(not(test))]
 #[derive(Debug, Default)]
-pub(super) struct Faults;
+pub(super) struct Faults(());
 
 #[cfg(not(test))]
 impl Faults {

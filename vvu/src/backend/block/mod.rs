@@ -7,11 +7,13 @@ use std::time::Duration;
 use super::handler::Handler;
 use super::server::{self, ServeError};
 use crate::event::StopToken;
+use config::Shape;
 use device::BlockDevice;
 use disk::Disk;
+use options::SEGMENTS_MAX;
 
 pub use disk::OpenError;
-pub use options::{BlockOptions, QUEUES_MAX, SERIAL_MAX};
+pub use options::{BlockOptions, QUEUES_MAX, SEGMENTS_DEFAULT, SERIAL_MAX};
 
 mod config;
 mod device;
@@ -30,7 +32,7 @@ pub mod rig;
 #[derive(Clone, Debug)]
 pub struct BlockBackend {
     disk: Arc<Disk>,
-    queues: u16,
+    shape: Shape,
     poll: Duration,
 }
 
@@ -43,7 +45,11 @@ impl BlockBackend {
         if !(1..=QUEUES_MAX).contains(&options.queues) {
             return Err(OpenError::Queues { got: options.queues });
         }
-        Ok(Self { disk: Arc::new(Disk::open(options)?), queues: options.queues, poll: options.poll })
+        if !(1..=SEGMENTS_MAX).contains(&options.segments) {
+            return Err(OpenError::Segments { got: options.segments });
+        }
+        let shape = Shape { queues: options.queues, segments: options.segments };
+        Ok(Self { disk: Arc::new(Disk::open(options)?), shape, poll: options.poll })
     }
 
     /// Size of the disk in bytes.
@@ -68,6 +74,6 @@ impl BlockBackend {
     }
 
     fn handler(&self) -> Handler {
-        Handler::new(Arc::new(BlockDevice::new(Arc::clone(&self.disk), self.queues)), self.poll)
+        Handler::new(Arc::new(BlockDevice::new(Arc::clone(&self.disk), self.shape)), self.poll)
     }
 }

@@ -9,6 +9,7 @@ use tempfile::NamedTempFile;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::config::Shape;
 use super::device::BlockDevice;
 use super::disk::{Disk, SECTOR_SIZE};
 use super::options::BlockOptions;
@@ -29,6 +30,8 @@ pub const DESCRIPTORS: u64 = 0;
 pub const AVAILABLE: u64 = 0x1000;
 /// Where the used ring is.
 pub const USED: u64 = 0x2000;
+
+const SHAPE: Shape = Shape { queues: 1, segments: 126 };
 
 /// One descriptor as the driver writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +81,7 @@ impl Rig {
         let sector = |number: u64| vec![u8::try_from(number).expect("small"); SECTOR_SIZE.into()];
         file.write_all(&(0..SECTORS).flat_map(sector).collect::<Vec<_>>()).expect("content");
         let disk = open(&file);
-        let device = BlockDevice::new(Arc::clone(&disk), 1);
+        let device = BlockDevice::new(Arc::clone(&disk), SHAPE);
         device.set_features(1 << VIRTIO_BLK_F_FLUSH);
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
         let queue = Mutex::new(Queue::new(0, poll));
@@ -168,7 +171,7 @@ impl Rig {
 
     /// Begins with a new front-end, whose driver accepts `features`.
     pub(super) fn reconnect(&mut self, features: u64) {
-        self.device = BlockDevice::new(Arc::clone(&self.disk), 1);
+        self.device = BlockDevice::new(Arc::clone(&self.disk), SHAPE);
         self.device.set_features(features);
         self.restart();
     }
@@ -194,7 +197,5 @@ impl Rig {
 }
 
 fn open(file: &NamedTempFile) -> Arc<Disk> {
-    let path = file.path().to_owned();
-    let options = BlockOptions { path, read_only: false, queues: 1, serial: None, poll: Duration::ZERO };
-    Arc::new(Disk::open(&options).expect("disk"))
+    Arc::new(Disk::open(&BlockOptions::new(file.path())).expect("disk"))
 }

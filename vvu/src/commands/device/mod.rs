@@ -3,10 +3,11 @@
 use std::convert::Infallible;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use vvu::backend::block::{BlockBackend, BlockOptions};
+use vvu::backend::block::{BlockBackend, BlockOptions, QUEUES_MAX, SEGMENTS_DEFAULT};
 use vvu::listening_socket::ListeningSocket;
 use vvu::{Bdf, StopToken, open_vfio, serve};
 
@@ -58,9 +59,12 @@ struct BlockArgs {
     /// Serial number of up to 20 characters; by default the file name
     #[arg(long, value_name = "TEXT", help_heading = "Disk")]
     serial: Option<String>,
-    /// Queues to offer; each that the sibling uses has a thread of its own
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Performance")]
+    /// Most queues that the sibling may use; each that it uses has a thread of its own
+    #[arg(long, value_name = "N", default_value_t = QUEUES_MAX, help_heading = "Performance")]
     queues: u16,
+    /// Most pieces of memory in a request; no more than the sibling's queue-size less 2 if it has indirect_desc=off
+    #[arg(long, value_name = "N", default_value_t = SEGMENTS_DEFAULT, help_heading = "Performance")]
+    seg_max: u16,
     /// Watch an empty queue for so many microseconds before asking for a notification; 0 turns it off
     #[arg(
         long,
@@ -85,11 +89,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
+    // A write beyond the limit on the size of files (`ulimit -f`) fails with EFBIG then, rather than end the process.
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
+        .context("cannot catch signals")?;
     let disk = BlockBackend::open(&BlockOptions {
         path: args.file.clone(),
         read_only: args.read_only,
         queues: args.queues,
         serial: args.serial.clone(),
+        segments: args.seg_max,
         poll: Duration::from_micros(args.poll_us.into()),
     })?;
     let ready = |place: &dyn std::fmt::Display| {
@@ -156,8 +164,7 @@ mod tests {
     fn disk(directory: &Path) -> BlockBackend {
         let path = directory.join("disk.img");
         std::fs::write(&path, [0; 512]).expect("disk");
-        let options = BlockOptions { path, read_only: false, queues: 1, serial: None, poll: Duration::ZERO };
-        BlockBackend::open(&options).expect("disk")
+        BlockBackend::open(&BlockOptions::new(path)).expect("disk")
     }
 
     #[test]
