@@ -159,8 +159,8 @@ fn device_status(bits: u8) -> String {
         (status::NEEDS_RESET, "needs reset"),
         (status::FAILED, "failed"),
     ];
-    let words = names.into_iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| name);
-    format!("{bits:#04x}, {}", words_or(words, "reset"))
+    let words = named_bits(bits.into(), names.map(|(bit, name)| (bit.into(), name)), "reset");
+    format!("{bits:#04x}, {words}")
 }
 
 fn features(bits: u64) -> String {
@@ -169,8 +169,13 @@ fn features(bits: u64) -> String {
         (feature::VERSION_1, "version 1"),
         (feature::ACCESS_PLATFORM, "access through the IOMMU"),
     ];
-    let words = names.into_iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| name);
-    format!("{bits:#x}, {}", words_or(words, "none known"))
+    format!("{bits:#x}, {}", named_bits(bits, names, "none known"))
+}
+
+/// Lists the names of the bits that are set, or returns `none`.
+fn named_bits<const N: usize>(bits: u64, names: [(u64, &'static str); N], none: &str) -> String {
+    let words: Vec<_> = names.into_iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| name).collect();
+    if words.is_empty() { none.to_owned() } else { words.join(", ") }
 }
 
 fn link(bits: u32) -> String {
@@ -178,11 +183,6 @@ fn link(bits: u32) -> String {
     let frontend =
         if bits & device_config::FRONTEND_UP == 0 { "no front-end" } else { "front-end connected" };
     format!("{bits:#x}, {backend}, {frontend}")
-}
-
-fn words_or(words: impl Iterator<Item = &'static str>, none: &str) -> String {
-    let words: Vec<_> = words.collect();
-    if words.is_empty() { none.to_owned() } else { words.join(", ") }
 }
 
 #[cfg(test)]

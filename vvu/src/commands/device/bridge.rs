@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use tempfile::TempDir;
 use vvu::bridge::{BackendSocket, Bridge, BridgeError, Options, Retry};
 use vvu::listening_socket::ListeningSocket;
 use vvu::pci::PciDevice;
@@ -65,16 +66,25 @@ fn backend_socket(path: &Path, listen: bool) -> anyhow::Result<(BackendSocket, O
 }
 
 fn run_program(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
-    let directory = tempfile::Builder::new().prefix("vvu-").tempdir();
-    let directory =
-        directory.context("cannot make a temporary directory: set TMPDIR to one that can be written")?;
-    let socket = args.socket.clone().unwrap_or_else(|| directory.path().join("back-end"));
+    let (_directory, socket) = program_socket(args.socket.as_deref())?;
     let words = words(&args.command, &socket, args.socket.is_some())?;
     let (backend, _listening) = backend_socket(&socket, args.listen)?;
     let options = Options { backend, retry: Retry::For(START_TIME) };
     let mut bridge = Bridge::new(open_vfio(args.vfio)?, options);
     let ready = format!("bridge ready on {}, {}", args.vfio, words[0]);
     serve(&mut bridge, &words, args.restart, stop, || say(&ready))
+}
+
+/// Returns the path of the program's socket, and the directory made for it if the user named none.
+fn program_socket(named: Option<&Path>) -> anyhow::Result<(Option<TempDir>, PathBuf)> {
+    if let Some(path) = named {
+        return Ok((None, path.to_owned()));
+    }
+    let directory = tempfile::Builder::new().prefix("vvu-").tempdir().context(
+        "cannot make a temporary directory: set TMPDIR to one that can be written, or name a socket with --socket",
+    )?;
+    let socket = directory.path().join("back-end");
+    Ok((Some(directory), socket))
 }
 
 /// Runs the program, and runs it again where that helps, until `stop` is readable.
@@ -151,6 +161,15 @@ mod tests {
 
     fn command(words: &[&str]) -> Vec<String> {
         words.iter().map(|word| (*word).to_owned()).collect()
+    }
+
+    #[test]
+    fn a_named_socket_needs_no_directory() {
+        let (directory, socket) = program_socket(Some(Path::new("/s"))).expect("named");
+        assert!(directory.is_none());
+        assert_eq!(socket, Path::new("/s"));
+        let (directory, socket) = program_socket(None).expect("made");
+        assert_eq!(socket.parent(), directory.as_ref().map(TempDir::path));
     }
 
     #[test]
