@@ -1,7 +1,7 @@
-//! What `vvu proxy` may still ask of the kernel once it serves peers that it does not trust: what the
-//! set-up opened, and memory. A bug in the proxy is then worth little to who finds it.
+//! The sandbox of `vvu proxy`. While it serves peers that it does not trust, it can use the files that the set-up opened,
+//! and memory, so that an attacker gains little from a bug in the proxy.
 
-#![expect(unsafe_code, reason = "no crate tells a signal handler which system call was refused")]
+#![expect(unsafe_code, reason = "no crate gives a signal handler the number of the refused system call")]
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -17,11 +17,11 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
-/// Exit status after a refused system call: what shells show for death by `SIGSYS`.
+/// Exit status after a refused system call: the one that shells show for a process killed by `SIGSYS`.
 const REFUSED_STATUS: c_int = 128 + libc::SIGSYS;
 
-/// Leaves the process no access to files but removing the `names`, no network, and only the system
-/// calls of a running proxy. Any other ends it with a message. Call this before there are threads.
+/// Confines the process: it can remove the files `names` but open none, has no network, and can make only the system calls
+/// of a running proxy. Any other system call ends the process with a message. To be called before threads are started.
 ///
 /// # Errors
 /// When the directory of a name cannot be opened, or the kernel has no seccomp filters. A kernel
@@ -35,9 +35,9 @@ pub(crate) fn enter(names: &[&Path]) -> anyhow::Result<()> {
         .context("cannot install a seccomp filter: use a kernel with CONFIG_SECCOMP_FILTER, or --sandbox off")
 }
 
-/// Limits the calling thread with landlock. Seccomp sees numbers, landlock sees which file is meant.
+/// Limits the calling thread with landlock, which knows files where seccomp knows only numbers.
 fn restrict_files(names: &[&Path]) -> anyhow::Result<RulesetStatus> {
-    // Older kernels enforce what they know of it.
+    // Older kernels enforce the part of it that they know.
     let abi = ABI::V10;
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(abi))?
@@ -82,7 +82,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
     libc::SYS_restart_syscall,
-    // Sockets that are there, eventfds, log lines.
+    // Open sockets, eventfds, log lines.
     libc::SYS_accept4,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
@@ -96,7 +96,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_close,
-    // File descriptors of peers: what they are, and what is in them.
+    // File descriptors of peers: their kind and their contents.
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
@@ -127,7 +127,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// Further ones that only older architectures have.
+/// System calls that only older architectures have.
 #[cfg(target_arch = "x86_64")]
 const ALLOWED_BY_ARCH: &[c_long] = &[libc::SYS_epoll_wait, libc::SYS_readlink, libc::SYS_unlink];
 #[cfg(not(target_arch = "x86_64"))]
@@ -150,7 +150,7 @@ fn explain_refusals() -> std::io::Result<()> {
     }
 }
 
-/// What the kernel says about a refused system call (`siginfo_t`, the `_sigsys` member of its union).
+/// Description of a refused system call by the kernel (`siginfo_t`, the `_sigsys` member of its union).
 #[repr(C)]
 struct Refused {
     signal: c_int,
