@@ -27,6 +27,16 @@ pub(super) enum ConnectionError {
     TooSmall { got: usize, want: usize },
 }
 
+/// What came from the front-end.
+#[derive(Debug)]
+pub(super) enum Received {
+    Nothing,
+    /// A message for the driver, and what it changes in the device.
+    Message(Message, Treatment),
+    /// A request that was refused and answered.
+    Refused,
+}
+
 /// A connected front-end.
 #[derive(Debug)]
 pub(super) struct FrontendConnection {
@@ -85,15 +95,15 @@ impl FrontendConnection {
         self.frontend.is_congested() || self.channel.as_ref().is_some_and(MessageSocket::is_congested)
     }
 
-    /// The next message for the driver, and what it changes in the device. A refused request is answered
-    /// here if the front-end waits for an acknowledgement; otherwise it ends the connection.
+    /// Takes the next message of the front-end. A refused request is answered here if the front-end waits for
+    /// an acknowledgement; otherwise it ends the connection.
     pub(super) fn next_message(
         &mut self,
         memory: &SiblingMemory,
         queues: u16,
         trace: &mut Option<Trace>,
-    ) -> Result<Option<(Message, Treatment)>, ConnectionError> {
-        while let Some(mut message) = self.frontend.receive()? {
+    ) -> Result<Received, ConnectionError> {
+        if let Some(mut message) = self.frontend.receive()? {
             let arrived = Trace::arrived(trace, &message);
             let Header { request, .. } = message.header;
             let is_query = Request::of_frontend(request).is_some_and(Request::is_query);
@@ -110,13 +120,14 @@ impl FrontendConnection {
                     if let Treatment::ProtocolFeatures(bits) = treatment {
                         self.reply_ack = bits & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
                     }
-                    return Ok(Some((message, treatment)));
+                    return Ok(Received::Message(message, treatment));
                 }
                 Err(refusal) if answered && !is_query && !self.frontend.is_congested() => {
                     log::error!("refused request {request} of the front-end: {refusal}");
                     Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
                     let refused = Message::new(message.header.reply(8), &1u64.to_le_bytes());
                     self.frontend.send(refused.bytes, Vec::new())?;
+                    return Ok(Received::Refused);
                 }
                 Err(refusal) => {
                     Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
@@ -124,12 +135,12 @@ impl FrontendConnection {
                 }
             }
         }
-        let Some(channel) = &mut self.channel else { return Ok(None) };
-        let Some(message) = channel.receive()? else { return Ok(None) };
+        let Some(channel) = &mut self.channel else { return Ok(Received::Nothing) };
+        let Some(message) = channel.receive()? else { return Ok(Received::Nothing) };
         let arrived = Trace::arrived(trace, &message);
         if message.header.is_reply() && message.fds.is_empty() {
             Trace::record(trace, From::Frontend, arrived, Did::Passed(message.payload()));
-            Ok(Some((message, Treatment::Relay)))
+            Ok(Received::Message(message, Treatment::Relay))
         } else {
             let refusal = MessageRefusal::Direction { request: message.header.request };
             Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));

@@ -421,3 +421,25 @@ fn memory_that_vanishes_in_mid_use_breaks_the_driver_only() {
         assert_eq!(rig.device.link(), LinkState::Connected, "{name}");
     }
 }
+
+/// Answering refused requests is work like any other: a front-end that sends nothing else must not keep the
+/// device, and with it the device VM, from everything else.
+#[test]
+fn refused_requests_count_against_the_turn() {
+    let mut rig = rig();
+    let mut frontend = rig.connect();
+    let features = request(FrontendReq::SET_PROTOCOL_FEATURES, &8u64.to_le_bytes());
+    frontend.send(features, vec![]).expect("send");
+    rig.process();
+    let log = Header { request: FrontendReq::SET_LOG_BASE as u32, flags: 9, size: 0 };
+    for _ in 0..150 {
+        frontend.send(Message::new(log, &[]).bytes, vec![]).expect("send");
+    }
+    assert!(!frontend.is_congested(), "the requests fit into the socket");
+    let mut answers = || std::iter::from_fn(|| frontend.receive().expect("connected")).count();
+    rig.device.process(&rig.host);
+    let in_one_turn = answers();
+    assert!((1..=64).contains(&in_one_turn), "{in_one_turn}");
+    rig.process();
+    assert_eq!(in_one_turn + answers(), 150);
+}

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use super::Host;
 use super::events::{Events, Source};
-use super::frontend_connection::{ConnectionError, FrontendConnection};
+use super::frontend_connection::{ConnectionError, FrontendConnection, Received};
 use super::link::{Link, LinkEvent, LinkState, Transition};
 use super::message_queues::{DriverQueues, Placed, QueueError};
 use super::reconnects::Reconnects;
@@ -180,10 +180,14 @@ impl Relay {
             connection.to_driver = connection.answer.take();
         }
         if connection.to_driver.is_none() {
-            let next = connection.next_message(&self.memory, self.queues, &mut self.trace)?;
-            let Some((message, treatment)) = next else { return Ok(false) };
-            connection.to_driver = Some(message);
-            self.apply(treatment)?;
+            match connection.next_message(&self.memory, self.queues, &mut self.trace)? {
+                Received::Nothing => return Ok(false),
+                Received::Refused => return Ok(true),
+                Received::Message(message, treatment) => {
+                    connection.to_driver = Some(message);
+                    self.apply(treatment)?;
+                }
+            }
         }
         let Link::Connected(connection) = &mut self.link else { return Ok(false) };
         let Some(message) = &connection.to_driver else { return Ok(false) };
