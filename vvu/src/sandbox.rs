@@ -89,6 +89,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_sendto,
     libc::SYS_getsockopt,
     libc::SYS_eventfd2,
+    libc::SYS_timerfd_settime,
+    libc::SYS_shutdown,
     libc::SYS_io_submit,
     libc::SYS_io_getevents,
     libc::SYS_io_destroy,
@@ -134,7 +136,8 @@ const ALLOWED_BY_ARCH: &[c_long] = &[libc::SYS_epoll_wait, libc::SYS_readlink, l
 const ALLOWED_BY_ARCH: &[c_long] = &[];
 
 /// Commands of `fcntl`. The standard library's debug builds use `F_GETFD` before each `close`.
-const FCNTL_ALLOWED: &[c_int] = &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC];
+const FCNTL_ALLOWED: &[c_int] =
+    &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC, libc::F_GET_SEALS];
 
 /// Makes a refused system call end the process with a message.
 fn explain_refusals() -> std::io::Result<()> {
