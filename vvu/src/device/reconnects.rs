@@ -54,7 +54,8 @@ impl Reconnects {
     /// to be turned away, or if there is no room.
     pub(super) fn sort(&mut self, closer: &Closer) -> io::Result<bool> {
         if self.waiting.len() == WAITING_MAX {
-            let (left, waiting): (Vec<_>, _) = self.waiting.drain(..).partition(|(stream, _)| has_left(stream));
+            let (left, waiting): (Vec<_>, _) =
+                self.waiting.drain(..).partition(|(stream, _)| has_left(stream));
             self.waiting = waiting.into();
             closer.close(left);
         }
