@@ -25,7 +25,7 @@ mod stop;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Cli {
-    /// Say more; twice for every message.
+    /// Log what happens; twice: log every message.
     #[arg(short, long, action = ArgAction::Count, global = true)]
     verbose: u8,
     #[command(subcommand)]
@@ -48,7 +48,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    logger::init(cli.verbose);
+    if let Err(error) = logger::init(cli.verbose) {
+        eprintln!("vvu: cannot start to log: {error}");
+        return ExitCode::FAILURE;
+    }
     let result = match cli.command {
         Command::Proxy(args) => commands::proxy::run(&args),
         Command::Device(args) => commands::device::run(&args),
@@ -56,13 +59,8 @@ fn main() -> ExitCode {
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Trace(args) => commands::trace::run(&args),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("vvu: {}", describe(&error));
-            ExitCode::FAILURE
-        }
-    }
+    logger::finish(result.as_ref().err().map(describe).as_deref());
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// An error and its causes, but for causes that the text before them has told already.
