@@ -12,10 +12,8 @@ mod sandbox;
 mod sandbox {
     //! Stands for the sandbox in a build without it.
 
-    use std::path::Path;
-
     /// Refuses to run as if there were a sandbox.
-    pub(crate) fn enter(_names: &[&Path]) -> anyhow::Result<()> {
+    pub(crate) fn enter() -> anyhow::Result<()> {
         anyhow::bail!("this vvu was built without its sandbox (feature `sandbox`): run with --sandbox off")
     }
 }
@@ -44,6 +42,9 @@ enum Command {
     Inspect(commands::inspect::Args),
     /// Print a trace of `vvu proxy --trace`.
     Trace(commands::trace::Args),
+    /// Remove the names of a proxy when it ends; started by `vvu proxy`.
+    #[command(hide = true)]
+    RemoveNames(commands::names::Args),
 }
 
 fn main() -> ExitCode {
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         Command::Bind(args) => commands::bind::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Trace(args) => commands::trace::run(&args),
+        Command::RemoveNames(args) => commands::names::run(&args),
     };
     logger::finish(result.as_ref().err().map(describe).as_deref());
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -3,5 +3,6 @@
 pub(crate) mod bind;
 pub(crate) mod device;
 pub(crate) mod inspect;
+pub(crate) mod names;
 pub(crate) mod proxy;
 pub(crate) mod trace;
