@@ -16,6 +16,8 @@ use rustix::net::{
 
 /// Most file descriptors in a message of any protocol.
 const FDS_MAX: usize = 32;
+/// Most file descriptors that the kernel sends with one call (unix(7), `SCM_MAX_FD`).
+const SCM_MAX_FD: usize = 253;
 
 /// The parts of a message header that a socket has to understand.
 pub trait Framing: Copy + fmt::Debug {
@@ -199,7 +201,8 @@ impl<H: Framing> FramedSocket<H> {
     fn fill(&mut self) -> Result<bool, SocketError<H::Error>> {
         let Incoming { bytes, filled, fds, earlier_fds, .. } = &mut self.incoming;
         *earlier_fds = fds.len();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        // With room for all that a peer can send, the kernel has none to close, which can block.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut missing = [IoSliceMut::new(&mut bytes[*filled..])];
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
