@@ -203,8 +203,8 @@ mod tests {
             "open" => drop(fs::File::open("/proc/self/status")),
             "abort" => std::process::abort(),
             "unlink" => drop(fs::remove_file("/nonexistent")),
-            // SAFETY: signal 0 is none.
             "signal" => {
+                // SAFETY: signal 0 is none.
                 unsafe { libc::syscall(libc::SYS_tgkill, 1, 1, 0) };
             }
             "fork" => drop(Command::new("true").spawn()),
