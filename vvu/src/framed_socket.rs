@@ -1,5 +1,5 @@
-//! A socket of whole messages that never blocks: whole messages in, whole messages out, with their
-//! file descriptors. What a message is, [`Framing`] says.
+//! A non-blocking socket that sends and receives whole messages with their file descriptors. [`Framing`] defines the
+//! messages of a protocol.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -14,28 +14,29 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// Most file descriptors that a message of any protocol has.
+/// Most file descriptors in a message of any protocol.
 const FDS_MAX: usize = 32;
+/// Most file descriptors that the kernel sends with one call (unix(7), `SCM_MAX_FD`).
+const SCM_MAX_FD: usize = 253;
 
-/// A message header, as far as a socket has to understand it.
+/// The parts of a message header that a socket has to understand.
 pub trait Framing: Copy + fmt::Debug {
-    /// Bytes of a header.
+    /// Size of a header in bytes.
     const SIZE: usize;
-    /// Most file descriptors attached to one message, at most 32.
+    /// Most file descriptors in one message, at most 32.
     const FDS_MAX: usize;
-    /// Bytes that are read at once, so that a small message takes one read; at least [`SIZE`](Self::SIZE).
+    /// Bytes to read at first, at least [`SIZE`](Self::SIZE). More make a small message one read.
     const FIRST_READ: usize = Self::SIZE;
-    /// Why bytes are no header that a peer may send.
+    /// Error for bytes that are no header a peer may send.
     type Error: std::error::Error;
 
     /// Checks and reads the [`SIZE`](Self::SIZE) bytes of a header.
     ///
     /// # Errors
-    /// [`Framing::Error`], above all for a size that is more than a message may have: it is allocated
-    /// next.
+    /// [`Framing::Error`], above all for a size larger than that of any message, since that many bytes are allocated.
     fn from_wire(bytes: &[u8]) -> Result<Self, Self::Error>;
 
-    /// Puts the wire form at the end of `bytes`.
+    /// Appends the wire form to `bytes`.
     fn append_to(&self, bytes: &mut Vec<u8>);
 
     /// Bytes that follow the header.
@@ -45,16 +46,16 @@ pub trait Framing: Copy + fmt::Debug {
 /// A complete message.
 #[derive(Debug)]
 pub struct Message<H> {
-    /// Its header.
+    /// The header.
     pub header: H,
     /// Header and payload as they are on the wire.
     pub bytes: Vec<u8>,
-    /// The file descriptors that came with it.
+    /// File descriptors of the message.
     pub fds: Vec<OwnedFd>,
 }
 
 impl<H: Framing> Message<H> {
-    /// A message that carries `payload` and no file descriptor.
+    /// Makes a message with `payload` and without file descriptors.
     #[must_use]
     pub fn new(header: H, payload: &[u8]) -> Self {
         let mut bytes = Vec::with_capacity(H::SIZE + payload.len());
@@ -63,45 +64,45 @@ impl<H: Framing> Message<H> {
         Self { header, bytes, fds: Vec::new() }
     }
 
-    /// The bytes after the header.
+    /// Returns the bytes after the header.
     #[must_use]
     pub fn payload(&self) -> &[u8] {
         &self.bytes[H::SIZE..]
     }
 
-    /// The bytes after the header, for rewriting in place.
+    /// Returns the bytes after the header, to be changed in place.
     #[must_use]
     pub fn payload_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[H::SIZE..]
     }
 }
 
-/// Why a socket cannot be used any longer; `E` is what can be wrong with a header.
+/// A socket cannot be used any longer; `E` is the error of a header.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError<E> {
     /// The peer closed its end.
     #[error("the peer closed the connection")]
     Closed,
-    /// What the peer sent is no message of the protocol.
+    /// The peer sent bytes that are no message of the protocol.
     #[error(transparent)]
     Message(E),
-    /// More file descriptors than a message may have.
+    /// The peer sent more file descriptors than a message may have.
     #[error("more than {max} file descriptors came with one message")]
     TooManyFds {
-        /// Most that may come.
+        /// Most file descriptors of a message.
         max: usize,
     },
-    /// The system refused.
+    /// A system call failed.
     #[error("socket: {0}")]
     Io(#[from] Errno),
 }
 
 /// A socket of messages with header `H`.
 ///
-/// A read may go beyond the end of a message, by less than [`Framing::FIRST_READ`]. File descriptors still
-/// stay with the message they were sent with: the kernel ends a read with the bytes that a peer sent together with
-/// file descriptors, so those of a read belong to the message that its last byte is of (unix(7),
-/// "Ancillary messages"; one message is sent by one or more calls, and no call sends two).
+/// A read may go beyond the end of a message, by less than [`Framing::FIRST_READ`] bytes. File descriptors stay with the
+/// message that they were sent with: the kernel ends a read behind the bytes that were sent together with file
+/// descriptors, so the descriptors of a read belong to the message of its last byte (unix(7), "Ancillary messages").
+/// This holds for peers that send a message with one or more calls, and never two messages with one call.
 #[derive(Debug)]
 pub struct FramedSocket<H> {
     stream: UnixStream,
@@ -109,21 +110,21 @@ pub struct FramedSocket<H> {
     outgoing: VecDeque<Outgoing>,
 }
 
-/// A message on its way in, and perhaps the beginning of the next.
+/// A message that is being received, and perhaps the beginning of the next.
 #[derive(Debug)]
 struct Incoming<H> {
-    /// There from the moment on that all its bytes are.
+    /// The header, once all its bytes are there.
     header: Option<H>,
-    /// As long as is wanted, `filled` bytes of it are there.
+    /// Space for the bytes wanted, the first `filled` of which are there.
     bytes: Vec<u8>,
     filled: usize,
     fds: Vec<OwnedFd>,
-    /// How many of them came before the last read.
+    /// Number of the `fds` that came before the last read.
     earlier_fds: usize,
 }
 
 impl<H: Framing> Incoming<H> {
-    /// Begins with `bytes`, the end of the last read, with which `fds` came.
+    /// Begins with `bytes`, the rest of the last read, and the `fds` of that read.
     fn new(bytes: &[u8], fds: Vec<OwnedFd>) -> Self {
         let filled = bytes.len();
         let mut all = vec![0; H::FIRST_READ.max(filled)];
@@ -131,7 +132,7 @@ impl<H: Framing> Incoming<H> {
         Self { header: None, bytes: all, filled, fds, earlier_fds: 0 }
     }
 
-    /// The message, once all of it is there.
+    /// Takes the message, once it is complete.
     fn take(&mut self) -> Result<Option<Message<H>>, SocketError<H::Error>> {
         if self.filled < H::SIZE {
             return Ok(None);
@@ -147,7 +148,7 @@ impl<H: Framing> Incoming<H> {
             return Ok(None);
         }
         let rest = &self.bytes[size..self.filled];
-        // Those of the last read are of the message that it ended with.
+        // The descriptors of the last read belong to the message of its last byte.
         let later = if rest.is_empty() { Vec::new() } else { self.fds.split_off(self.earlier_fds) };
         let next = Self::new(rest, later);
         let Self { mut bytes, fds, .. } = std::mem::replace(self, next);
@@ -168,13 +169,13 @@ fn too_many_fds<H: Framing>() -> SocketError<H::Error> {
 }
 
 impl<H: Framing> FramedSocket<H> {
-    /// Uses a connected stream; whether it is in blocking mode does not matter.
+    /// Uses a connected stream, in blocking mode or not.
     #[must_use]
     pub fn new(stream: UnixStream) -> Self {
         Self { stream, incoming: Incoming::new(&[], Vec::new()), outgoing: VecDeque::new() }
     }
 
-    /// The next message, or `None` if it is not complete yet.
+    /// Receives the next message; `None` if it is not complete yet.
     ///
     /// # Errors
     /// Any [`SocketError`]; the socket is of no further use.
@@ -189,18 +190,19 @@ impl<H: Framing> FramedSocket<H> {
         }
     }
 
-    /// Whether something was read that [`receive`](Self::receive) may have a message of, although the
-    /// peer may not send anything more.
+    /// Returns whether [`receive`](Self::receive) may have a message of bytes that were read already: the socket does not
+    /// become readable for it.
     #[must_use]
     pub fn has_read_ahead(&self) -> bool {
         self.incoming.header.is_none() && self.incoming.filled >= H::SIZE
     }
 
-    /// Reads towards the bytes that are wanted; false if none are there now.
+    /// Reads some of the bytes wanted; false if none are there now.
     fn fill(&mut self) -> Result<bool, SocketError<H::Error>> {
         let Incoming { bytes, filled, fds, earlier_fds, .. } = &mut self.incoming;
         *earlier_fds = fds.len();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        // With room for all that a peer can send, the kernel has none to close, which can block.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut missing = [IoSliceMut::new(&mut bytes[*filled..])];
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -226,8 +228,8 @@ impl<H: Framing> FramedSocket<H> {
         Ok(true)
     }
 
-    /// Sends a message, or keeps what the peer does not take yet for [`flush`](Self::flush). Callers
-    /// keep memory bounded by sending only when the socket is not [congested](Self::is_congested).
+    /// Sends a message, and keeps the part that the peer does not take yet for [`flush`](Self::flush). Callers keep memory
+    /// bounded by sending only when the socket is not [congested](Self::is_congested).
     ///
     /// # Errors
     /// Any [`SocketError`]; the socket is of no further use.
@@ -236,7 +238,7 @@ impl<H: Framing> FramedSocket<H> {
         self.flush()
     }
 
-    /// Sends what was kept, as far as the peer takes it.
+    /// Sends the parts that were kept, as far as the peer takes them.
     ///
     /// # Errors
     /// Any [`SocketError`]; the socket is of no further use.
@@ -267,7 +269,7 @@ impl<H: Framing> FramedSocket<H> {
         Ok(())
     }
 
-    /// Whether the peer has yet to take something that was sent before.
+    /// Returns whether the peer has yet to take a part of a message.
     #[must_use]
     pub fn is_congested(&self) -> bool {
         !self.outgoing.is_empty()

@@ -1,4 +1,4 @@
-//! A listening unix socket that only its owner can use and that does not outlive its process.
+//! A listening unix socket that only its owner can connect to, and whose name goes when it is dropped.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -14,10 +14,10 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 /// Longest path of a unix socket in bytes (`sun_path` without its final zero).
 pub const PATH_MAX: usize = 107;
 
-/// Front-ends that can wait for their turn.
+/// Connections that can wait to be accepted.
 const BACKLOG: i32 = 8;
 
-/// Why there is no socket to listen on.
+/// A socket cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The path does not fit into a socket address.
@@ -27,7 +27,7 @@ pub enum ListenError {
     PathTooLong {
         /// The path.
         path: PathBuf,
-        /// Its length in bytes.
+        /// Length of the path in bytes.
         got: usize,
     },
     /// A live process listens there.
@@ -36,7 +36,7 @@ pub enum ListenError {
         /// The path.
         path: PathBuf,
     },
-    /// Something that is not a socket has that name.
+    /// The path is that of something else than a socket.
     #[error("{path:?} exists and is not a socket: remove it or choose another path")]
     NotASocket {
         /// The path.
@@ -45,7 +45,7 @@ pub enum ListenError {
     /// A system call failed.
     #[error("cannot {what} socket {path:?}: {source}")]
     Io {
-        /// What was tried.
+        /// The operation that was tried.
         what: &'static str,
         /// The path.
         path: PathBuf,
@@ -59,12 +59,12 @@ pub enum ListenError {
 pub struct ListeningSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the name, so that only our own is removed.
+    /// Device and inode of the socket's file, so that no other file is removed.
     id: (u64, u64),
 }
 
 impl ListeningSocket {
-    /// Listens at `path`; what a dead process left there is replaced.
+    /// Listens at `path`. A socket that a dead process left there is replaced.
     ///
     /// # Errors
     /// [`ListenError`].
@@ -81,7 +81,7 @@ impl ListeningSocket {
         let fd =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
                 .map_err(io("create"))?;
-        // Linux gives the name the mode of the socket, so nobody else can connect even for a moment.
+        // Linux gives the file the mode of the socket, so other users cannot connect even for a moment.
         rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(io("set the mode of"))?;
         let address = SocketAddrUnix::new(path).map_err(io("address"))?;
         rustix::net::bind(&fd, &address).map_err(|error| match error {
@@ -97,13 +97,13 @@ impl ListeningSocket {
         Ok(Self { listener: UnixListener::from(fd), path: path.to_owned(), id })
     }
 
-    /// Its path.
+    /// Returns the path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The socket, in blocking mode.
+    /// Returns the socket, which is in blocking mode.
     #[must_use]
     pub fn listener(&self) -> &UnixListener {
         &self.listener
@@ -113,7 +113,7 @@ impl ListeningSocket {
 /// Connects to the socket at `path` without waiting: a full backlog is an error.
 ///
 /// # Errors
-/// Those of connect(2).
+/// Errors of connect(2).
 pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -141,7 +141,7 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Removes a socket at `path` on which nobody listens any more.
+/// Removes a socket at `path` on which no process listens any more.
 fn remove_stale(path: &Path) -> Result<(), ListenError> {
     let io = |what| {
         let path = path.to_owned();

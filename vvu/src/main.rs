@@ -12,10 +12,8 @@ mod sandbox;
 mod sandbox {
     //! Stands for the sandbox in a build without it.
 
-    use std::path::Path;
-
     /// Refuses to run as if there were a sandbox.
-    pub(crate) fn enter(_names: &[&Path]) -> anyhow::Result<()> {
+    pub(crate) fn enter() -> anyhow::Result<()> {
         anyhow::bail!("this vvu was built without its sandbox (feature `sandbox`): run with --sandbox off")
     }
 }
@@ -47,11 +45,17 @@ enum Command {
     /// Run a back-end program for `vvu device bridge`, and end it with the bridge
     #[command(hide = true)]
     Supervise(commands::supervise::Args),
+    /// Remove the names of a proxy when it ends; started by `vvu proxy`
+    #[command(hide = true)]
+    RemoveNames(commands::names::Args),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    logger::init(cli.verbose);
+    if let Err(error) = logger::init(cli.verbose) {
+        eprintln!("vvu: cannot start to log: {error}");
+        return ExitCode::FAILURE;
+    }
     let result = match cli.command {
         Command::Proxy(args) => commands::proxy::run(&args),
         Command::Device(args) => commands::device::run(&args),
@@ -59,14 +63,10 @@ fn main() -> ExitCode {
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Trace(args) => commands::trace::run(&args),
         Command::Supervise(args) => commands::supervise::run(&args),
+        Command::RemoveNames(args) => commands::names::run(&args),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("vvu: {}", describe(&error));
-            ExitCode::FAILURE
-        }
-    }
+    logger::finish(result.as_ref().err().map(describe).as_deref());
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Joins an error and its causes, without causes that the text before them contains.

@@ -1,33 +1,29 @@
-//! What `vvu proxy` may still ask of the kernel once it serves peers that it does not trust: what the
-//! set-up opened, and memory. A bug in the proxy is then worth little to who finds it.
+//! The sandbox of `vvu proxy`: once it serves peers that it does not trust, the process may use the files that
+//! the set-up opened, and memory. An attacker who finds a bug in the proxy gains little by it.
 
-#![expect(unsafe_code, reason = "no crate tells a signal handler which system call was refused")]
+#![expect(unsafe_code, reason = "no crate gives a signal handler the number of the refused system call")]
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::Path;
 
 use anyhow::Context;
-use landlock::{
-    ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
-    RulesetStatus, Scope,
-};
+use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
 use libc::{c_int, c_long, c_uint, c_void};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
-/// Exit status after a refused system call: what shells show for death by `SIGSYS`.
+/// Exit status after a refused system call: the one that shells show for a process killed by `SIGSYS`.
 const REFUSED_STATUS: c_int = 128 + libc::SIGSYS;
 
-/// Leaves the process no access to files but removing the `names`, no network, and only the system
-/// calls of a running proxy. Any other ends it with a message. Call this before there are threads.
+/// Leaves the process no access to files by name, no network, and only the system calls of a running proxy.
+/// Any other call ends the process with a message. The threads that there are must be past their start.
 ///
 /// # Errors
-/// When the directory of a name cannot be opened, or the kernel has no seccomp filters. A kernel
-/// without landlock is no error: seccomp alone lets nothing be opened.
-pub(crate) fn enter(names: &[&Path]) -> anyhow::Result<()> {
-    if restrict_files(names)? == RulesetStatus::NotEnforced {
+/// When the kernel has no seccomp filters. A kernel without landlock is no error: seccomp alone lets
+/// nothing be opened.
+pub(crate) fn enter() -> anyhow::Result<()> {
+    if restrict_files()? == RulesetStatus::NotEnforced {
         log::info!("this kernel has no landlock: the sandbox is seccomp alone");
     }
     explain_refusals().context("cannot handle SIGSYS")?;
@@ -35,22 +31,15 @@ pub(crate) fn enter(names: &[&Path]) -> anyhow::Result<()> {
         .context("cannot install a seccomp filter: use a kernel with CONFIG_SECCOMP_FILTER, or --sandbox off")
 }
 
-/// Limits the calling thread with landlock. Seccomp sees numbers, landlock sees which file is meant.
-fn restrict_files(names: &[&Path]) -> anyhow::Result<RulesetStatus> {
+/// Denies the calling thread all files and the network with landlock, should the seccomp filter have a gap.
+fn restrict_files() -> anyhow::Result<RulesetStatus> {
     // Older kernels enforce what they know of it.
     let abi = ABI::V10;
-    let mut rules = Ruleset::default()
+    let rules = Ruleset::default()
         .handle_access(AccessFs::from_all(abi))?
         .handle_access(AccessNet::from_all(abi))?
         .scope(Scope::from_all(abi))?
         .create()?;
-    for name in names {
-        let directory = match name.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        rules = rules.add_rule(PathBeneath::new(PathFd::new(directory)?, AccessFs::RemoveFile))?;
-    }
     Ok(rules.restrict_self()?.ruleset)
 }
 
@@ -69,6 +58,9 @@ fn filter() -> anyhow::Result<BpfProgram> {
         let executable = SeccompCmpOp::MaskedEq(u64::from(libc::PROT_EXEC.cast_unsigned()));
         rules.insert(call, vec![argument(2, executable, 0)?]);
     }
+    // abort(3) signals the process itself, in whichever thread.
+    let own = argument(0, SeccompCmpOp::Eq, std::process::id().cast_signed())?;
+    rules.insert(libc::SYS_tgkill, vec![own]);
     let arch = std::env::consts::ARCH.try_into()?;
     let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, arch)?;
     Ok(filter.try_into()?)
@@ -81,14 +73,17 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
+    libc::SYS_ppoll,
     libc::SYS_restart_syscall,
-    // Sockets that are there, eventfds, log lines.
+    // Open sockets, eventfds, log lines.
     libc::SYS_accept4,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_getsockopt,
     libc::SYS_eventfd2,
+    libc::SYS_timerfd_settime,
+    libc::SYS_shutdown,
     libc::SYS_io_submit,
     libc::SYS_io_getevents,
     libc::SYS_io_destroy,
@@ -96,7 +91,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_close,
-    // File descriptors of peers: what they are, and what is in them.
+    // File descriptors of peers: their kind and their contents.
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
@@ -121,20 +116,19 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_sigaltstack,
     libc::SYS_getpid,
     libc::SYS_gettid,
-    libc::SYS_tgkill,
-    libc::SYS_unlinkat,
     libc::SYS_exit,
     libc::SYS_exit_group,
 ];
 
-/// Further ones that only older architectures have.
+/// System calls that only older architectures have.
 #[cfg(target_arch = "x86_64")]
-const ALLOWED_BY_ARCH: &[c_long] = &[libc::SYS_epoll_wait, libc::SYS_readlink, libc::SYS_unlink];
+const ALLOWED_BY_ARCH: &[c_long] = &[libc::SYS_epoll_wait, libc::SYS_poll, libc::SYS_readlink];
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_BY_ARCH: &[c_long] = &[];
 
 /// Commands of `fcntl`. The standard library's debug builds use `F_GETFD` before each `close`.
-const FCNTL_ALLOWED: &[c_int] = &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC];
+const FCNTL_ALLOWED: &[c_int] =
+    &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC, libc::F_GET_SEALS];
 
 /// Makes a refused system call end the process with a message.
 fn explain_refusals() -> std::io::Result<()> {
@@ -150,7 +144,7 @@ fn explain_refusals() -> std::io::Result<()> {
     }
 }
 
-/// What the kernel says about a refused system call (`siginfo_t`, the `_sigsys` member of its union).
+/// Description of a refused system call by the kernel (`siginfo_t`, the `_sigsys` member of its union).
 #[repr(C)]
 struct Refused {
     signal: c_int,
@@ -177,9 +171,13 @@ extern "C" fn refused(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut
     );
     let left = rest.len();
     let length = text.len() - left;
-    // SAFETY: write and _exit may be called in signal handlers; `text` has `length` bytes.
+    let mut stderr = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: poll, write and _exit may be called in signal handlers; `text` has `length` bytes.
     unsafe {
-        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), length);
+        // If nobody reads the text, the process ends without it.
+        if libc::poll(&raw mut stderr, 1, 0) == 1 {
+            libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), length);
+        }
         libc::_exit(REFUSED_STATUS);
     }
 }
@@ -190,15 +188,25 @@ mod tests {
     use std::fs;
     use std::process::Command;
 
+    #[cfg(target_arch = "x86_64")]
+    const UNLINK: c_long = libc::SYS_unlink;
+    #[cfg(not(target_arch = "x86_64"))]
+    const UNLINK: c_long = libc::SYS_unlinkat;
+
     const CHILD: &str = "VVU_TEST_SANDBOX_CALL";
 
     /// Runs in a process of its own, since what it does ends that.
     fn call_what_is_forbidden(what: &str) {
-        enter(&[]).expect("sandbox");
+        enter().expect("sandbox");
         match what {
             "socket" => drop(std::net::TcpListener::bind("127.0.0.1:0")),
             "open" => drop(fs::File::open("/proc/self/status")),
             "abort" => std::process::abort(),
+            "unlink" => drop(fs::remove_file("/nonexistent")),
+            "signal" => {
+                // SAFETY: signal 0 is none.
+                unsafe { libc::syscall(libc::SYS_tgkill, 1, 1, 0) };
+            }
             "fork" => drop(Command::new("true").spawn()),
             "fcntl" => drop(
                 rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), 0)
@@ -235,6 +243,8 @@ mod tests {
             ("open", libc::SYS_openat),
             ("fcntl", libc::SYS_fcntl),
             ("mmap", libc::SYS_mmap),
+            ("unlink", UNLINK),
+            ("signal", libc::SYS_tgkill),
         ];
         for (what, number) in calls {
             let output = child(what);
@@ -251,22 +261,17 @@ mod tests {
     }
 
     #[test]
-    fn with_landlock_names_can_be_removed_and_nothing_opened() {
-        let dir = tempfile::tempdir().expect("directory");
-        let (own, other) = (dir.path().join("own"), dir.path().join("other"));
-        let (ours, theirs) = (own.join("name"), other.join("name"));
-        for (directory, name) in [(&own, &ours), (&other, &theirs)] {
-            fs::create_dir(directory).expect("directory");
-            fs::write(name, "").expect("file");
-        }
+    fn with_landlock_nothing_can_be_opened_or_removed() {
+        let directory = tempfile::tempdir().expect("directory");
+        let name = directory.path().join("name");
+        fs::write(&name, "").expect("file");
         // Landlock holds for a thread: that of the test harness stays free.
         let restricted = std::thread::spawn(move || {
-            let status = restrict_files(&[&ours]).expect("landlock");
-            let opened = fs::File::open("/proc/self/status").is_ok();
-            (status, opened, fs::remove_file(ours).is_ok(), fs::remove_file(theirs).is_ok())
+            let status = restrict_files().expect("landlock");
+            (status, fs::File::open("/proc/self/status").is_ok(), fs::remove_file(name).is_ok())
         });
-        let (status, opened, own_removed, other_removed) = restricted.join().expect("thread");
+        let (status, opened, removed) = restricted.join().expect("thread");
         let free = status == RulesetStatus::NotEnforced;
-        assert_eq!((opened, own_removed, other_removed), (free, true, free));
+        assert_eq!((opened, removed), (free, free));
     }
 }

@@ -35,14 +35,19 @@ impl Proxy {
 
     /// What it says on standard error if it ends before it is ready.
     fn try_start(options: &[&str]) -> Result<Self, String> {
+        Self::launch(Command::new(env!("CARGO_BIN_EXE_vvu")), options, Stdio::piped())
+    }
+
+    /// Starts it by `command`, to which the arguments are appended.
+    fn launch(mut command: Command, options: &[&str], stderr: Stdio) -> Result<Self, String> {
         let dir = tempfile::tempdir().expect("directory");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vvu"))
+        let mut child = command
             .args(["-v", "proxy", "--memory-size", "4M", "--memory-link", "memory"])
             .args(["--vfio-user", "vmm", "--vhost-user", "sibling"])
             .args(options)
             .current_dir(dir.path())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()
             .expect("vvu");
         let mut line = String::new();
@@ -93,16 +98,24 @@ impl Proxy {
     }
 
     /// Asks it to end; what it says on standard error.
-    fn stop(mut self) -> String {
+    fn stop(self) -> String {
+        self.stop_by(Signal::TERM)
+    }
+
+    fn stop_by(mut self, signal: Signal) -> String {
         let pid = Pid::from_child(&self.child);
-        kill_process(pid, Signal::TERM).expect("signal");
+        kill_process(pid, signal).expect("signal");
         let mut text = String::new();
         self.child.stderr.take().expect("piped").read_to_string(&mut text).expect("standard error");
         assert_eq!(self.child.wait().expect("wait").code(), Some(0), "{text}");
+        self.assert_no_names(&text);
+        text
+    }
+
+    fn assert_no_names(&self, text: &str) {
         for name in ["memory", "vmm", "sibling"] {
             assert!(fs::symlink_metadata(self.path(name)).is_err(), "{name} is left: {text}");
         }
-        text
     }
 }
 
@@ -235,6 +248,8 @@ fn huge_pages_serve_as_memory_or_their_lack_is_told() {
 #[test]
 fn a_client_that_comes_when_no_descriptor_is_left_is_served_later() {
     let mut proxy = Proxy::start(&[]);
+    // After that it has opened all that it needs to serve.
+    converse(&proxy);
     proxy.limit_descriptors(3);
     let client = UnixStream::connect(proxy.path("vmm")).expect("backlog");
     proxy.wait_for_log("cannot accept a vfio-user client yet");
@@ -244,4 +259,55 @@ fn a_client_that_comes_when_no_descriptor_is_left_is_served_later() {
     converse(&proxy);
     let text = proxy.stop();
     assert!(!text.contains("sandbox refused"), "{text}");
+}
+
+#[test]
+fn a_hang_up_of_the_terminal_ends_the_proxy_and_its_names() {
+    let text = Proxy::start(&[]).stop_by(Signal::HUP);
+    assert!(!text.contains("are left"), "{text}");
+}
+
+/// As nohup(1) starts it.
+#[test]
+fn a_proxy_that_was_started_to_ignore_hang_ups_does() {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "trap '' HUP; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_vvu")]);
+    let proxy = Proxy::launch(shell, &[], Stdio::piped()).expect("proxy");
+    let hang_up = |field| u64::from_str_radix(&proxy.status(field), 16).expect("a mask") & 1;
+    assert_eq!((hang_up("SigIgn"), hang_up("SigCgt")), (1, 0));
+    kill_process(Pid::from_child(&proxy.child), Signal::HUP).expect("signal");
+    converse(&proxy);
+    proxy.stop();
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    use rustix::fs::{OFlags, fcntl_setfl};
+    let (_reader, writer) = rustix::pipe::pipe().expect("pipe");
+    fcntl_setfl(&writer, OFlags::NONBLOCK).expect("non-blocking");
+    while rustix::io::write(&writer, &[b'x'; 4096]).is_ok() {}
+    while rustix::io::write(&writer, b"x").is_ok() {}
+    fcntl_setfl(&writer, OFlags::empty()).expect("blocking");
+    let mut proxy =
+        Proxy::launch(Command::new(env!("CARGO_BIN_EXE_vvu")), &[], writer.into()).expect("proxy");
+    converse(&proxy);
+    kill_process(Pid::from_child(&proxy.child), Signal::TERM).expect("signal");
+    let deadline = Instant::now() + PATIENCE;
+    let process =
+        rustix::process::pidfd_open(Pid::from_child(&proxy.child), rustix::process::PidfdFlags::empty())
+            .expect("pidfd");
+    assert!(wait_readable(&[process.as_fd()], Some(deadline)).expect("wait").is_some(), "it does not end");
+    assert_eq!(proxy.child.wait().expect("wait").code(), Some(0));
+    proxy.assert_no_names("");
+}
+
+/// The names stay, since another proxy may be replacing them at that moment; no process stays.
+#[test]
+fn a_proxy_that_is_killed_leaves_names_and_no_process() {
+    let mut proxy = Proxy::start(&[]);
+    proxy.child.kill().expect("kill");
+    // Standard error ends when the last process ends that has it.
+    let mut text = String::new();
+    proxy.child.stderr.take().expect("piped").read_to_string(&mut text).expect("standard error");
+    assert!(fs::symlink_metadata(proxy.path("vmm")).is_ok(), "{text}");
 }

@@ -23,7 +23,9 @@ use signal_hook::consts::{SIGCHLD, SIGTERM, SIGUSR1, SIGUSR2};
 use boot::{Ending, Options};
 use control::Control;
 use jobs::Jobs;
-use vvu_init::protocol::{Action, Answer, Empty, Event, Identity, Message, Outcome, READY_LINE, Request};
+use vvu_init::protocol::{
+    Action, Answer, Empty, Event, Identity, Message, Outcome, READY_LINE, RUN_ECHO, Request, SPAWN_ECHO,
+};
 
 /// Time for sending the last messages before the machine goes away.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -152,14 +154,14 @@ impl Guest {
         let outcome = match action {
             Action::Run(run) => {
                 // The console alone shows what happened. A failure of it cannot be reported anywhere.
-                let _ = writeln!(console, "vvu-init: run {id}: {}", brief(&run.command));
+                let _ = writeln!(console, "{RUN_ECHO}{id}: {}", brief(&run.command));
                 match self.jobs.run(id, run) {
                     Ok(()) => return,
                     Err(error) => Outcome::Error(error),
                 }
             }
             Action::Spawn(spawn) => {
-                let _ = writeln!(console, "vvu-init: spawn {}: {}", spawn.name, brief(&spawn.command));
+                let _ = writeln!(console, "{SPAWN_ECHO}{}: {}", spawn.name, brief(&spawn.command));
                 match self.jobs.spawn(spawn) {
                     Ok(pid) => Outcome::Spawned { pid: pid.as_raw_nonzero().get() },
                     Err(error) => Outcome::Error(error),

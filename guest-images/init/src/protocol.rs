@@ -26,6 +26,12 @@ pub const MAX_ANSWER: usize = 2 * 6 * MAX_CAPTURE + (4 << 10);
 /// First line of PID 1 on the console: user space runs.
 pub const READY_LINE: &str = "vvu-init: ready";
 
+/// Beginning of the line in which PID 1 repeats on the console the command of a [`Run`].
+pub const RUN_ECHO: &str = "vvu-init: run ";
+
+/// Beginning of the line in which PID 1 repeats on the console the name and the command of a [`Spawn`].
+pub const SPAWN_ECHO: &str = "vvu-init: spawn ";
+
 /// Names of [`Action`] for people.
 const ACTIONS: &str = "run, spawn, kill, hello, power_off, reboot";
 

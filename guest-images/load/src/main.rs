@@ -35,7 +35,7 @@ struct Common {
     /// Block device or file.
     #[arg(long, value_name = "PATH")]
     file: PathBuf,
-    /// The duration of the run.
+    /// Duration of the run in seconds.
     #[arg(long, value_name = "N")]
     seconds: u64,
     /// Requests in flight.

@@ -1,14 +1,25 @@
 //! Back-ends: programs that serve a virtio device over a vhost-user unix socket.
 //!
-//! Nothing here knows of VVU. A back-end serves a front-end on the same host as well as one that
-//! the guest's bridge connects it to.
+//! Nothing here depends on VVU. A back-end serves a front-end on the same host as well as one that the bridge of a
+//! device VM connects to it.
+//!
+//! A front-end's message goes from `server` to `handler`, which changes a queue; each queue has a thread (`worker`)
+//! with an engine (`sync`) that takes requests from the queue (`queue`, over `ring` and `chain`), has the device
+//! (`device`) carry them out, and gives them back.
 
 pub mod block;
 
-mod connection;
+mod chain;
+mod device;
+mod handler;
 mod inflight;
+mod memory;
+mod notify;
 mod poll;
+mod queue;
+mod ring;
 mod server;
-mod vring;
+mod sync;
+mod worker;
 
-pub use server::{ServeError, Stop};
+pub use server::ServeError;

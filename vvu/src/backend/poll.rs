@@ -1,62 +1,57 @@
-//! Whether to look for the next request for a while before waiting to be told of it.
+//! The poll window: for how long a queue that was emptied is watched for the next request.
 //!
-//! A notification costs both VMs exits and wake-ups; a driver that soon has another request need send none to a
-//! back-end that is still looking. Looking costs processor time, so it ends after a set time, and where it was in
-//! vain it is left off for twice as many waits as the time before.
+//! A kick costs both VMs exits and wake-ups, and a driver need not send one to a back-end that is still watching the
+//! ring. Watching costs processor time, so it ends after a set time, and after a window without a request it is left
+//! out for twice as many waits as the time before.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vhost_user_backend::VringT;
-use virtio_queue::{Error, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::GuestMemoryMmap;
 
-use super::server::Memory;
-use super::vring::Vring;
+use super::ring::{RingError, SplitRing};
 
-/// Waits between two attempts that were in vain, at most: looking then costs next to nothing.
+/// Most waits without a window between two windows that were in vain: the cost is next to nothing then.
 const PAUSE_MAX: u32 = 64;
-/// Looks at a ring between two at the clock.
+/// Looks at the ring for each look at the clock.
 const LOOKS: u32 = 16;
-/// Where the index is in the available ring (virtio 1.2, 2.7.6).
-const AVAILABLE_INDEX: usize = 2;
 
-/// What one queue has learnt.
+/// Decides for one queue when to watch the ring.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Poll {
+pub(super) struct PollWindow {
     limit: Duration,
-    /// Waits to go without looking.
+    /// Waits that are still to be made without a window.
     pause: u32,
-    /// What `pause` was last; 0 after a success.
+    /// The last value that `pause` was set to; 0 after a success.
     last_pause: u32,
 }
 
-impl Poll {
-    /// Looks for at most `limit`; not at all if that is zero.
+impl PollWindow {
+    /// A window of `limit`; zero turns it off.
     pub(super) fn new(limit: Duration) -> Self {
         Self { limit, pause: 0, last_pause: 0 }
     }
 
-    /// Whether the driver makes something available soon, as far as it is worth to look. Takes no lock
-    /// that those who stop the queue would have to wait for, and ends when there is no front-end any longer.
+    /// Watches `ring` for a request, if it is time for a window, and returns whether there is one. Ends early when
+    /// `interrupt` is set.
     ///
     /// # Errors
-    /// The ring is not in memory.
-    pub(super) fn sees_more(
+    /// [`RingError::Memory`].
+    pub(super) fn finds_request(
         &mut self,
-        vring: &Vring,
-        memory: &Memory,
-        gone: &AtomicBool,
-    ) -> Result<bool, Error> {
-        let Some(limit) = self.attempt() else { return Ok(false) };
-        let found = look(limit, vring, memory, gone)?;
-        self.note(found);
+        ring: &SplitRing,
+        memory: &GuestMemoryMmap,
+        interrupt: &AtomicBool,
+    ) -> Result<bool, RingError> {
+        let Some(limit) = self.open() else { return Ok(false) };
+        let found = watch(limit, ring, memory, interrupt)?;
+        self.learn(found);
         Ok(found)
     }
 
-    /// How long to look this time, if at all. [`note`](Self::note) is to be called after that.
-    fn attempt(&mut self) -> Option<Duration> {
+    /// The length of the window, if it is time for one. [`learn`](Self::learn) has to be called after it.
+    fn open(&mut self) -> Option<Duration> {
         if self.pause > 0 {
             self.pause -= 1;
             return None;
@@ -64,30 +59,28 @@ impl Poll {
         (!self.limit.is_zero()).then_some(self.limit)
     }
 
-    /// Learns whether there was a request.
-    fn note(&mut self, found: bool) {
+    /// Takes into account whether there was a request in the window.
+    fn learn(&mut self, found: bool) {
         self.last_pause = if found { 0 } else { (self.last_pause * 2).clamp(1, PAUSE_MAX) };
         self.pause = self.last_pause;
     }
 }
 
-fn look(limit: Duration, vring: &Vring, memory: &Memory, gone: &AtomicBool) -> Result<bool, Error> {
-    let memory = memory.memory();
-    let (ring, next) = {
-        let state = vring.get_ref();
-        (GuestAddress(state.get_queue().avail_ring()), state.get_queue().next_avail())
-    };
-    let index = memory.checked_offset(ring, AVAILABLE_INDEX).ok_or(Error::AddressOverflow)?;
+fn watch(
+    limit: Duration,
+    ring: &SplitRing,
+    memory: &GuestMemoryMmap,
+    interrupt: &AtomicBool,
+) -> Result<bool, RingError> {
     let begun = Instant::now();
-    while !gone.load(Ordering::Relaxed) && begun.elapsed() < limit {
+    while !interrupt.load(Ordering::Relaxed) && begun.elapsed() < limit {
         for _ in 0..LOOKS {
-            let available: u16 = memory.load(index, Ordering::Acquire).map_err(Error::GuestMemory)?;
-            if u16::from_le(available) != next {
+            if ring.available_index(memory)? != ring.next_available {
                 return Ok(true);
             }
             std::hint::spin_loop();
         }
-        // Whoever makes the next request may be waiting for this processor.
+        // The thread that makes the next request may be waiting for this processor.
         thread::yield_now();
     }
     Ok(false)
@@ -97,30 +90,30 @@ fn look(limit: Duration, vring: &Vring, memory: &Memory, gone: &AtomicBool) -> R
 mod tests {
     use super::*;
 
-    /// Waits until the next attempt.
-    fn pause(poll: &mut Poll) -> u32 {
-        (0..).find(|_| poll.attempt().is_some()).expect("it comes")
+    /// Waits until the next window.
+    fn pause(poll: &mut PollWindow) -> u32 {
+        (0..).find(|_| poll.open().is_some()).expect("a window")
     }
 
     #[test]
-    fn what_is_in_vain_is_tried_ever_more_rarely_until_it_succeeds() {
-        let mut poll = Poll::new(Duration::from_micros(1));
+    fn windows_without_a_request_become_rarer_until_there_is_one() {
+        let mut poll = PollWindow::new(Duration::from_micros(1));
         assert_eq!(pause(&mut poll), 0);
         let mut pauses = Vec::new();
         for _ in 0..9 {
-            poll.note(false);
+            poll.learn(false);
             pauses.push(pause(&mut poll));
         }
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
-        poll.note(true);
+        poll.learn(true);
         assert_eq!(pause(&mut poll), 0);
-        poll.note(false);
+        poll.learn(false);
         assert_eq!(pause(&mut poll), 1);
     }
 
     #[test]
-    fn it_can_be_off() {
-        let mut poll = Poll::new(Duration::ZERO);
-        assert!((0..1000).all(|_| poll.attempt().is_none()));
+    fn a_window_of_zero_is_never_open() {
+        let mut poll = PollWindow::new(Duration::ZERO);
+        assert!((0..1000).all(|_| poll.open().is_none()));
     }
 }

@@ -1,187 +1,256 @@
-//! Serves front-ends one after another.
-#![expect(unsafe_code, reason = "closes descriptors that vhost-user-backend forgets")]
+//! Serves front-ends, one after another.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
-use vhost::vhost_user::Listener;
-use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use vhost::vhost_user::{BackendReqHandler, Error};
 
-use super::connection::{self, End};
-use super::inflight::{Inflight, Limits};
-use super::vring::Vring;
-use crate::message_socket::SocketError;
+use super::handler::Handler;
+use crate::event::{StopToken, wait_any, wait_readable};
+use crate::spec::vhost_user::{HEADER_SIZE, Header, REGIONS_MAX};
 
-/// Memory of the front-end's VM: empty until the front-end describes it.
-pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+/// How long to wait before a front-end that could not even be hung up on is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Why serving came to an end before it was told to.
+/// Why a back-end serves no longer, although nobody has told it to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// Threads or descriptors for a new front-end could not be had.
-    #[error("cannot start serving the next front-end: {0}; check the limits on threads and open files")]
-    Start(String),
-    /// There is no place for a socket of our own.
-    #[error("cannot make a socket in {directory:?}: {source}; set TMPDIR to a directory that can be written")]
-    Directory {
-        /// The place.
-        directory: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
     /// The socket could not be waited for.
     #[error("cannot wait for the next front-end: {0}")]
-    Wait(#[source] io::Error),
+    Wait(#[from] io::Error),
 }
 
-/// Ends one call of a back-end's `serve` from another thread; clones end the same one.
-#[derive(Clone)]
-pub struct Stop {
-    shared: Arc<Shared>,
+/// How a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum End {
+    #[error("it is time to stop")]
+    Stopped,
+    #[error("the front-end left")]
+    Left,
+    #[error("the front-end left in the middle of a message")]
+    LeftInMessage,
+    #[error("{0}")]
+    Refused(Error),
+    #[error(
+        "a message has more than {REGIONS_MAX} descriptors, or there are too few left: check `ulimit -n`"
+    )]
+    Descriptors,
+    #[error("cannot wait: {0}")]
+    Wait(#[from] io::Error),
 }
 
-struct Shared {
-    requested: AtomicBool,
-    event: OwnedFd,
-    listener: OnceLock<UnixListener>,
-}
-
-impl Stop {
-    /// A handle nobody has used yet.
-    ///
-    /// # Errors
-    /// When there is no file descriptor left.
-    pub fn new() -> io::Result<Self> {
-        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (requested, listener) = (AtomicBool::new(false), OnceLock::new());
-        Ok(Self { shared: Arc::new(Shared { requested, event, listener }) })
-    }
-
-    /// Disconnects the front-end, if there is one, and makes `serve` return once the requests it
-    /// has begun are done. Harmless when repeated.
-    pub fn stop(&self) {
-        self.shared.requested.store(true, Ordering::SeqCst);
-        // First the listener: a front-end that reconnects at once is to find nobody here, rather than
-        // to wait in the backlog of a server that is about to go.
-        if let Some(listener) = self.shared.listener.get() {
-            let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
-        }
-        // Fails only when the counter is full, and then the event is signalled already.
-        let _ = rustix::io::write(&self.shared.event, &1u64.to_ne_bytes());
-    }
-
-    /// Whether [`stop`](Self::stop) was called.
-    #[must_use]
-    pub fn is_requested(&self) -> bool {
-        self.shared.requested.load(Ordering::SeqCst)
-    }
-}
-
-impl std::fmt::Debug for Stop {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Stop").field("requested", &self.is_requested()).finish_non_exhaustive()
-    }
-}
-
-/// Serves the front-ends that connect to `listener`, one at a time and each with a device of its
-/// own, until `stop` says so, after which nobody can connect to `listener` any more. A front-end that
-/// breaks the protocol loses its connection, no more.
-///
-/// `new_device` gets the front-end's memory, its in-flight tracking, and what is set when the front-end is gone.
+/// Serves the front-ends that connect to `listener`, one at a time and each with a handler of its own, until `stop`.
+/// Nobody can connect to `listener` after that. A front-end that breaks the protocol, or for which there are no
+/// descriptors or threads, loses its connection, and no more.
 ///
 /// # Errors
 /// [`ServeError`].
-pub(super) fn serve<D>(
+pub(super) fn serve(
     listener: &UnixListener,
-    stop: &Stop,
-    limits: Limits,
-    new_device: impl Fn(Memory, Arc<Inflight>, Arc<AtomicBool>) -> D,
-) -> Result<(), ServeError>
-where
-    D: VhostUserBackend<Bitmap = (), Vring = Vring> + 'static,
-{
-    // A second call with the same order would leave its own listener alone, which does no harm.
-    let _ = stop.shared.listener.set(listener.try_clone().map_err(ServeError::Wait)?);
-    while wait_for_front_end(listener, stop).map_err(ServeError::Wait)? {
-        let frontend = match listener.accept() {
-            Ok((frontend, _)) => frontend,
-            // The listener is closed by now.
-            Err(_) if stop.is_requested() => return Ok(()),
-            Err(error) => return Err(ServeError::Wait(error)),
-        };
-        let start = |error: &dyn std::fmt::Display| ServeError::Start(error.to_string());
-        let memory = Memory::new(GuestMemoryMmap::new());
-        let inflight = Arc::new(Inflight::new(limits));
-        let gone = Arc::new(AtomicBool::new(false));
-        let device = Arc::new(new_device(memory.clone(), inflight.clone(), gone.clone()));
-        let mut daemon =
-            VhostUserDaemon::new("vhost-user".to_owned(), device, memory).map_err(|error| start(&error))?;
-        let (private, backend) = connection::private_pair()
-            .map_err(|source| ServeError::Directory { directory: std::env::temp_dir(), source })?;
-        daemon.start(&mut Listener::from(private)).map_err(|error| start(&error))?;
-        log::info!("front-end connected");
-        let end = connection::relay(frontend, backend, &inflight, stop.shared.event.as_fd());
-        // Its driver may go on making requests, and a queue that always has one would never let its thread go.
-        gone.store(true, Ordering::Relaxed);
-        // Both sockets are closed now, so this is no wait for either peer.
-        let outcome = daemon.wait();
-        match (end, outcome) {
-            (End::Left(SocketError::Closed) | End::Stopped, _) => log::info!("front-end disconnected"),
-            (End::Closed, Err(error)) => log::warn!("front-end disconnected: {error}"),
-            (end, _) => log::warn!("front-end disconnected: {end}"),
+    stop: &StopToken,
+    new_handler: impl Fn() -> Handler,
+) -> Result<(), ServeError> {
+    let mut reserve = Reserve::new(listener);
+    while wait_readable(&[stop.as_fd(), listener.as_fd()], None)? == Some(1) {
+        match listener.accept() {
+            Ok((frontend, _)) => serve_frontend(frontend, stop, new_handler(), || close(listener)),
+            Err(error) if is_shortage(&error) => {
+                log::warn!("a front-end was hung up on: {error}");
+                if !reserve.hang_up() {
+                    // The shortage is that of the whole system. The front-end stays where it is meanwhile.
+                    wait_readable(&[stop.as_fd()], Some(Instant::now() + RETRY_INTERVAL))?;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
         }
     }
+    close(listener);
     Ok(())
 }
 
-/// Returns true when a front-end can be accepted, false when it is time to stop.
-fn wait_for_front_end(listener: &UnixListener, stop: &Stop) -> io::Result<bool> {
-    let wait_for = [listener.as_fd(), stop.shared.event.as_fd()];
-    loop {
-        let mut fds = wait_for.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        match rustix::event::poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-            Ok(_) if stop.is_requested() => return Ok(false),
-            Ok(_) => return Ok(true),
-        }
+/// A descriptor that is kept to be able to take a connection, and close it, when there is no other left.
+struct Reserve<'l> {
+    listener: &'l UnixListener,
+    descriptor: Option<UnixListener>,
+}
+
+impl<'l> Reserve<'l> {
+    fn new(listener: &'l UnixListener) -> Self {
+        Self { listener, descriptor: listener.try_clone().ok() }
+    }
+
+    /// Hangs up on the front-end that waits to be accepted. Returns whether that was possible.
+    fn hang_up(&mut self) -> bool {
+        self.descriptor = None;
+        let done = self.listener.accept().is_ok();
+        self.descriptor = self.listener.try_clone().ok();
+        done
     }
 }
 
-/// The events that end a device's worker threads.
+/// Whether `error` says that descriptors or memory are short, which passes.
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
+    shortages.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+/// Lets nobody connect to `listener` any more, so that a front-end which connects again at once finds nobody here
+/// rather than wait for a server that is about to end.
+fn close(listener: &UnixListener) {
+    if let Err(error) = rustix::net::shutdown(listener, rustix::net::Shutdown::Both) {
+        log::warn!("cannot close the listening socket: {error}");
+    }
+}
+
+/// Serves one front-end until it leaves or breaks the protocol, or until `stop`. In the latter case calls `stopping`
+/// before the front-end is disconnected.
+pub(super) fn serve_frontend(
+    frontend: UnixStream,
+    stop: &StopToken,
+    handler: Handler,
+    stopping: impl FnOnce(),
+) {
+    log::info!("front-end connected");
+    let handler = Arc::new(Mutex::new(handler));
+    let end = match Connection::new(frontend, Arc::clone(&handler)) {
+        Ok(mut connection) => {
+            let end = connection.run(stop);
+            if matches!(end, End::Stopped) {
+                stopping();
+            }
+            // Before the front-end sees the end of the connection: it may use its memory for something else then.
+            handler.lock().unwrap_or_else(PoisonError::into_inner).end();
+            end
+        }
+        Err(error) => End::Wait(error),
+    };
+    match end {
+        End::Left | End::Stopped => log::info!("front-end disconnected"),
+        end => log::warn!("front-end disconnected: {end}"),
+    }
+}
+
+/// The connection of one front-end.
 ///
-/// vhost-user-backend 0.24 takes the reading end of each and never closes it, which would cost a
-/// descriptor for each queue of each connection. Belongs into the device, since that is the last
-/// thing of a connection to go.
-#[derive(Debug, Default)]
-pub(super) struct ExitEvents {
-    consumers: Mutex<Vec<RawFd>>,
+/// The vhost crate's handler reads a message and writes the answer in blocking mode. It is given a message only when
+/// the whole of it has arrived and the socket has room for an answer, so it never waits for the front-end.
+struct Connection {
+    stream: UnixStream,
+    /// Becomes ready whenever something new arrives on the stream.
+    arrivals: OwnedFd,
+    requests: BackendReqHandler<Mutex<Handler>>,
 }
 
-impl ExitEvents {
-    /// What [`VhostUserBackend::exit_event`] returns; none when there is no descriptor left.
-    pub(super) fn create(&self) -> Option<(EventConsumer, EventNotifier)> {
-        let (consumer, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
-            .inspect_err(|error| log::error!("cannot make an event for a worker thread: {error}"))
-            .ok()?;
-        self.consumers.lock().unwrap_or_else(PoisonError::into_inner).push(consumer.as_raw_fd());
-        Some((consumer, notifier))
+/// What has arrived of the next message.
+enum Arrived {
+    Nothing,
+    Part,
+    Whole,
+}
+
+impl Connection {
+    fn new(stream: UnixStream, handler: Arc<Mutex<Handler>>) -> io::Result<Self> {
+        let arrivals = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let events = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        epoll::add(&arrivals, &stream, EventData::new_u64(0), events)?;
+        let requests = BackendReqHandler::from_stream(stream.try_clone()?, handler);
+        Ok(Self { stream, arrivals, requests })
     }
-}
 
-impl Drop for ExitEvents {
-    fn drop(&mut self) {
-        for fd in self.consumers.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // SAFETY: vhost-user-backend made a raw descriptor of the consumer and forgot it, its
-            // worker threads are gone, and so nothing else owns or uses it.
-            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    fn run(&mut self, stop: &StopToken) -> End {
+        let mut closed = false;
+        loop {
+            let step = match self.arrived() {
+                Ok(Arrived::Whole) => self.answer(stop),
+                Ok(Arrived::Nothing) if closed => return End::Left,
+                Ok(Arrived::Part) if closed => return End::LeftInMessage,
+                Ok(_) => self.await_arrival(stop).map(|is_closed| closed |= is_closed),
+                Err(end) => Err(end),
+            };
+            if let Err(end) = step {
+                return end;
+            }
+        }
+    }
+
+    /// Looks at what has arrived, without taking it.
+    ///
+    /// The descriptors are duplicated for the look: the crate waits for another message when it cannot take all of
+    /// them.
+    fn arrived(&self) -> Result<Arrived, End> {
+        let mut header = [0; HEADER_SIZE];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(REGIONS_MAX))];
+        let mut descriptors = RecvAncillaryBuffer::new(&mut space);
+        let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let count = match recvmsg(&self.stream, &mut [IoSliceMut::new(&mut header)], &mut descriptors, peek) {
+            Ok(got) => {
+                let rights = descriptors.drain().map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(descriptors) => descriptors.count(),
+                    _ => 0,
+                });
+                if rights.sum::<usize>() > REGIONS_MAX || got.flags.contains(ReturnFlags::CTRUNC) {
+                    return Err(End::Descriptors);
+                }
+                got.bytes
+            }
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(Errno::CONNRESET) => return Err(End::Left),
+            Err(error) => return Err(io::Error::from(error).into()),
+        };
+        if count < HEADER_SIZE {
+            return Ok(if count == 0 { Arrived::Nothing } else { Arrived::Part });
+        }
+        // The crate refuses what is no header, from the header alone.
+        let Ok(header) = Header::parse(&header) else { return Ok(Arrived::Whole) };
+        let want = HEADER_SIZE + header.payload_size();
+        let there = rustix::io::ioctl_fionread(&self.stream).map_err(io::Error::from)?;
+        let there = usize::try_from(there).unwrap_or(usize::MAX);
+        Ok(if there < want { Arrived::Part } else { Arrived::Whole })
+    }
+
+    /// Waits until more arrives, and returns whether the front-end has closed its side.
+    fn await_arrival(&self, stop: &StopToken) -> Result<bool, End> {
+        let stopped = wait_readable(&[stop.as_fd(), self.arrivals.as_fd()], None)? == Some(0);
+        if stopped {
+            return Err(End::Stopped);
+        }
+        let mut events = Vec::with_capacity(1);
+        match epoll::wait(&self.arrivals, rustix::buffer::spare_capacity(&mut events), Some(&NO_WAIT)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+        Ok(events.iter().any(|event| {
+            let flags = event.flags;
+            flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR)
+        }))
+    }
+
+    /// Handles the message that has arrived, once there is room for its answer.
+    fn answer(&mut self, stop: &StopToken) -> Result<(), End> {
+        let mut fds = [PollFd::new(stop, PollFlags::IN), PollFd::new(&self.stream, PollFlags::OUT)];
+        wait_any(&mut fds, None)?;
+        if !fds[0].revents().is_empty() {
+            return Err(End::Stopped);
+        }
+        match self.requests.handle_request() {
+            Ok(()) => Ok(()),
+            Err(Error::Disconnected | Error::SocketBroken(_)) => Err(End::Left),
+            Err(error) => Err(End::Refused(error)),
         }
     }
 }
+
+const NO_WAIT: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+
+#[cfg(test)]
+#[path = "server_test.rs"]
+mod tests;

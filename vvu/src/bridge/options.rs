@@ -1,4 +1,4 @@
-//! How a bridge finds its back-end, and why it ends.
+//! The options and the errors of a bridge.
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use crate::driver::DriverError;
 
-/// How a bridge finds its back-end.
+/// Options of a bridge.
 #[derive(Debug)]
 pub struct Options {
     /// The socket between bridge and back-end.
     pub backend: BackendSocket,
-    /// What to do while no back-end answers.
+    /// Behaviour while no back-end answers.
     pub retry: Retry,
 }
 
-/// How bridge and back-end connect.
+/// The way in which bridge and back-end connect.
 #[derive(Debug)]
 pub enum BackendSocket {
     /// The back-end listens at this path.
@@ -44,7 +44,7 @@ impl BackendSocket {
     }
 }
 
-/// What a bridge does when no back-end answers, or the back-end hangs up.
+/// Behaviour of a bridge when no back-end answers, or the back-end hangs up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
     /// End with an error. A back-end that has accepted gets 10 s to answer.
@@ -55,7 +55,7 @@ pub enum Retry {
     Forever,
 }
 
-/// Why a bridge came to an end.
+/// The bridge ended.
 #[derive(Debug, thiserror::Error)]
 pub enum BridgeError {
     /// The device cannot be driven any longer.
@@ -74,13 +74,13 @@ pub enum BridgeError {
     BackendLeft {
         /// The socket.
         socket: String,
-        /// Whether the front-end had sent messages.
+        /// True if the front-end had sent messages.
         serving: bool,
     },
     /// A system call failed.
     #[error("cannot {what}: {source}")]
     Io {
-        /// What was tried.
+        /// The operation that was tried.
         what: &'static str,
         /// The cause.
         source: io::Error,

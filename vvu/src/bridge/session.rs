@@ -19,11 +19,10 @@ use crate::spec::vhost_user::{HEADER_SIZE, MemoryRegion};
 const MESSAGES_PER_TURN: usize = 64;
 /// Payload of an acknowledgement that says no.
 const FAILURE: [u8; 8] = 1u64.to_le_bytes();
-/// How often to check that the device still answers when nothing happens: a device whose proxy has ended raises no
-/// interrupt.
+/// Interval at which to check an idle device: a device whose proxy has ended, or that was reset, raises no interrupt.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How a session ended.
+/// The end of a session.
 #[derive(Debug)]
 pub(super) enum End {
     /// It was time to stop.
@@ -36,7 +35,7 @@ pub(super) enum End {
     BackendLeft { reason: SocketError, serving: bool },
 }
 
-/// What ended a wait.
+/// The reason why a wait ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Woken {
     /// It is time to stop.
@@ -52,9 +51,9 @@ enum Woken {
 pub(super) struct FrontendSession<'d, D: PciDevice> {
     driver: &'d mut Driver<D>,
     backend: MessageSocket,
-    /// The end of the pair that the back-end's requests come from.
+    /// Socket from which the requests of the back-end come.
     channel: Option<MessageSocket>,
-    /// The front-end has sent something, so the back-end cannot be used for another one.
+    /// The front-end has sent a message, so this connection to the back-end cannot serve another front-end.
     serving: bool,
     frontend_up: bool,
 }
@@ -69,11 +68,11 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         Ok(self.driver.set_backend_up(true)?)
     }
 
-    /// Disconnects the front-end and forgets what it sent.
+    /// Disconnects the front-end and discards its messages.
     pub(super) fn close(&mut self) -> Result<(), BridgeError> {
         self.driver.set_backend_up(false)?;
-        // The write has taken effect when a read that follows it returns; what is in the queue
-        // then is all there will be of this front-end.
+        // The write has taken effect when a read that follows it returns. No message of this front-end comes after
+        // those that are in the queue then.
         self.driver.link()?;
         while self.driver.receive()?.is_some() {}
         Ok(())
@@ -135,7 +134,7 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         })
     }
 
-    /// Whether the device has taken the link down, as it does when the front-end left.
+    /// Returns whether the device has taken the link down, as it does when the front-end left.
     fn link_is_down(&mut self) -> Result<bool, DriverError> {
         let link = self.driver.link()?;
         if link.frontend_up && !std::mem::replace(&mut self.frontend_up, true) {
@@ -148,7 +147,7 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         self.channel.as_ref().is_some_and(MessageSocket::is_congested)
     }
 
-    /// Moves what can be moved; true if there may be more.
+    /// Moves messages in all directions; true if there may be more to move.
     fn pump(&mut self) -> Result<bool, Halt> {
         for _ in 0..MESSAGES_PER_TURN {
             let moved = self.move_request()? | self.move_answer()? | self.move_backend_request()?;
@@ -168,13 +167,13 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
             log::info!("the back-end closed its request channel: {error}");
             self.channel = None;
         }
-        // Room to send is needed since the bridge itself may have to answer.
+        // The bridge itself may have to answer, which takes room to send.
         if self.backend.is_congested() || self.channel_is_congested() || !self.driver.can_send()? {
             return Ok(false);
         }
         match self.driver.receive()? {
             None => Ok(false),
-            // Marks the end of a front-end that sent nothing, or that is dealt with already.
+            // A front-end left that sent nothing, or whose session is over already.
             Some(Incoming::FrontendLeft) if !self.serving => Ok(true),
             Some(Incoming::FrontendLeft) => Err(End::FrontendLeft.into()),
             Some(Incoming::Message(message)) => {
@@ -192,7 +191,7 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
                 log::warn!("dropped the answer to request {}: no back-end waits for it", header.request);
                 return Ok(());
             };
-            // A channel that is closed is found out by the next look at it.
+            // The next receive or flush finds a channel that is closed.
             let _ = channel.send(message.bytes, Vec::new());
             return Ok(());
         }
@@ -254,7 +253,7 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         if !message.header.is_reply() {
             return Err(AttachmentError::Direction { request }.into());
         }
-        // The one that comes with an in-flight region is not needed: the device replaces the region.
+        // The descriptor of an in-flight region is not needed: the device replaces the region.
         if !message.fds.is_empty() && request != u32::from(FrontendReq::GET_INFLIGHT_FD) {
             log::warn!("closed the descriptors in the answer to request {request}: they cannot be carried");
         }
@@ -286,7 +285,7 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
             log::warn!("refused request {} of the back-end: it carries descriptors", header.request);
             if header.needs_reply() {
                 let refused = Message::new(header.reply(8), &FAILURE);
-                // A channel that is closed is found out by the next look at it.
+                // The next receive or flush finds a channel that is closed.
                 let _ = channel.send(refused.bytes, Vec::new());
             }
         }
@@ -318,7 +317,7 @@ fn move_offsets(message: &mut Message, begin: u64) {
     }
 }
 
-/// What stops the pump.
+/// A reason to stop moving messages.
 enum Halt {
     Session(End),
     Bridge(BridgeError),

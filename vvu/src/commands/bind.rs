@@ -1,21 +1,21 @@
-//! `vvu bind`: gives the vvu device to vfio-pci.
+//! `vvu bind`: binds the vvu device to vfio-pci.
 
 use std::time::Duration;
 
 use vvu::driver::sysfs::PciSysfs;
 use vvu::spec::addr::Bdf;
 
-/// How long the kernel and udev get to make the device file of the IOMMU group.
+/// Time that the kernel and udev get to make the device file of the IOMMU group.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Options of `vvu bind`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// PCI address of the vvu device, for example 0000:00:10.0.
+    /// PCI address of the vvu device, for example 0000:00:10.0
     bdf: Bdf,
 }
 
-/// Binds the device, or leaves it as it is when it is bound.
+/// Binds the device. A device that is bound already stays as it is.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let ready = PciSysfs::default().bind(args.bdf, PATIENCE)?;
     log::info!("{} is bound to vfio-pci, IOMMU group {}", args.bdf, ready.group);

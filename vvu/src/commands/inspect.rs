@@ -1,4 +1,4 @@
-//! `vvu inspect`: tells what a vvu device is and what state it is in.
+//! `vvu inspect`: prints what a vvu device is and in which state it is.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -14,7 +14,7 @@ use vvu::spec::pci::{CONFIG_SPACE_SIZE, REGISTER_BAR};
 /// Options of `vvu inspect`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// PCI address of the vvu device.
+    /// PCI address of the vvu device
     #[arg(long, value_name = "BDF")]
     vfio: Bdf,
 }

@@ -3,6 +3,7 @@
 pub(crate) mod bind;
 pub(crate) mod device;
 pub(crate) mod inspect;
+pub(crate) mod names;
 pub(crate) mod proxy;
 pub(crate) mod supervise;
 pub(crate) mod trace;

@@ -14,6 +14,7 @@ use vvu::device::{DeviceConfig, SiblingMemory, Trace, VvuDevice};
 use vvu::listening_socket::ListeningSocket;
 use vvu::vfio_user::server::Server;
 
+use super::names::NameRemover;
 use crate::{sandbox, stop};
 
 /// Options of `vvu proxy`.
@@ -93,7 +94,7 @@ impl Memory {
 /// Serves the device until a signal asks the process to end.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = stop::on_signal().context("cannot catch signals")?;
-    let (memory, _link) = args.memory.open()?;
+    let (memory, link) = args.memory.open()?;
     let vhost_user = ListeningSocket::bind(&args.vhost_user)?;
     let vfio_user = ListeningSocket::bind(&args.vfio_user)?;
     let mut device = VvuDevice::new(DeviceConfig {
@@ -108,17 +109,28 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         device.set_trace(Trace::new(file));
     }
     let mut server = Server::new(vfio_user.listener().try_clone()?, stop)?;
+    let mut serve = || -> anyhow::Result<()> {
+        writeln!(io::stdout(), "{PROXY_READY}").context("cannot write to standard output")?;
+        server.serve(&mut device)?;
+        Ok(())
+    };
     match args.sandbox {
         Sandbox::On => {
             let mut names = vec![args.vhost_user.as_path(), &args.vfio_user];
             names.extend(args.memory.memory_link.as_deref());
-            sandbox::enter(&names).context("cannot enter the sandbox")?;
+            let remover = NameRemover::start(&names)
+                .context("cannot start the process that removes the proxy's names at its end")?;
+            let served = sandbox::enter().context("cannot enter the sandbox").and_then(|()| serve());
+            remover.remove();
+            // Their destructors would remove the names once more, which the sandbox forbids.
+            std::mem::forget((vhost_user, vfio_user, link));
+            served
         }
-        Sandbox::Off => log::warn!("the proxy runs without its sandbox"),
+        Sandbox::Off => {
+            log::warn!("the proxy runs without its sandbox");
+            serve()
+        }
     }
-    writeln!(io::stdout(), "{PROXY_READY}").context("cannot write to standard output")?;
-    server.serve(&mut device)?;
-    Ok(())
 }
 
 /// The symbolic link to the sibling memory file, which has no other name. It is removed with the value.

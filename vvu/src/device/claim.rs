@@ -1,17 +1,18 @@
-//! Claims on parts of a file that several processes share.
+//! Locks on single bytes of a file, by which processes divide it among themselves.
 #![expect(unsafe_code, reason = "rustix has no locks that belong to an open file description")]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Claims the byte at `offset` of `file` for as long as this opening of it lives; false if another
-/// opening has it. Whoever dies gives its claims up.
+/// Claims the byte at `offset` of `file`; false if another open file description has claimed it. The kernel
+/// drops a claim when the last descriptor of its open file description is closed, at the latest when the
+/// last process exits that has one.
 ///
 /// # Errors
-/// When the file cannot be locked.
+/// When the kernel cannot lock the file.
 pub(super) fn claim(file: &File, offset: u64) -> io::Result<bool> {
-    // Both constants are 0 or 1 on every Linux.
+    // Both constants fit: they are 0 or 1.
     let narrow = |constant: libc::c_int| libc::c_short::try_from(constant).unwrap_or_default();
     let start = libc::off_t::try_from(offset)
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "offset of a claim is too large"))?;

@@ -5,15 +5,21 @@
 //! read the front-end's eventfds.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
+};
 
 use crate::spec::addr::QueueIndex;
 
 /// Most events that one call of [`Events::take`] returns.
 const BATCH: usize = 64;
+/// Time between two attempts to get a resource of which there is none left.
+const RETRY_AFTER: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// The source of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +28,7 @@ pub(crate) enum Source {
     Listener,
     /// The front-end's socket or the back-end channel may be readable or writable.
     Socket,
-    /// The device interrupted its own work; see [`Events::again`].
+    /// The device has work left; see [`Events::again`] and [`Events::retry_later`].
     Again,
     /// The front-end kicked a queue.
     Kick(QueueIndex),
@@ -55,15 +61,19 @@ impl Source {
 #[derive(Debug)]
 pub(crate) struct Events {
     epoll: OwnedFd,
-    again: OwnedFd,
+    again: Arc<OwnedFd>,
+    retry: OwnedFd,
 }
 
 impl Events {
     pub(crate) fn new() -> Result<Self, Errno> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let again = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let events = Self { epoll, again };
+        let retry =
+            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        let events = Self { epoll, again: Arc::new(again), retry };
         events.add(&events.again, Source::Again)?;
+        events.add(&events.retry, Source::Again)?;
         Ok(events)
     }
 
@@ -89,6 +99,20 @@ impl Events {
     pub(crate) fn again(&self) {
         if let Err(error) = rustix::io::write(&self.again, &1u64.to_ne_bytes()) {
             log::warn!("cannot schedule the rest of the device's work: {error}");
+        }
+    }
+
+    /// An eventfd that does the same as [`again`](Self::again) when another thread writes to it.
+    pub(crate) fn again_event(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.again)
+    }
+
+    /// Makes [`take`](Self::take) return [`Source::Again`] after [`RETRY_AFTER`]: something failed for want of
+    /// a resource, and nothing tells when there is more of it.
+    pub(crate) fn retry_later(&self) {
+        let once = Itimerspec { it_interval: Timespec::default(), it_value: RETRY_AFTER };
+        if let Err(error) = timerfd_settime(&self.retry, TimerfdTimerFlags::empty(), &once) {
+            log::warn!("cannot schedule another attempt: {error}");
         }
     }
 

@@ -3,15 +3,17 @@
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 
+use super::events::Source;
 use super::peer::Peer;
-use super::sibling_memory::SiblingMemory;
+use super::resources::Resources;
 use super::trace::{Did, From, Trace};
 use super::treatment::{MessageRefusal, Treatment, treat_backend_request, treat_reply, treat_request};
 use crate::message_socket::{Message, MessageSocket, SocketError};
 use crate::spec::vhost_user::{Header, Request};
+use rustix::io::Errno;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
-/// Most requests that wait for answers of the back-end; an ordinary front-end waits for each answer.
+/// Most requests of either side that wait for answers of the other; an ordinary peer waits for each answer.
 const UNANSWERED_MAX: usize = 64;
 
 /// Why a connection ends.
@@ -27,6 +29,16 @@ pub(super) enum ConnectionError {
     TooSmall { got: usize, want: usize },
 }
 
+/// What came from the front-end.
+#[derive(Debug)]
+pub(super) enum Received {
+    Nothing,
+    /// A message for the driver, and what it changes in the device.
+    Message(Message, Treatment),
+    /// Something that the device has dealt with: a refused request, or the end of the back-end channel.
+    Done,
+}
+
 /// A connected front-end.
 #[derive(Debug)]
 pub(super) struct FrontendConnection {
@@ -40,8 +52,10 @@ pub(super) struct FrontendConnection {
     unanswered: VecDeque<u32>,
     /// A message for the driver that waits for a receive buffer.
     pub(super) to_driver: Option<Message>,
-    /// The answer to a refused request of the back-end, which goes to the driver next.
-    pub(super) answer: Option<Message>,
+    /// Answers to requests of the back-end that failed here; they go to the driver next.
+    pub(super) answers: VecDeque<Message>,
+    /// Headers of the back-end's requests that the front-end has yet to acknowledge.
+    asked: VecDeque<Header>,
 }
 
 impl FrontendConnection {
@@ -53,29 +67,52 @@ impl FrontendConnection {
             reply_ack: false,
             unanswered: VecDeque::new(),
             to_driver: None,
-            answer: None,
+            answers: VecDeque::new(),
+            asked: VecDeque::new(),
         }
     }
 
-    /// The front-end's socket.
-    pub(super) fn frontend(&self) -> &MessageSocket {
-        &self.frontend
+    /// Begins to wait for messages.
+    pub(super) fn watch(&self, resources: &Resources) -> Result<(), Errno> {
+        resources.events.add(&self.frontend, Source::Socket)
     }
 
-    /// The socket for requests of the back-end.
-    pub(super) fn channel(&self) -> Option<&MessageSocket> {
-        self.channel.as_ref()
+    /// Disconnects the front-end. What it sent and nobody read is closed by the closer.
+    pub(super) fn hang_up(mut self, resources: &Resources) {
+        self.close_channel(resources);
+        resources.disconnect(self.frontend);
     }
 
-    pub(super) fn set_channel(&mut self, stream: UnixStream) {
-        self.channel = Some(MessageSocket::new(stream));
+    /// Uses `stream` for requests of the back-end from now on.
+    pub(super) fn set_channel(&mut self, stream: UnixStream, resources: &Resources) -> Result<(), Errno> {
+        self.close_channel(resources);
+        let channel = MessageSocket::new(stream);
+        let watched = resources.events.add(&channel, Source::Socket);
+        self.channel = Some(channel);
+        watched
+    }
+
+    /// Closes the channel. The front-end will not answer the back-end's requests on it any more, so they
+    /// fail here.
+    fn close_channel(&mut self, resources: &Resources) {
+        if let Some(channel) = self.channel.take() {
+            resources.disconnect(channel);
+        }
+        self.answers.extend(self.asked.drain(..).map(failure));
+    }
+
+    fn channel_broke(&mut self, error: &SocketError, resources: &Resources) {
+        log::info!("the front-end's channel for requests of the back-end is gone: {error}");
+        self.close_channel(resources);
     }
 
     /// Sends what the front-end did not take before.
-    pub(super) fn flush(&mut self) -> Result<(), ConnectionError> {
+    pub(super) fn flush(&mut self, resources: &Resources) -> Result<(), ConnectionError> {
         self.frontend.flush()?;
-        if let Some(channel) = &mut self.channel {
-            channel.flush()?;
+        if let Some(channel) = &mut self.channel
+            && let Err(error) = channel.flush()
+        {
+            self.channel_broke(&error, resources);
         }
         Ok(())
     }
@@ -85,98 +122,143 @@ impl FrontendConnection {
         self.frontend.is_congested() || self.channel.as_ref().is_some_and(MessageSocket::is_congested)
     }
 
-    /// The next message for the driver, and what it changes in the device. A refused request is answered
-    /// here if the front-end waits for an acknowledgement; otherwise it ends the connection.
-    pub(super) fn next_message(
-        &mut self,
-        memory: &SiblingMemory,
-        queues: u16,
-        trace: &mut Option<Trace>,
-    ) -> Result<Option<(Message, Treatment)>, ConnectionError> {
-        while let Some(mut message) = self.frontend.receive()? {
-            let arrived = Trace::arrived(trace, &message);
-            let Header { request, .. } = message.header;
-            let is_query = Request::of_frontend(request).is_some_and(Request::is_query);
-            let answered = is_query || self.reply_ack && message.header.needs_reply();
-            match treat_request(&mut message, memory, queues) {
-                Ok(treatment) => {
-                    Trace::record(trace, From::Frontend, arrived, Did::Passed(message.payload()));
-                    if answered && self.unanswered.len() == UNANSWERED_MAX {
-                        return Err(ConnectionError::Flood);
-                    }
-                    if answered {
-                        self.unanswered.push_back(request);
-                    }
-                    if let Treatment::ProtocolFeatures(bits) = treatment {
-                        self.reply_ack = bits & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
-                    }
-                    return Ok(Some((message, treatment)));
-                }
-                Err(refusal) if answered && !is_query && !self.frontend.is_congested() => {
-                    log::error!("refused request {request} of the front-end: {refusal}");
-                    Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
-                    let refused = Message::new(message.header.reply(8), &1u64.to_le_bytes());
-                    self.frontend.send(refused.bytes, Vec::new())?;
-                }
-                Err(refusal) => {
-                    Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
-                    return Err(refusal.into());
-                }
-            }
+    /// Takes the next message of the front-end. A refused request is answered here if the front-end waits for
+    /// an acknowledgement; otherwise it ends the connection.
+    pub(super) fn next_message(&mut self, resources: &mut Resources) -> Result<Received, ConnectionError> {
+        if let Some(mut message) = self.frontend.receive()? {
+            let treatment = self.examine(&mut message, resources);
+            resources.close_all(&mut message.fds);
+            return match treatment? {
+                Some(treatment) => Ok(Received::Message(message, treatment)),
+                None => Ok(Received::Done),
+            };
         }
-        let Some(channel) = &mut self.channel else { return Ok(None) };
-        let Some(message) = channel.receive()? else { return Ok(None) };
-        let arrived = Trace::arrived(trace, &message);
-        if message.header.is_reply() && message.fds.is_empty() {
-            Trace::record(trace, From::Frontend, arrived, Did::Passed(message.payload()));
-            Ok(Some((message, Treatment::Relay)))
-        } else {
-            let refusal = MessageRefusal::Direction { request: message.header.request };
-            Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
-            Err(refusal.into())
+        let Some(channel) = &mut self.channel else { return Ok(Received::Nothing) };
+        match channel.receive() {
+            Ok(Some(mut message)) => {
+                let answer = self.examine_answer(&message, resources);
+                resources.close_all(&mut message.fds);
+                answer.map(|()| Received::Message(message, Treatment::Relay))
+            }
+            Ok(None) => Ok(Received::Nothing),
+            Err(error) => {
+                self.channel_broke(&error, resources);
+                Ok(Received::Done)
+            }
         }
     }
 
-    /// Passes a message of the driver to the front-end. A request that the device cannot carry is not
-    /// passed on: the answer to it is returned, if the back-end asks for one.
+    /// Examines a request of the front-end; `None` if it was refused and the front-end knows.
+    fn examine(
+        &mut self,
+        message: &mut Message,
+        Resources { memory, queues, trace, .. }: &mut Resources,
+    ) -> Result<Option<Treatment>, ConnectionError> {
+        let arrived = Trace::arrived(trace, message);
+        let Header { request, .. } = message.header;
+        let is_query = Request::of_frontend(request).is_some_and(Request::is_query);
+        let answered = is_query || self.reply_ack && message.header.needs_reply();
+        if answered && self.unanswered.len() == UNANSWERED_MAX {
+            Trace::record(trace, From::Frontend, arrived, Did::Refused(&ConnectionError::Flood));
+            return Err(ConnectionError::Flood);
+        }
+        match treat_request(message, memory, *queues) {
+            Ok(treatment) => {
+                Trace::record(trace, From::Frontend, arrived, Did::Passed(message.payload()));
+                if answered {
+                    self.unanswered.push_back(request);
+                }
+                if let Treatment::ProtocolFeatures(bits) = treatment {
+                    self.reply_ack = bits & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
+                }
+                Ok(Some(treatment))
+            }
+            Err(refusal) => {
+                Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
+                if !answered || is_query || self.frontend.is_congested() {
+                    return Err(refusal.into());
+                }
+                log::error!("refused request {request} of the front-end: {refusal}");
+                self.frontend.send(failure(message.header).bytes, Vec::new())?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Examines a message on the back-end channel, which must be the answer to a request of the back-end.
+    fn examine_answer(
+        &mut self,
+        message: &Message,
+        resources: &mut Resources,
+    ) -> Result<(), ConnectionError> {
+        let trace = &mut resources.trace;
+        let arrived = Trace::arrived(trace, message);
+        let Header { request, .. } = message.header;
+        if !message.header.is_reply() || !message.fds.is_empty() {
+            let refusal = MessageRefusal::Direction { request };
+            Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
+            return Err(refusal.into());
+        }
+        // Answers come in the order of the requests.
+        if self.asked.front().is_some_and(|asked| asked.request == request) {
+            self.asked.pop_front();
+        }
+        Trace::record(trace, From::Frontend, arrived, Did::Passed(message.payload()));
+        Ok(())
+    }
+
+    /// Passes a message of the driver to the front-end. A request of the back-end that cannot be passed on
+    /// is answered with a failure if the back-end asks for an acknowledgement.
     pub(super) fn deliver(
         &mut self,
         mut message: Message,
-        memory: &SiblingMemory,
-        queues: u16,
-        trace: &mut Option<Trace>,
-    ) -> Result<Option<Message>, ConnectionError> {
+        resources: &mut Resources,
+    ) -> Result<(), ConnectionError> {
+        let Resources { memory, queues, trace, .. } = resources;
         let arrived = Trace::arrived(trace, &message);
-        if message.header.is_reply() {
-            if self.unanswered.front() != Some(&message.header.request) {
-                log::warn!(
-                    "dropped a reply to request {}: the front-end waits for none",
-                    message.header.request
-                );
+        let header = message.header;
+        if header.is_reply() {
+            if self.unanswered.front() != Some(&header.request) {
+                log::warn!("dropped a reply to request {}: the front-end waits for none", header.request);
                 Trace::record(trace, From::Backend, arrived, Did::Dropped(&"nobody asked for it"));
-                return Ok(None);
+                return Ok(());
             }
             self.unanswered.pop_front();
-            if let Err(refusal) = treat_reply(&mut message, memory, queues) {
+            if let Err(refusal) = treat_reply(&mut message, memory, *queues) {
                 Trace::record(trace, From::Backend, arrived, Did::Refused(&refusal));
                 return Err(refusal.into());
             }
             Trace::record(trace, From::Backend, arrived, Did::Passed(message.payload()));
             self.frontend.send(message.bytes, message.fds)?;
-            return Ok(None);
+            return Ok(());
         }
         let refusal = match (treat_backend_request(&message), &mut self.channel) {
+            (Ok(()), Some(_)) if header.needs_reply() && self.asked.len() == UNANSWERED_MAX => {
+                MessageRefusal::Flood
+            }
             (Ok(()), Some(channel)) => {
                 Trace::record(trace, From::Backend, arrived, Did::Passed(message.payload()));
-                channel.send(message.bytes, Vec::new())?;
-                return Ok(None);
+                if header.needs_reply() {
+                    self.asked.push_back(header);
+                }
+                if let Err(error) = channel.send(message.bytes, Vec::new()) {
+                    self.channel_broke(&error, resources);
+                }
+                return Ok(());
             }
             (Ok(()), None) => MessageRefusal::NoChannel,
             (Err(refusal), _) => refusal,
         };
-        log::warn!("refused request {} of the back-end: {refusal}", message.header.request);
+        log::warn!("refused request {} of the back-end: {refusal}", header.request);
         Trace::record(trace, From::Backend, arrived, Did::Refused(&refusal));
-        let answer = || Message::new(message.header.reply(8), &1u64.to_le_bytes());
-        Ok(message.header.needs_reply().then(answer))
+        if header.needs_reply() {
+            self.answers.push_back(failure(header));
+        }
+        Ok(())
     }
+}
+
+/// The answer to a request that failed.
+fn failure(header: Header) -> Message {
+    Message::new(header.reply(8), &1u64.to_le_bytes())
 }

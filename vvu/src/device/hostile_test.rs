@@ -421,3 +421,199 @@ fn memory_that_vanishes_in_mid_use_breaks_the_driver_only() {
         assert_eq!(rig.device.link(), LinkState::Connected, "{name}");
     }
 }
+
+/// Answering refused requests is work like any other: a front-end that sends nothing else must not keep the
+/// device, and with it the device VM, from everything else.
+#[test]
+fn refused_requests_count_against_the_turn() {
+    let mut rig = rig();
+    let mut frontend = rig.connect();
+    let features = request(FrontendReq::SET_PROTOCOL_FEATURES, &8u64.to_le_bytes());
+    frontend.send(features, vec![]).expect("send");
+    rig.process();
+    let log = Header { request: FrontendReq::SET_LOG_BASE as u32, flags: 9, size: 0 };
+    for _ in 0..150 {
+        frontend.send(Message::new(log, &[]).bytes, vec![]).expect("send");
+    }
+    assert!(!frontend.is_congested(), "the requests fit into the socket");
+    let mut answers = || std::iter::from_fn(|| frontend.receive().expect("connected")).count();
+    rig.device.process(&rig.host);
+    let in_one_turn = answers();
+    assert!((1..=64).contains(&in_one_turn), "{in_one_turn}");
+    rig.process();
+    assert_eq!(in_one_turn + answers(), 150);
+}
+
+/// Gives the device a channel for requests of the back-end; returns the front-end's end, and a duplicate of
+/// the device's end as a front-end may keep one.
+fn give_channel(rig: &mut Rig, frontend: &mut MessageSocket) -> (UnixStream, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().expect("pair");
+    let kept = theirs.try_clone().expect("dup");
+    frontend.send(request(FrontendReq::SET_BACKEND_REQ_FD, &[]), vec![theirs.into()]).expect("send");
+    rig.process();
+    assert!(rig.used(0).is_some_and(|bytes| !bytes.is_empty()), "relayed");
+    rig.offer(0, &[], BUFFER);
+    (ours, kept)
+}
+
+/// Whether the device has events to handle.
+fn is_woken(rig: &Rig) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let events = rig.device.events();
+    poll(&mut [PollFd::new(&events, PollFlags::IN)], Some(&Timespec::default())) == Ok(1)
+}
+
+#[test]
+fn a_replaced_back_end_channel_wakes_the_device_no_longer() {
+    let mut rig = rig();
+    let mut frontend = rig.connect();
+    let (mut old, _kept) = give_channel(&mut rig, &mut frontend);
+    let (mut new, _also_kept) = give_channel(&mut rig, &mut frontend);
+    rig.process();
+    assert!(!is_woken(&rig));
+    // It fails if the device has hung up on the old channel.
+    let _ = old.write(&[1]);
+    assert!(!is_woken(&rig), "the old channel is still watched");
+    new.write_all(&[1]).expect("write");
+    assert!(is_woken(&rig), "the new channel is not watched");
+}
+
+#[test]
+fn a_closed_back_end_channel_ends_only_the_channel() {
+    let mut rig = rig();
+    let mut frontend = rig.connect();
+    let ask = Header { request: 2, flags: 9, size: 0 };
+    let (channel, _kept) = give_channel(&mut rig, &mut frontend);
+    rig.send(&Message::new(ask, &[]));
+    assert_eq!(rig.used(0), None, "the front-end is asked");
+    drop(channel);
+    rig.process();
+    assert_eq!(rig.device.link(), LinkState::Connected);
+    let failed = rig.used(0).expect("the request that waited is answered");
+    assert_eq!((failed[0], failed[4], failed[HEADER_SIZE]), (2, 5, 1));
+    rig.offer(0, &[], BUFFER);
+    rig.send(&Message::new(ask, &[]));
+    assert_eq!(rig.used(0).expect("refused")[HEADER_SIZE], 1);
+    rig.offer(0, &[], BUFFER);
+    frontend.send(request(FrontendReq::SET_OWNER, &[]), vec![]).expect("send");
+    rig.process();
+    assert_eq!(rig.used(0).map(|bytes| bytes.len()), Some(HEADER_SIZE), "the front-end is still served");
+    rig.offer(0, &[], BUFFER);
+    // A new channel works.
+    let (channel, _kept) = give_channel(&mut rig, &mut frontend);
+    rig.send(&Message::new(ask, &[]));
+    assert!(MessageSocket::new(channel).receive().expect("open").is_some());
+}
+
+const SHORTAGE: &str = "VVU_TEST_SHORTAGE";
+
+/// Runs in a process of its own, because the limit of file descriptors is the process's.
+#[test]
+fn a_front_end_that_comes_while_there_are_no_file_descriptors_is_served_later() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    if std::env::var_os(SHORTAGE).is_none() {
+        let name = "device::vvu_device::hostile_tests::\
+                    a_front_end_that_comes_while_there_are_no_file_descriptors_is_served_later";
+        let output = std::process::Command::new(std::env::current_exe().expect("own path"))
+            .args(["--exact", "--nocapture", name])
+            .env(SHORTAGE, "1")
+            .output()
+            .expect("child");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
+        return;
+    }
+    let mut rig = rig();
+    let stream = UnixStream::connect(rig.dir.path().join("s")).expect("connect");
+    // The lowest free descriptor is the limit from here on.
+    let free = rustix::io::dup(&stream).expect("dup");
+    let limit = u64::try_from(std::os::fd::AsRawFd::as_raw_fd(&free)).expect("positive");
+    drop(free);
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(limit), ..before }).expect("limit");
+    rig.process();
+    assert_eq!(rig.device.link(), LinkState::Waiting);
+    setrlimit(Resource::Nofile, before).expect("limit");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while rig.device.link() != LinkState::Connected {
+        let events = rig.device.events();
+        let woken = crate::event::wait_readable(&[events], Some(deadline)).expect("wait");
+        assert!(woken.is_some(), "the device does not try again");
+        rig.process();
+    }
+}
+
+/// A TCP socket that takes five seconds to close: nobody reads what is left in it.
+fn lingering_socket() -> (OwnedFd, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    let mut stream = std::net::TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
+    let (peer, _) = listener.accept().expect("accept");
+    stream.set_nonblocking(true).expect("non-blocking");
+    while stream.write(&[0; 1 << 16]).is_ok() {}
+    stream.set_nonblocking(false).expect("blocking");
+    let linger = std::time::Duration::from_secs(5);
+    rustix::net::sockopt::set_socket_linger(&stream, Some(linger)).expect("linger");
+    (stream.into(), peer)
+}
+
+/// Wherever the last descriptor of such a socket is closed, the device does not wait for it.
+#[test]
+fn descriptors_that_take_long_to_close_hold_nothing_up() {
+    type Give = fn(&mut Rig, &mut MessageSocket, OwnedFd);
+    let gives: [(&str, Give); 4] = [
+        ("with a request that has none", |_, frontend, fd| {
+            frontend.send(request(FrontendReq::SET_OWNER, &[]), vec![fd]).expect("send");
+        }),
+        ("in place of a socket", |_, frontend, fd| {
+            frontend.send(request(FrontendReq::SET_BACKEND_REQ_FD, &[]), vec![fd]).expect("send");
+        }),
+        ("behind a message that ends the connection", |_, frontend, fd| {
+            frontend.send(vec![0xff; 12], vec![]).expect("send");
+            frontend.send(request(FrontendReq::SET_OWNER, &[]), vec![fd]).expect("send");
+        }),
+        ("in the back-end channel", |rig, frontend, fd| {
+            let (channel, _kept) = give_channel(rig, frontend);
+            MessageSocket::new(channel).send(request(FrontendReq::SET_OWNER, &[]), vec![fd]).expect("send");
+        }),
+    ];
+    for (name, give) in gives {
+        let (fd, _peer) = lingering_socket();
+        let mut rig = rig();
+        let mut frontend = rig.connect();
+        give(&mut rig, &mut frontend, fd);
+        let start = std::time::Instant::now();
+        rig.process();
+        drop(frontend);
+        rig.process();
+        rig.device.reset();
+        rig.bring_up(feature::OFFERED);
+        let mut next = rig.connect();
+        next.send(request(FrontendReq::SET_OWNER, &[]), vec![]).expect("send");
+        rig.process();
+        assert!(rig.used(0).is_some_and(|bytes| bytes.len() == HEADER_SIZE), "{name}");
+        let elapsed = start.elapsed();
+        assert!(elapsed < std::time::Duration::from_secs(2), "{name}: {elapsed:?}");
+    }
+}
+
+/// More than a message may have are lost on the way in, which must not close them either.
+#[test]
+fn too_many_descriptors_that_take_long_to_close_hold_nothing_up() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let (fd, _peer) = lingering_socket();
+    let mut rig = rig();
+    let stream = UnixStream::connect(rig.dir.path().join("s")).expect("connect");
+    let plain = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
+    let mut fds = vec![plain.as_fd(); 100];
+    fds.push(fd.as_fd());
+    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(101))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let bytes = request(FrontendReq::SET_OWNER, &[]);
+    sendmsg(&stream, &[std::io::IoSlice::new(&bytes)], &mut control, SendFlags::empty()).expect("send");
+    drop(fd);
+    let start = std::time::Instant::now();
+    assert!(is_dropped_and_the_next_served(&mut rig, MessageSocket::new(stream)));
+    let elapsed = start.elapsed();
+    assert!(elapsed < std::time::Duration::from_secs(2), "{elapsed:?}");
+}

@@ -13,6 +13,7 @@ pub use trace::Trace;
 pub use vvu_device::{DeviceConfig, VvuDevice};
 
 mod claim;
+mod closer;
 mod common_config;
 mod config_space;
 mod events;
@@ -23,6 +24,7 @@ mod pci_function;
 mod peer;
 mod reconnects;
 mod relay;
+mod resources;
 mod sibling_memory;
 mod trace;
 mod treatment;

@@ -12,7 +12,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
 
+use super::closer::Closer;
 use super::peer::Peer;
+use super::resources::hang_up;
 
 /// Most front-ends that wait outside of the socket's backlog.
 const WAITING_MAX: usize = 8;
@@ -50,9 +52,12 @@ impl Reconnects {
 
     /// Accepts one front-end and lets it wait or hangs up on it; false if none connected, if nobody is
     /// to be turned away, or if there is no room.
-    pub(super) fn sort(&mut self) -> io::Result<bool> {
+    pub(super) fn sort(&mut self, closer: &Closer) -> io::Result<bool> {
         if self.waiting.len() == WAITING_MAX {
-            self.waiting.retain(|(stream, _)| !has_left(stream));
+            let (left, waiting): (Vec<_>, _) =
+                self.waiting.drain(..).partition(|(stream, _)| has_left(stream));
+            self.waiting = waiting.into();
+            closer.close(left);
         }
         if self.turned_away.is_none() || self.waiting.len() == WAITING_MAX {
             return Ok(false);
@@ -60,6 +65,7 @@ impl Reconnects {
         let Some(accepted) = accept(&self.listener)? else { return Ok(false) };
         if accepted.1 == self.turned_away {
             log::debug!("hung up on a front-end that reconnected before the back-end did");
+            hang_up(closer, accepted.0);
         } else {
             self.waiting.push_back(accepted);
         }
@@ -102,16 +108,21 @@ mod tests {
         (dir, Reconnects::new(listener), other)
     }
 
+    fn closer() -> Closer {
+        let wake = crate::event::Event::new().expect("event");
+        Closer::new(std::sync::Arc::new(wake.into())).expect("thread")
+    }
+
     #[test]
     fn strangers_wait_in_order_and_the_dead_make_room() {
         let (dir, mut reconnects, other) = setup();
         reconnects.turn_away(other);
         let connect = || UnixStream::connect(dir.path().join("s")).expect("connect");
         let mut alive: Vec<_> = (0..WAITING_MAX + 1).map(|_| connect()).collect();
-        (0..WAITING_MAX).for_each(|_| assert!(reconnects.sort().expect("sorted")));
-        assert!(!reconnects.sort().expect("no room"));
+        (0..WAITING_MAX).for_each(|_| assert!(reconnects.sort(&closer()).expect("sorted")));
+        assert!(!reconnects.sort(&closer()).expect("no room"));
         drop(alive.remove(0));
-        assert!(reconnects.sort().expect("room"));
+        assert!(reconnects.sort(&closer()).expect("room"));
         let count = std::iter::from_fn(|| reconnects.next().expect("accepted")).count();
         assert_eq!(count, WAITING_MAX);
     }
@@ -120,7 +131,7 @@ mod tests {
     fn without_anybody_to_turn_away_all_stay_in_the_backlog() {
         let (dir, mut reconnects, _) = setup();
         let _one = UnixStream::connect(dir.path().join("s")).expect("connect");
-        assert!(!reconnects.sort().expect("sorted"));
+        assert!(!reconnects.sort(&closer()).expect("sorted"));
         assert!(reconnects.next().expect("accepted").is_some());
     }
 }

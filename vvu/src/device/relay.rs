@@ -5,13 +5,14 @@ use std::os::unix::net::UnixListener;
 use rustix::io::Errno;
 
 use super::Host;
+use super::closer::Closer;
 use super::events::{Events, Source};
-use super::frontend_connection::{ConnectionError, FrontendConnection};
+use super::frontend_connection::{ConnectionError, FrontendConnection, Received};
 use super::link::{Link, LinkEvent, LinkState, Transition};
 use super::message_queues::{DriverQueues, Placed, QueueError};
 use super::reconnects::Reconnects;
+use super::resources::Resources;
 use super::sibling_memory::SiblingMemory;
-use super::trace::Trace;
 use super::treatment::Treatment;
 use super::vrings::{Eventfd, Notification, Vrings};
 use crate::spec::addr::QueueIndex;
@@ -19,11 +20,8 @@ use crate::spec::addr::QueueIndex;
 /// The front-end's side of a device.
 #[derive(Debug)]
 pub(super) struct Relay {
-    pub(super) memory: SiblingMemory,
+    pub(super) resources: Resources,
     pub(super) vrings: Vrings,
-    pub(super) events: Events,
-    pub(super) trace: Option<Trace>,
-    queues: u16,
     reconnects: Reconnects,
     link: Link,
 }
@@ -53,14 +51,15 @@ impl Relay {
     /// A relay whose link is down, for `queues` vhost queues.
     ///
     /// # Errors
-    /// When the kernel refuses to poll `listener` or has no asynchronous I/O.
+    /// When the kernel cannot poll `listener`, or has no asynchronous I/O or no thread left.
     pub(super) fn new(memory: SiblingMemory, listener: UnixListener, queues: u16) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
         let events = Events::new()?;
         events.add(&listener, Source::Listener)?;
+        let closer = Closer::new(events.again_event())?;
+        let resources = Resources { memory, queues, events, closer, trace: None };
         let vrings = Vrings::new(queues)?;
-        let reconnects = Reconnects::new(listener);
-        Ok(Self { memory, vrings, events, trace: None, queues, reconnects, link: Link::default() })
+        Ok(Self { resources, vrings, reconnects: Reconnects::new(listener), link: Link::default() })
     }
 
     /// The state of the link.
@@ -106,9 +105,9 @@ impl Relay {
     fn follow(&mut self, event: LinkEvent) -> Option<Transition> {
         let mut transition = self.link.handle(event)?;
         if let Some(ended) = transition.ended.take() {
-            self.forget(&ended);
             let driver_left = transition.to != LinkState::Leaving;
             self.reconnects.turn_away(if driver_left { ended.peer } else { None });
+            self.disconnect(ended);
         }
         Some(transition)
     }
@@ -118,42 +117,50 @@ impl Relay {
         self.follow(LinkEvent::DriverViolation)
     }
 
-    /// Unwatches the file descriptors of a connection one by one: closing them here is not enough while
-    /// the front-end has them open too.
-    fn forget(&mut self, connection: &FrontendConnection) {
+    /// Ends a connection. The front-end may have its eventfds open for longer, so they are unwatched one by
+    /// one.
+    fn disconnect(&mut self, connection: FrontendConnection) {
         for kick in self.vrings.disconnect() {
-            self.events.remove(&kick);
+            self.resources.events.remove(&kick);
         }
-        self.events.remove(connection.frontend());
-        connection.channel().into_iter().for_each(|channel| self.events.remove(channel));
+        connection.hang_up(&self.resources);
     }
 
     /// Looks at one front-end that connected while there is no back-end.
     fn sort_reconnects(&mut self) -> Progress {
-        let sorted = self.reconnects.sort().unwrap_or_else(|error| {
-            log::warn!("cannot accept a front-end: {error}");
-            false
-        });
-        sorted.into()
+        if self.resources.closer.is_full() {
+            return Progress::default();
+        }
+        match self.reconnects.sort(&self.resources.closer) {
+            Ok(sorted) => sorted.into(),
+            Err(error) => self.cannot_accept(&error),
+        }
     }
 
     /// Accepts a front-end.
     fn accept(&mut self) -> Progress {
+        if self.resources.closer.is_full() {
+            return Progress::default();
+        }
         let (stream, peer) = match self.reconnects.next() {
             Ok(Some(frontend)) => frontend,
             Ok(None) => return Progress::default(),
-            Err(error) => {
-                log::warn!("cannot accept a front-end: {error}");
-                return Progress::default();
-            }
+            Err(error) => return self.cannot_accept(&error),
         };
         let connection = FrontendConnection::new(stream, peer);
-        if let Err(error) = self.events.add(connection.frontend(), Source::Socket) {
+        if let Err(error) = connection.watch(&self.resources) {
             log::warn!("cannot wait for messages of a front-end: {error}");
             return true.into();
         }
         self.reconnects.turn_away(None);
         self.link.connect(connection).into()
+    }
+
+    /// The front-end stays in the backlog, and nothing tells when it can be accepted.
+    fn cannot_accept(&self, error: &std::io::Error) -> Progress {
+        log::warn!("cannot accept a front-end, will try again: {error}");
+        self.resources.events.retry_later();
+        Progress::default()
     }
 
     /// Moves at most one message each way.
@@ -177,13 +184,20 @@ impl Relay {
     fn relay_to_driver<H: Host>(&mut self, driver: &mut DriverQueues<'_, H>) -> Result<bool, ExchangeError> {
         let Link::Connected(connection) = &mut self.link else { return Ok(false) };
         if connection.to_driver.is_none() {
-            connection.to_driver = connection.answer.take();
+            connection.to_driver = connection.answers.pop_front();
         }
         if connection.to_driver.is_none() {
-            let next = connection.next_message(&self.memory, self.queues, &mut self.trace)?;
-            let Some((message, treatment)) = next else { return Ok(false) };
-            connection.to_driver = Some(message);
-            self.apply(treatment)?;
+            if self.resources.closer.is_full() {
+                return Ok(false);
+            }
+            match connection.next_message(&mut self.resources)? {
+                Received::Nothing => return Ok(false),
+                Received::Done => return Ok(true),
+                Received::Message(message, treatment) => {
+                    connection.to_driver = Some(message);
+                    self.apply(treatment)?;
+                }
+            }
         }
         let Link::Connected(connection) = &mut self.link else { return Ok(false) };
         let Some(message) = &connection.to_driver else { return Ok(false) };
@@ -205,15 +219,14 @@ impl Relay {
             Treatment::Relay | Treatment::ProtocolFeatures(_) => {}
             Treatment::Eventfd(index, which, eventfd) => {
                 if let (Notification::Kick, Some(eventfd)) = (which, &eventfd) {
-                    self.events.add(eventfd, Source::Kick(index))?;
+                    self.resources.events.add(eventfd, Source::Kick(index))?;
                 }
                 self.replace(index, which, eventfd);
             }
             Treatment::Stop(index) => self.replace(index, Notification::Kick, None),
             Treatment::BackendChannel(stream) => {
-                self.events.add(&stream, Source::Socket)?;
                 if let Link::Connected(connection) = &mut self.link {
-                    connection.set_channel(stream);
+                    connection.set_channel(stream, &self.resources)?;
                 }
             }
         }
@@ -224,7 +237,7 @@ impl Relay {
     /// front-end may still have open.
     fn replace(&mut self, index: QueueIndex, which: Notification, eventfd: Option<Eventfd>) {
         if let (Some(old), Notification::Kick) = (self.vrings.set(index, which, eventfd), which) {
-            self.events.remove(&old);
+            self.resources.events.remove(&old);
         }
     }
 
@@ -234,12 +247,12 @@ impl Relay {
         driver: &mut DriverQueues<'_, H>,
     ) -> Result<bool, ExchangeError> {
         let Link::Connected(connection) = &mut self.link else { return Ok(false) };
-        connection.flush()?;
-        if connection.is_congested() || connection.answer.is_some() {
+        connection.flush(&self.resources)?;
+        if connection.is_congested() || !connection.answers.is_empty() {
             return Ok(false);
         }
         let Some(message) = driver.take()? else { return Ok(false) };
-        connection.answer = connection.deliver(message, &self.memory, self.queues, &mut self.trace)?;
+        connection.deliver(message, &mut self.resources)?;
         Ok(true)
     }
 

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{
@@ -10,6 +10,7 @@ use rustix::fs::{
     ftruncate, memfd_create,
 };
 use rustix::io::Errno;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use super::claim::claim;
 use crate::spec::addr::BarOffset;
@@ -90,6 +91,8 @@ impl From<Errno> for OpenError {
 #[derive(Debug)]
 pub struct SiblingMemory {
     file: File,
+    /// Holds the claim on the in-flight region; never handed out.
+    _claims: File,
     ram: u64,
     /// Offset of the in-flight region of this device.
     inflight: u64,
@@ -139,7 +142,7 @@ impl SiblingMemory {
         size.ok_or(OpenError::Size { got: ram, page })
     }
 
-    /// Opens the file of another device of the same sibling. `file` must come from open(2), not from dup(2).
+    /// Opens the file of another device of the same sibling.
     ///
     /// # Errors
     /// [`OpenError::Kind`], [`OpenError::Full`], [`OpenError::Io`].
@@ -152,10 +155,14 @@ impl SiblingMemory {
         }
         let identity = (stat.st_dev, stat.st_ino);
         let huge = fstatfs(&file)?.f_type == libc::HUGETLBFS_MAGIC;
+        // A claim belongs to an open file description and ends with its last duplicate. VMMs and
+        // front-ends get duplicates of `file`, so the claim is made on a description of its own.
+        let claims =
+            File::options().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         for region in 0..INFLIGHT_REGIONS {
             let inflight = ram + region * INFLIGHT_SIZE;
-            if claim(&file, inflight)? {
-                return Ok(Self { file, ram, inflight, identity, huge });
+            if claim(&claims, inflight)? {
+                return Ok(Self { file, _claims: claims, ram, inflight, identity, huge });
             }
         }
         Err(OpenError::Full)
@@ -210,6 +217,10 @@ impl SiblingMemory {
 
     /// Whether `fd` refers to this file.
     fn is(&self, fd: impl AsFd) -> Result<bool, MemoryError> {
+        // fstat asks the file system, and that of a peer's file might not answer. Only a memfd has seals.
+        if !fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(Self::SEALS)) {
+            return Ok(false);
+        }
         let stat = fstat(fd)?;
         Ok((stat.st_dev, stat.st_ino) == self.identity)
     }
@@ -226,9 +237,28 @@ impl SiblingMemory {
     /// Writes for a VMM that does not map the BAR. Bytes beyond the file are ignored.
     pub(crate) fn write(&self, offset: u64, data: &[u8]) {
         let end = data.len().min(usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX));
-        if let Err(error) = self.file.write_all_at(&data[..end], offset) {
+        let data = &data[..end];
+        let written = match self.huge {
+            // The kernel has no write(2) for files of huge pages.
+            true => self.write_mapped(data, offset, HUGE_PAGE_SIZE),
+            false => self.file.write_all_at(data, offset),
+        };
+        if let Err(error) = written {
             log::warn!("cannot write sibling memory at {offset:#x}: {error}");
         }
+    }
+
+    /// Writes `data` at `offset` by mapping the pages of `page` bytes that it lies in.
+    fn write_mapped(&self, data: &[u8], offset: u64, page: u64) -> io::Result<()> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        let start = offset - offset % page;
+        let at = usize::try_from(offset - start).map_err(io::Error::other)?;
+        let size = (at + data.len()).next_multiple_of(usize::try_from(page).map_err(io::Error::other)?);
+        let file = FileOffset::new(self.file.try_clone()?, start);
+        let pages = MmapRegion::<()>::from_file(file, size).map_err(io::Error::other)?;
+        pages.as_volatile_slice().write_slice(data, at).map_err(io::Error::other)
     }
 }
 

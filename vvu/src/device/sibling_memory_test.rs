@@ -37,6 +37,22 @@ fn trapped_accesses_reach_the_file_and_nothing_beyond() {
     assert_eq!(data, [0; 6]);
 }
 
+/// As with huge pages, of which this machine may have none.
+#[test]
+fn a_write_through_a_mapping_lands_where_it_belongs() {
+    let memory = SiblingMemory::create(0x4000).expect("memory");
+    let end = memory.size();
+    for offset in [0, 7, 0xffc, 0x1000, end - 8] {
+        let data: Vec<u8> = (1..=8).collect();
+        memory.write_mapped(&data, offset, PAGE_SIZE).expect("write");
+        let mut read = [0; 8];
+        memory.read(offset, &mut read);
+        assert_eq!(read, data[..], "{offset:#x}");
+        memory.write(offset, &[0; 8]);
+    }
+    memory.write_mapped(&[], 3, PAGE_SIZE).expect("nothing to write");
+}
+
 #[test]
 fn an_in_flight_region_is_zeroed_and_has_one_place() {
     let memory = SiblingMemory::create(0x1000).expect("memory");
@@ -74,6 +90,18 @@ fn devices_that_share_a_file_have_in_flight_regions_of_their_own() {
     assert_eq!(again.inflight, 0x1000 + 3 * INFLIGHT_SIZE);
 }
 
+/// The VMMs of both VMs hold the file for longer than a proxy lives.
+#[test]
+fn a_claim_ends_with_its_device_although_others_hold_the_file() {
+    let first = SiblingMemory::create(0x1000).expect("memory");
+    let mut lent = Vec::new();
+    for _ in 0..2 * INFLIGHT_REGIONS {
+        let device = SiblingMemory::open(reopen(&first)).expect("a free region");
+        assert_eq!(device.inflight, 0x1000 + INFLIGHT_SIZE);
+        lent.push(device.file().try_clone().expect("dup"));
+    }
+}
+
 #[test]
 fn any_other_file_is_refused() {
     let plain = tempfile::tempfile().expect("file");
@@ -97,6 +125,10 @@ fn huge_pages_are_all_there_or_their_lack_is_explained() {
             assert_eq!((area.offset.0, area.size), (4 << 20, HUGE_PAGE_SIZE));
             let after = fstat(memory.file()).expect("fstat").st_blocks * 512;
             assert_eq!(after, allocated);
+            memory.write((2 << 20) - 2, &[1, 2, 3, 4]);
+            let mut read = [0; 4];
+            memory.read((2 << 20) - 2, &mut read);
+            assert_eq!(read, [1, 2, 3, 4], "a trapped write reaches huge pages");
             let shared = SiblingMemory::open(reopen(&memory)).expect("shared");
             assert!(shared.check(&region(0, 4 << 20), memory.file()).is_ok());
         }

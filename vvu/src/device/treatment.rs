@@ -52,13 +52,17 @@ pub(super) enum MessageRefusal {
     Direction { request: u32 },
     #[error("the file descriptor of SET_BACKEND_REQ_FD is not a UNIX stream socket")]
     Channel,
-    #[error("the back-end has no channel to the front-end: the front-end sent no SET_BACKEND_REQ_FD")]
+    #[error(
+        "the back-end has no channel to the front-end: the front-end sent no SET_BACKEND_REQ_FD, or closed it"
+    )]
     NoChannel,
+    #[error("the back-end sent many requests without waiting for answers")]
+    Flood,
 }
 
-/// Examines a request of the front-end: takes its file descriptors, checks its regions against
-/// `memory` and its queue index against `queues`, and clears the feature bits that the device cannot
-/// carry.
+/// Examines a request of the front-end: checks its regions against `memory` and its queue index against
+/// `queues`, and clears the feature bits that the device cannot carry. File descriptors that the device
+/// has no use for stay in the message.
 ///
 /// # Errors
 /// [`MessageRefusal`] when the request cannot be relayed.
@@ -71,46 +75,44 @@ pub(super) fn treat_request(
     if message.header.is_reply() {
         return Err(MessageRefusal::Direction { request: code });
     }
-    let fds = std::mem::take(&mut message.fds);
     let row = carried(code, Request::of_frontend(code))?;
     match row.fds {
         Fds::None => {
-            want_fds(code, &fds, 0)?;
+            want_fds(message, 0)?;
             treat_plain(message, row, queues)
         }
         Fds::PerRegion => {
             let regions = parse_memory_table(message.payload())?;
-            want_fds(code, &fds, regions.len())?;
-            for (region, fd) in regions.iter().zip(&fds) {
+            want_fds(message, regions.len())?;
+            for (region, fd) in regions.iter().zip(&message.fds) {
                 memory.check(region, fd)?;
             }
             Ok(Treatment::Relay)
         }
         Fds::OfRegion => {
             let region = parse_single_region(code, message.payload())?;
-            let [fd] = take_fds(code, fds)?;
-            memory.check(&region, &fd)?;
+            memory.check(&region, only_fd(message)?)?;
             Ok(Treatment::Relay)
         }
         Fds::OfRegionOptional => {
             parse_single_region(code, message.payload())?;
-            want_fds(code, &fds, fds.len().min(1))?;
+            want_fds(message, message.fds.len().min(1))?;
             Ok(Treatment::Relay)
         }
         Fds::OfInflight => {
             let area = InflightArea::parse(code, message.payload())?;
-            let [fd] = take_fds(code, fds)?;
-            memory.check_inflight(area, &fd)?;
+            memory.check_inflight(area, only_fd(message)?)?;
             Ok(Treatment::Relay)
         }
-        Fds::Kick => treat_eventfd(message, fds, queues, Notification::Kick),
-        Fds::Call => treat_eventfd(message, fds, queues, Notification::Call),
-        Fds::Err => treat_eventfd(message, fds, queues, Notification::Err),
+        Fds::Kick => treat_eventfd(message, queues, Notification::Kick),
+        Fds::Call => treat_eventfd(message, queues, Notification::Call),
+        Fds::Err => treat_eventfd(message, queues, Notification::Err),
         Fds::BackendChannel => {
-            let [fd] = take_fds(code, fds)?;
-            let is_stream = sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX)
-                && sockopt::socket_type(&fd) == Ok(SocketType::STREAM);
-            if is_stream { Ok(Treatment::BackendChannel(fd.into())) } else { Err(MessageRefusal::Channel) }
+            let fd = only_fd(message)?;
+            let is_stream = sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)
+                && sockopt::socket_type(fd) == Ok(SocketType::STREAM);
+            let fd = if is_stream { message.fds.pop() } else { None };
+            fd.map(|fd| Treatment::BackendChannel(fd.into())).ok_or(MessageRefusal::Channel)
         }
         Fds::Foreign(why) => Err(MessageRefusal::NotCarried { request: code, name: row.name, why }),
     }
@@ -134,8 +136,7 @@ fn treat_plain(message: &mut Message, row: &Request, queues: u16) -> Result<Trea
 
 /// `SET_VRING_KICK`, `SET_VRING_CALL` and `SET_VRING_ERR`.
 fn treat_eventfd(
-    message: &Message,
-    fds: Vec<OwnedFd>,
+    message: &mut Message,
     queues: u16,
     which: Notification,
 ) -> Result<Treatment, MessageRefusal> {
@@ -143,10 +144,10 @@ fn treat_eventfd(
     let VringEventfd { queue, attached } = VringEventfd::parse(code, message.payload())?;
     let queue = queue_index(code, queue, queues)?;
     let eventfd = if attached {
-        let [fd] = take_fds(code, fds)?;
-        Some(Eventfd::new(fd)?)
+        Eventfd::check(only_fd(message)?)?;
+        message.fds.pop().map(Eventfd::new)
     } else {
-        want_fds(code, &fds, 0)?;
+        want_fds(message, 0)?;
         None
     };
     Ok(Treatment::Eventfd(queue, which, eventfd))
@@ -212,12 +213,18 @@ fn queue_index(request: u32, got: u32, queues: u16) -> Result<QueueIndex, Messag
     index.map(QueueIndex).ok_or(MessageRefusal::Queue { request, got, queues })
 }
 
-fn want_fds(request: u32, fds: &[OwnedFd], want: usize) -> Result<(), MessageRefusal> {
-    if fds.len() == want { Ok(()) } else { Err(MessageRefusal::Fds { request, got: fds.len(), want }) }
+fn want_fds(message: &Message, want: usize) -> Result<(), MessageRefusal> {
+    match message.fds.len() {
+        got if got == want => Ok(()),
+        got => Err(MessageRefusal::Fds { request: message.header.request, got, want }),
+    }
 }
 
-fn take_fds<const N: usize>(request: u32, fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], MessageRefusal> {
-    fds.try_into().map_err(|fds: Vec<_>| MessageRefusal::Fds { request, got: fds.len(), want: N })
+fn only_fd(message: &Message) -> Result<&OwnedFd, MessageRefusal> {
+    match message.fds.as_slice() {
+        [fd] => Ok(fd),
+        fds => Err(MessageRefusal::Fds { request: message.header.request, got: fds.len(), want: 1 }),
+    }
 }
 
 /// Clears the bits outside `mask` in a payload that is one u64; returns the bits that are left.

@@ -24,18 +24,23 @@ pub(crate) enum EventfdError {
 }
 
 impl Eventfd {
-    /// Checks that `fd` is an eventfd.
+    /// An eventfd that [`check`](Self::check) has accepted.
+    pub(crate) fn new(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// Checks that `fd` is an eventfd. That does not ask a file system, which might not answer.
     ///
     /// # Errors
     /// [`EventfdError`].
-    pub(crate) fn new(fd: OwnedFd) -> Result<Self, EventfdError> {
+    pub(crate) fn check(fd: &OwnedFd) -> Result<(), EventfdError> {
         use std::os::fd::AsRawFd;
         let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())?;
         let got = link.to_string_lossy();
         if got != "anon_inode:[eventfd]" {
             return Err(EventfdError::Kind { got: got.into_owned() });
         }
-        Ok(Self(fd))
+        Ok(())
     }
 }
 
@@ -160,7 +165,7 @@ mod tests {
 
     fn pair() -> (OwnedFd, Eventfd) {
         let ours = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("eventfd");
-        let theirs = Eventfd::new(ours.try_clone().expect("dup")).expect("eventfd");
+        let theirs = Eventfd::new(ours.try_clone().expect("dup"));
         (ours, theirs)
     }
 
@@ -202,6 +207,6 @@ mod tests {
     #[test]
     fn only_eventfds_are_accepted() {
         let (read, _write) = rustix::pipe::pipe().expect("pipe");
-        assert!(matches!(Eventfd::new(read), Err(EventfdError::Kind { .. })));
+        assert!(matches!(Eventfd::check(&read), Err(EventfdError::Kind { .. })));
     }
 }

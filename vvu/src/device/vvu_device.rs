@@ -81,7 +81,7 @@ impl VvuDevice {
 
     /// Records every message in `trace` from now on.
     pub fn set_trace(&mut self, trace: Trace) {
-        self.relay.trace = Some(trace);
+        self.relay.resources.trace = Some(trace);
     }
 
     /// Bytes of `region`: a power of two for a BAR, 0 for a BAR that does not exist.
@@ -89,7 +89,7 @@ impl VvuDevice {
     pub fn region_size(&self, region: Region) -> u64 {
         match region {
             Region::Config => pci::CONFIG_SPACE_SIZE as u64,
-            Region::Bar(bar) => bar_size(bar, self.relay.memory.size()),
+            Region::Bar(bar) => bar_size(bar, self.relay.resources.memory.size()),
         }
     }
 
@@ -97,7 +97,7 @@ impl VvuDevice {
     /// start; the BAR may be larger.
     #[must_use]
     pub fn shared_memory(&self) -> (BorrowedFd<'_>, u64) {
-        (self.relay.memory.file().as_fd(), self.relay.memory.size())
+        (self.relay.resources.memory.file().as_fd(), self.relay.resources.memory.size())
     }
 
     /// Number of MSI-X vectors.
@@ -115,7 +115,7 @@ impl VvuDevice {
     /// A file descriptor that is readable whenever [`process`](Self::process) has something to do.
     #[must_use]
     pub fn events(&self) -> BorrowedFd<'_> {
-        self.relay.events.as_fd()
+        self.relay.resources.events.as_fd()
     }
 
     /// Answers a guest's read. Offsets without a register or memory read as zeroes.
@@ -131,7 +131,7 @@ impl VvuDevice {
                 }
                 self.config_space.read(offset, data);
             }
-            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.memory.read(offset, data),
+            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.resources.memory.read(offset, data),
             Region::Bar(bar) => self.read_register(bar, offset, data),
         }
     }
@@ -182,7 +182,7 @@ impl VvuDevice {
                     }
                 }
             },
-            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.memory.write(offset, data),
+            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.resources.memory.write(offset, data),
             Region::Bar(bar) => self.write_register(host, bar, offset, data),
         }
     }
@@ -267,7 +267,7 @@ impl VvuDevice {
                 return;
             }
         }
-        self.relay.events.again();
+        self.relay.resources.events.again();
     }
 
     fn split<'d, H>(&'d mut self, host: &'d H) -> (&'d mut Relay, DriverQueues<'d, H>) {
@@ -297,7 +297,7 @@ impl VvuDevice {
     /// after a bounded number of messages.
     pub fn process<H: Host>(&mut self, host: &H) {
         let mut pump = false;
-        for source in self.relay.events.take() {
+        for source in self.relay.resources.events.take() {
             match source {
                 Source::Kick(queue) => {
                     if let Some(vector) = self.relay.vrings.kicked(queue) {

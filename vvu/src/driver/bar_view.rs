@@ -1,4 +1,4 @@
-//! A BAR of a device that somebody else drives, to look at and not to touch.
+//! A read-only view of a BAR of a device that another process drives.
 
 use std::fs::File;
 use std::io;
@@ -42,15 +42,15 @@ impl BarView {
         Ok(Self { bar, memory })
     }
 
-    /// Bytes of the BAR `bar` that can be seen.
+    /// Returns how many bytes of the BAR `bar` the view has.
     pub(super) fn size(&self, bar: u8) -> u64 {
         if bar == self.bar { u64::try_from(self.memory.size()).unwrap_or(0) } else { 0 }
     }
 
-    /// The register of `T`'s width at `offset` of the structure `at`, in one access.
+    /// Reads the register of `T`'s width at `offset` of the structure `at` in one access.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfRange`]: the device says that the register is elsewhere.
+    /// [`DeviceError::OutOfRange`] when the capabilities of the device place the register elsewhere.
     pub(super) fn read<T: AtomicAccess>(&self, at: Structure, offset: u64) -> Result<T, DeviceError> {
         let (region, len) = (Region::Bar(at.bar), size_of::<T>());
         let outside = |size| DeviceError::OutOfRange { region, offset: at.offset + offset, len, size };

@@ -19,42 +19,42 @@ use crate::spec::virtio::{
 const RX_VECTOR: u16 = 0;
 /// Vector of the transmit queue.
 const TX_VECTOR: u16 = 1;
-/// Vector of kicks of vhost queue 0; those of the others follow.
+/// Vector of kicks of vhost queue 0; the vectors of the other queues follow.
 const KICK_VECTOR: u16 = 2;
-/// Most vhost queues driven: the messages hold an index of 8 bits.
+/// Most vhost queues that this driver uses: the index in a message has 8 bits.
 pub(super) const QUEUES_MAX: u16 = 256;
-/// Descriptors of each virtqueue, if the device allows that many.
+/// Most descriptors of a virtqueue that this driver uses.
 const QUEUE_SIZE: u16 = 64;
-/// A reset takes the device no time, so this many looks at its status are ample.
+/// Reads of the device status until a reset has failed. A reset of the vvu device takes no time.
 const RESET_POLLS: u32 = 100;
 const RESET_POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// Offset of the command register in the configuration space.
 const COMMAND: u64 = config::COMMAND as u64;
 
-/// A virtqueue and what belongs to it.
+/// A virtqueue with its notify address and its event.
 #[derive(Debug)]
 pub(super) struct MessageQueue {
     pub(super) queue: Queue,
     /// Offset of its notify address in the notify structure.
     pub(super) notify: u64,
-    /// Signalled by its vector.
+    /// Event that the vector of the queue signals.
     pub(super) event: Event,
 }
 
-/// What a device that is ready to be started consists of.
+/// A device up to `FEATURES_OK`: its queues and the events of its vectors.
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) rx: MessageQueue,
     pub(super) tx: MessageQueue,
-    /// By vhost queue: signalled when the sibling kicks it.
+    /// For each vhost queue, the event that a kick of the sibling signals.
     pub(super) kicks: Vec<Event>,
     /// Doorbell of the first vhost queue's errors.
     pub(super) err_base: u16,
 }
 
-/// How many vhost queues there are.
+/// Number of vhost queues and place of their doorbells.
 struct VhostQueues {
-    /// Queues that have a vector and two doorbells each.
+    /// Number of queues that have a vector and two doorbells each.
     served: u16,
     /// Doorbell of the first queue's errors.
     err_base: u16,
@@ -67,11 +67,10 @@ pub(super) struct BringUp<'d, D> {
 }
 
 impl<'d, D: PciDevice> BringUp<'d, D> {
-    /// Does everything up to `FEATURES_OK`, queues and vectors. On failure the device is told to give
-    /// up, too.
+    /// Resets the device, negotiates the features, and sets queues and vectors up. Sets the status `FAILED` on failure.
     pub(super) fn prepare(&self) -> Result<Prepared, DriverError> {
         self.try_prepare().inspect_err(|_| {
-            // The failure itself is what counts.
+            // The first failure is the one to report.
             let _ = self.set_status(status::FAILED);
         })
     }
@@ -103,7 +102,7 @@ impl<'d, D: PciDevice> BringUp<'d, D> {
         self.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK)
     }
 
-    /// Lets the device answer memory accesses and make its own.
+    /// Turns memory access and bus mastering on.
     fn turn_on(&self) -> Result<(), DriverError> {
         let mut command = [0; 2];
         self.device.read(Region::Config, COMMAND, &mut command)?;
@@ -143,7 +142,7 @@ impl<'d, D: PciDevice> BringUp<'d, D> {
             common.write32(common::DEVICE_FEATURE_SELECT, half)?;
             offered = offered << 32 | u64::from(common.read32(common::DEVICE_FEATURE)?);
         }
-        // Without ACCESS_PLATFORM the device would take IOVAs for physical addresses.
+        // A device without ACCESS_PLATFORM takes IOVAs for physical addresses.
         for (bit, missing) in
             [(feature::VERSION_1, "VERSION_1"), (feature::ACCESS_PLATFORM, "ACCESS_PLATFORM")]
         {
@@ -183,7 +182,7 @@ impl<'d, D: PciDevice> BringUp<'d, D> {
         Ok(VhostQueues { served, err_base })
     }
 
-    /// Sets a virtqueue up but for its vector; returns it with what belongs to it.
+    /// Sets a virtqueue up, except for its vector.
     fn queue(&self, index: u16, name: &'static str) -> Result<MessageQueue, DriverError> {
         let common = self.common();
         common.write16(common::QUEUE_SELECT, index)?;
@@ -201,7 +200,7 @@ impl<'d, D: PciDevice> BringUp<'d, D> {
         Ok(MessageQueue { queue, notify, event: Event::new().map_err(DriverError::Event)? })
     }
 
-    /// Gives every source of interrupts its vector; each must be kept.
+    /// Gives every source of interrupts its vector, and checks that the device keeps it.
     fn set_vectors(&self, queues: u16) -> Result<(), DriverError> {
         let common = self.common();
         keep16(&common, common::CONFIG_MSIX_VECTOR, RX_VECTOR, "config_msix_vector")?;

@@ -14,12 +14,12 @@ use crate::spec::pci::{SHARED_MEMORY_BAR, Structure};
 use crate::spec::vhost_user::{HEADER_SIZE, Header};
 use crate::spec::virtio::{RX_QUEUE, TX_QUEUE, common, device_config, status};
 
-/// What came from the device.
+/// A message or an event from the device.
 #[derive(Debug)]
 pub enum Incoming {
-    /// A message of the front-end; no file descriptors come with it.
+    /// A message of the front-end, without file descriptors.
     Message(Message),
-    /// The front-end left; what comes next is from another one.
+    /// The front-end left; the next message is from another front-end.
     FrontendLeft,
 }
 
@@ -40,7 +40,7 @@ pub struct Driver<D: PciDevice> {
     layout: Layout,
     rx: MessageQueue,
     tx: MessageQueue,
-    /// Receive buffers were given back that the device has not been told about.
+    /// The device has yet to be notified of receive buffers that it got back.
     rx_posted: bool,
     kicks: Vec<Event>,
     calls: Vec<Option<Event>>,
@@ -53,7 +53,7 @@ impl<D: PciDevice> Driver<D> {
     /// Checks that `device` is a vvu device and brings it up to `DRIVER_OK`.
     ///
     /// # Errors
-    /// Any [`DriverError`] about the device; it is left alone.
+    /// Any [`DriverError`] about the device. A device that is no vvu device is not written to.
     pub fn new(device: D) -> Result<Self, DriverError> {
         let layout = Layout::probe(&device)?;
         let Prepared { rx, tx, kicks, err_base } = BringUp { device: &device, layout: &layout }.prepare()?;
@@ -70,13 +70,13 @@ impl<D: PciDevice> Driver<D> {
         BringUp { device: &self.device, layout: &self.layout }
     }
 
-    /// vhost queues that can be served.
+    /// Returns the number of vhost queues that can be served.
     #[must_use]
     pub fn queues(&self) -> u16 {
         u16::try_from(self.kicks.len()).unwrap_or(QUEUES_MAX)
     }
 
-    /// Bytes of sibling memory that the shared memory BAR shows.
+    /// Returns the size of the shared memory BAR in bytes.
     #[must_use]
     pub fn shared_memory_size(&self) -> u64 {
         self.layout.shared_memory
@@ -90,19 +90,19 @@ impl<D: PciDevice> Driver<D> {
         Ok(self.device.bar_file(SHARED_MEMORY_BAR)?)
     }
 
-    /// Signalled when something was received or the link changed.
+    /// Returns the event that is signalled when a message was received or the link changed.
     #[must_use]
     pub fn rx_event(&self) -> &Event {
         &self.rx.event
     }
 
-    /// Signalled when something was sent, so that there is room again.
+    /// Returns the event that is signalled when a message was sent, so that there is room again.
     #[must_use]
     pub fn tx_event(&self) -> &Event {
         &self.tx.event
     }
 
-    /// Signalled when the sibling kicks vhost queue `index`.
+    /// Returns the event that is signalled when the sibling kicks vhost queue `index`.
     ///
     /// # Errors
     /// [`DriverError::QueueIndex`].
@@ -110,7 +110,7 @@ impl<D: PciDevice> Driver<D> {
         self.kicks.get(usize::from(index.0)).ok_or(self.no_queue(index))
     }
 
-    /// Signal this to interrupt the sibling on behalf of vhost queue `index`.
+    /// Returns the event whose signals interrupt the sibling on behalf of vhost queue `index`.
     ///
     /// # Errors
     /// [`DriverError::QueueIndex`], [`DriverError::Device`].
@@ -120,7 +120,7 @@ impl<D: PciDevice> Driver<D> {
         bind(&self.device, &self.layout, index.0, call)
     }
 
-    /// Signal this to tell the sibling's VMM of an error of vhost queue `index`.
+    /// Returns the event whose signals report an error of vhost queue `index` to the sibling's VMM.
     ///
     /// # Errors
     /// [`DriverError::QueueIndex`], [`DriverError::Device`].
@@ -165,14 +165,14 @@ impl<D: PciDevice> Driver<D> {
         })
     }
 
-    /// The next message of the front-end, or `None` if none is there now.
+    /// Takes the next message of the front-end, or `None` if there is none now.
     ///
     /// # Errors
     /// [`DriverError::Queue`], [`DriverError::Length`], [`DriverError::Message`],
     /// [`DriverError::Device`]; the device cannot be trusted any longer.
     pub fn receive(&mut self) -> Result<Option<Incoming>, DriverError> {
         let Some(used) = self.rx.queue.pop().map_err(rx_error)? else {
-            // One notification for all buffers given back since the last: each is a trap.
+            // Each notification is a trap, so one serves for all buffers given back since the last.
             if std::mem::take(&mut self.rx_posted) {
                 self.notify(RX_QUEUE, self.rx.notify)?;
             }
@@ -192,7 +192,7 @@ impl<D: PciDevice> Driver<D> {
         Ok(Some(Incoming::Message(Message { header, bytes, fds: Vec::new() })))
     }
 
-    /// Whether [`send`](Self::send) would take a message.
+    /// Returns whether [`send`](Self::send) has room for a message.
     ///
     /// # Errors
     /// [`DriverError::Queue`].
@@ -221,14 +221,14 @@ impl<D: PciDevice> Driver<D> {
 
 impl<D: PciDevice> Drop for Driver<D> {
     fn drop(&mut self) {
-        // The device must not touch memory that is about to be freed; nobody is left to be told.
+        // The device must not touch memory that is about to be freed. There is no caller to return an error to.
         if let Err(error) = self.registers().reset() {
-            log::warn!("resetting the device at the end: {error}");
+            log::warn!("cannot reset the device at the end: {error}");
         }
     }
 }
 
-/// What a byte of a device that does not answer reads as.
+/// Value of every byte that is read from a device that does not answer.
 const ALL_ONES: u8 = 0xff;
 
 fn rx_error(source: QueueError) -> DriverError {
@@ -239,7 +239,7 @@ fn tx_error(source: QueueError) -> DriverError {
     DriverError::Queue { queue: "transmit", source }
 }
 
-/// The eventfd in `slot`, tied to doorbell `index` on its first use.
+/// Returns the event in `slot`, which is bound to doorbell `index` on its first use.
 fn bind<'s, D: PciDevice>(
     device: &D,
     layout: &Layout,

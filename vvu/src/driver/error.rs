@@ -1,4 +1,4 @@
-//! What can go wrong with a vvu device.
+//! Errors of the guest driver.
 
 use super::layout::LayoutError;
 use super::queue::QueueError;
@@ -6,13 +6,13 @@ use crate::pci::DeviceError;
 use crate::spec::addr::QueueIndex;
 use crate::spec::vhost_user::MessageError;
 
-/// A device that cannot be driven, or cannot be driven any longer.
+/// The device cannot be driven, or not any longer.
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
-    /// An access failed.
+    /// An access to the device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// Not a vvu device.
+    /// The device is not a vvu device.
     #[error(transparent)]
     Layout(#[from] LayoutError),
     /// The device broke the rules of a virtqueue.
@@ -20,7 +20,7 @@ pub enum DriverError {
     Queue {
         /// `receive` or `transmit`.
         queue: &'static str,
-        /// What it did.
+        /// The rule that it broke.
         source: QueueError,
     },
     /// The device did not reset.
@@ -37,13 +37,13 @@ pub enum DriverError {
         /// Feature bits.
         offered: u64,
     },
-    /// The device turned down the features it had offered.
-    #[error("the device turned down features {features:#x}, which it had offered")]
+    /// The device rejects features that it offers.
+    #[error("the device rejects features {features:#x}, which it offers")]
     FeaturesRefused {
         /// Feature bits.
         features: u64,
     },
-    /// A queue is missing.
+    /// The device lacks one of its two virtqueues.
     #[error("the device has no {queue} queue")]
     NoQueue {
         /// `receive` or `transmit`.
@@ -54,9 +54,9 @@ pub enum DriverError {
         "the device can carry no vhost queue: {queues} queues, {vectors} MSI-X vectors and {doorbells} doorbells"
     )]
     NoVhostQueue {
-        /// Queues in its configuration.
+        /// Queues in the device configuration.
         queues: u32,
-        /// MSI-X vectors.
+        /// MSI-X vectors of the device.
         vectors: u16,
         /// Doorbells that fit in the structure.
         doorbells: u64,
@@ -66,17 +66,17 @@ pub enum DriverError {
     NotKept {
         /// The register.
         what: &'static str,
-        /// Value written.
+        /// Value that was written.
         want: u16,
-        /// Value read.
+        /// Value that was read.
         got: u16,
     },
-    /// A vhost queue beyond those of the device.
+    /// The device has no such vhost queue.
     #[error("vhost queue {index}: the device has {queues}")]
     QueueIndex {
-        /// Queue asked for.
+        /// Queue that was asked for.
         index: QueueIndex,
-        /// Queues there are.
+        /// Queues of the device.
         queues: u16,
     },
     /// The device does not answer.
@@ -93,7 +93,7 @@ pub enum DriverError {
         /// Device status.
         status: u8,
     },
-    /// The device failed.
+    /// The device reports a failure.
     #[error("the device needs a reset: its status is {status:#04x}")]
     NeedsReset {
         /// Device status.
@@ -104,10 +104,10 @@ pub enum DriverError {
     Length {
         /// Bytes received.
         got: usize,
-        /// Bytes that the header announces, itself included.
+        /// Bytes that the header announces, including the header.
         want: usize,
     },
-    /// A received message is none.
+    /// Received bytes are not a vhost-user message.
     #[error("received: {0}")]
     Message(#[from] MessageError),
     /// There is no file descriptor left for an event.

@@ -1,4 +1,4 @@
-//! What a vvu device says about itself, in words.
+//! Describes a vvu device in words.
 
 use std::fmt::Write;
 
@@ -11,7 +11,7 @@ use crate::pci::{DeviceError, PciDevice};
 use crate::spec::pci::{CONFIG_SPACE_SIZE, cap_id, cfg_type, config, msix, virtio_cap};
 use crate::spec::virtio::{DEVICE_ID, QUEUE_COUNT, common, device_config, feature, status};
 
-/// Tells what is in the configuration space of a vvu device, a line for each fact.
+/// Describes the configuration space of a vvu device, one fact a line.
 ///
 /// # Errors
 /// [`LayoutError`]: another device, or capabilities that are broken.
@@ -74,19 +74,19 @@ fn structure(cap: &VirtioCap, bytes: &[u8]) -> String {
     }
 }
 
-/// Why the registers of a device cannot be told.
+/// The registers of a device cannot be described.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
-    /// Its capabilities do not lead to them.
+    /// The capabilities of the device do not lead to the registers.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// They cannot be read.
+    /// The registers cannot be read.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }
 
-/// Tells what is in the registers of a vvu device, a line for each fact. Selects features and queues on the way,
-/// so nobody else may drive the device meanwhile.
+/// Describes the registers of a vvu device, one fact a line. Selects features and queues to read them, so nothing else
+/// may drive the device meanwhile.
 ///
 /// # Errors
 /// [`InspectError`].
@@ -117,9 +117,8 @@ pub fn registers<D: PciDevice>(device: &D) -> Result<String, InspectError> {
     Ok(text)
 }
 
-/// Tells what the registers of a vvu device say while somebody drives it, a line for each fact: those that can be
-/// read without writing to another one, and without an effect. `space` is its configuration space, `registers` the
-/// BAR that they are in.
+/// Describes the registers of a vvu device in use, one fact a line: only the registers that can be read without writing
+/// to another one and without an effect. `space` is the configuration space, `registers` the BAR of the registers.
 ///
 /// # Errors
 /// [`InspectError`].
@@ -137,7 +136,7 @@ pub fn registers_in_use(
     Ok(format!("device status: {status}\n{}", device_configuration(read)?))
 }
 
-/// The device configuration, whose le32 at an offset `read` gives.
+/// Describes the device configuration; `read` returns the le32 at an offset.
 fn device_configuration(read: impl Fn(u64) -> Result<u32, DeviceError>) -> Result<String, DeviceError> {
     let mut uuid = [0; 16];
     for (at, word) in (device_config::UUID..).step_by(4).zip(uuid.chunks_exact_mut(4)) {
@@ -160,8 +159,8 @@ fn device_status(bits: u8) -> String {
         (status::NEEDS_RESET, "needs reset"),
         (status::FAILED, "failed"),
     ];
-    let words = names.into_iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| name);
-    format!("{bits:#04x}, {}", words_or(words, "reset"))
+    let words = named_bits(bits.into(), names.map(|(bit, name)| (bit.into(), name)), "reset");
+    format!("{bits:#04x}, {words}")
 }
 
 fn features(bits: u64) -> String {
@@ -170,8 +169,13 @@ fn features(bits: u64) -> String {
         (feature::VERSION_1, "version 1"),
         (feature::ACCESS_PLATFORM, "access through the IOMMU"),
     ];
-    let words = names.into_iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| name);
-    format!("{bits:#x}, {}", words_or(words, "none known"))
+    format!("{bits:#x}, {}", named_bits(bits, names, "none known"))
+}
+
+/// Lists the names of the bits that are set, or returns `none`.
+fn named_bits<const N: usize>(bits: u64, names: [(u64, &'static str); N], none: &str) -> String {
+    let words: Vec<_> = names.into_iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| name).collect();
+    if words.is_empty() { none.to_owned() } else { words.join(", ") }
 }
 
 fn link(bits: u32) -> String {
@@ -179,11 +183,6 @@ fn link(bits: u32) -> String {
     let frontend =
         if bits & device_config::FRONTEND_UP == 0 { "no front-end" } else { "front-end connected" };
     format!("{bits:#x}, {backend}, {frontend}")
-}
-
-fn words_or(words: impl Iterator<Item = &'static str>, none: &str) -> String {
-    let words: Vec<_> = words.collect();
-    if words.is_empty() { none.to_owned() } else { words.join(", ") }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Where the structures of a vvu device are, read from its PCI capabilities.
+//! Finds the structures of a vvu device through its PCI capabilities.
 
 use crate::pci::{DeviceError, PciDevice};
 use crate::spec::pci::{
@@ -7,42 +7,42 @@ use crate::spec::pci::{
 };
 use crate::spec::virtio::{device_config, vector_select};
 
-/// Why a PCI device is not a vvu device, or not one that can be driven.
+/// A PCI device is not a vvu device, or not one that can be driven.
 #[derive(Debug, thiserror::Error)]
 pub enum LayoutError {
-    /// The device could not be asked.
+    /// The configuration space cannot be read.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// No device, or one that does not answer.
+    /// There is no device, or it does not answer.
     #[error(
         "no PCI device answers: its configuration space reads all ones; if its proxy ended, start the proxy and \
          both VMs again"
     )]
     Gone,
-    /// Another device.
+    /// The device is not a vvu device.
     #[error(
         "not a vvu device: PCI id is {vendor:04x}:{device:04x}, want {VENDOR_ID:04x}:{DEVICE_ID:04x}; name \
          the address of the vvu device (`lspci -d {VENDOR_ID:04x}:{DEVICE_ID:04x}` lists them)"
     )]
     Identity {
-        /// Vendor id there.
+        /// Vendor id of the device.
         vendor: u16,
-        /// Device id there.
+        /// Device id of the device.
         device: u16,
     },
     /// The chain of capabilities is longer than the configuration space or leaves it.
     #[error("PCI capabilities are broken at offset {at:#04x}: the device or its VMM is faulty")]
     Chain {
-        /// Where the walk stopped.
+        /// Offset at which the chain breaks.
         at: usize,
     },
-    /// A capability that a vvu device has is not there.
+    /// The device lacks a capability of vvu devices.
     #[error("no {what} among the PCI capabilities: the device is not a complete vvu device")]
     Missing {
         /// The capability.
         what: &'static str,
     },
-    /// A structure that is not inside its BAR or too small.
+    /// A structure is too small, or not inside its BAR.
     #[error(
         "{what} is at {offset:#x} of BAR {bar}, {length:#x} bytes, but the BAR has {size:#x} bytes and \
          {want:#x} are needed"
@@ -50,28 +50,28 @@ pub enum LayoutError {
     Outside {
         /// The capability.
         what: &'static str,
-        /// BAR number there.
+        /// Number of the BAR.
         bar: u8,
-        /// Offset there.
+        /// Offset in the BAR, in bytes.
         offset: u64,
-        /// Length there.
+        /// Length of the structure in bytes.
         length: u64,
-        /// Size of that BAR.
+        /// Size of the BAR in bytes.
         size: u64,
-        /// Smallest length of the structure.
+        /// Smallest length of the structure in bytes.
         want: u64,
     },
-    /// Shared memory where offsets in messages would not be offsets in the BAR.
+    /// The shared memory does not begin where its BAR does, so offsets in messages are no offsets in the BAR.
     #[error("shared memory starts at {offset:#x} of BAR {bar}: want the start of BAR {SHARED_MEMORY_BAR}")]
     SharedMemory {
-        /// BAR number there.
+        /// Number of the BAR.
         bar: u8,
-        /// Offset there.
+        /// Offset in the BAR, in bytes.
         offset: u64,
     },
 }
 
-/// What the capabilities of a vvu device say. Every structure is inside its BAR.
+/// Places of a vvu device's structures, from its capabilities. Every structure is inside its BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) common: Structure,
@@ -90,7 +90,7 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// Checks that `device` is a vvu device and reads where everything is.
+    /// Checks that `device` is a vvu device, and finds its structures.
     pub(super) fn probe<D: PciDevice>(device: &D) -> Result<Self, LayoutError> {
         let space = read_config(device)?;
         check_identity(&space)?;
@@ -120,7 +120,7 @@ impl Layout {
     }
 }
 
-/// Where the common and the device configuration are, by `space` and the sizes of the BARs.
+/// Finds the common and the device configuration by a configuration space and the sizes of the BARs.
 pub(super) fn configuration(
     space: &[u8; CONFIG_SPACE_SIZE],
     bar_size: impl Fn(u8) -> u64 + Copy,
@@ -155,7 +155,7 @@ pub(super) struct MsixCap {
 }
 
 impl MsixCap {
-    /// Entries of its table.
+    /// Returns the number of entries of the MSI-X table.
     pub(super) fn vectors(self) -> u16 {
         (self.control & 0x7ff) + 1
     }
@@ -164,7 +164,7 @@ impl MsixCap {
 /// A PCI capability.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Capability<'a> {
-    /// A virtio structure, and the configuration space from its capability on.
+    /// A virtio structure, and the configuration space from the capability on.
     Virtio(VirtioCap, &'a [u8]),
     /// MSI-X.
     Msix(MsixCap),
@@ -172,7 +172,7 @@ pub(super) enum Capability<'a> {
     Other(u8),
 }
 
-/// All capabilities of `space`, in their order.
+/// Lists the capabilities of `space` in the order of their chain.
 pub(super) fn capabilities(space: &[u8; CONFIG_SPACE_SIZE]) -> Result<Vec<Capability<'_>>, LayoutError> {
     let mut found = Vec::new();
     if get16(space, config::STATUS) & config::STATUS_CAPABILITIES == 0 {
@@ -200,7 +200,7 @@ pub(super) fn capabilities(space: &[u8; CONFIG_SPACE_SIZE]) -> Result<Vec<Capabi
     Err(LayoutError::Chain { at })
 }
 
-/// The capabilities that matter to this driver, in their order.
+/// The capabilities that this driver uses, in the order of their chain.
 #[derive(Debug, Default)]
 struct Found {
     virtio: Vec<VirtioCap>,
@@ -226,7 +226,7 @@ impl Found {
         cap.copied().ok_or(LayoutError::Missing { what })
     }
 
-    /// The common and the device configuration.
+    /// Finds the common and the device configuration.
     fn configuration(
         &self,
         bar_size: impl Fn(u8) -> u64 + Copy,

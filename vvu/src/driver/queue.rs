@@ -17,27 +17,27 @@ const DESCRIPTOR_WRITE: u16 = 2;
 const INDEX: usize = 2;
 const RING: usize = 4;
 
-/// What a device did to a virtqueue that no device may do.
+/// The device broke a rule of virtqueues (virtio 1.2, 2.7).
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// The used index ran ahead of what the driver made available.
     #[error("the device used {got} buffers, but has only {have}")]
     UsedIndex {
-        /// Buffers it claims.
+        /// Buffers that the device claims to have used.
         got: u16,
-        /// Buffers it has.
+        /// Buffers that the device has.
         have: u16,
     },
-    /// A buffer that the device does not have.
+    /// The device used a buffer that it does not have.
     #[error("the device used buffer {id}, which it does not have")]
     UsedBuffer {
-        /// Its number.
+        /// Number of the buffer.
         id: u32,
     },
-    /// More bytes than the buffer holds.
+    /// The device claims to have written more bytes than the buffer holds.
     #[error("the device wrote {got} bytes into a buffer of {BUFFER_SIZE}")]
     UsedLength {
-        /// Bytes it claims.
+        /// Bytes that the device claims to have written.
         got: u32,
     },
     /// The queue's own memory could not be accessed.
@@ -64,9 +64,9 @@ pub(super) struct Queue {
     buffers: usize,
     next_available: u16,
     next_used: u16,
-    /// Buffers that the driver has.
+    /// Buffers that the device does not have.
     free: Vec<u16>,
-    /// By number: whether the device has the buffer.
+    /// For each buffer, whether the device has it.
     posted: Vec<bool>,
 }
 
@@ -94,7 +94,7 @@ impl Queue {
         self.size
     }
 
-    /// Where the device finds the descriptors, the available ring and the used ring.
+    /// Returns the addresses of the descriptors, the available ring and the used ring.
     pub(super) fn addresses(&self) -> [Iova; 3] {
         [0, self.available, self.used]
             .map(|offset| Iova(self.dma.iova.0 + u64::try_from(offset).unwrap_or(u64::MAX)))

@@ -22,7 +22,7 @@ impl<D: PciDevice> Registers<'_, D> {
         self.device.write(Region::Bar(self.at.bar), self.at.offset + offset, bytes)
     }
 
-    /// The device chooses some offsets, so each access is checked against the structure.
+    /// Checks an access against the structure, since the device chooses some of the offsets.
     fn check(&self, offset: u64, len: usize) -> Result<(), DeviceError> {
         let Structure { bar, offset: start, length } = self.at;
         let end = offset.checked_add(u64::try_from(len).unwrap_or(u64::MAX));
@@ -57,7 +57,7 @@ impl<D: PciDevice> Registers<'_, D> {
         self.write(offset, &value.to_le_bytes())
     }
 
-    /// Writes a 64-bit field as two 32-bit accesses, as virtio 1.2, 4.1.3.1 wants it.
+    /// Writes a 64-bit field as two 32-bit accesses (virtio 1.2, 4.1.3.1).
     pub(super) fn write64(&self, offset: u64, value: u64) -> Result<(), DeviceError> {
         let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
         self.write(offset, &[a, b, c, d])?;

@@ -1,4 +1,4 @@
-//! PCI devices in sysfs: finds a vvu device, binds it to vfio-pci, and says what is missing.
+//! PCI devices in sysfs: finds a vvu device, binds it to vfio-pci, and reports what is missing.
 
 use std::fs;
 use std::io::{self, Read};
@@ -11,34 +11,34 @@ use rustix::io::Errno;
 use crate::spec::addr::Bdf;
 use crate::spec::pci::{CONFIG_SPACE_SIZE, DEVICE_ID, VENDOR_ID};
 
-/// How often a file that has yet to appear is looked for.
+/// Interval at which to look for a file that has yet to appear.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const VFIO_PCI: &str = "vfio-pci";
 
-/// Why a device cannot be used through VFIO.
+/// A device cannot be used through VFIO.
 #[derive(Debug, thiserror::Error)]
 pub enum SysfsError {
-    /// There is no such device.
+    /// The machine has no such device.
     #[error("no PCI device {bdf}; {}", Candidates(.vvu))]
     Absent {
-        /// Address asked for.
+        /// Address that was asked for.
         bdf: Bdf,
-        /// vvu devices that there are.
+        /// The vvu devices of this machine.
         vvu: Vec<Bdf>,
     },
-    /// Another device.
+    /// The device is not a vvu device.
     #[error(
         "{bdf} is not a vvu device: its PCI id is {vendor:04x}:{device:04x}, want {VENDOR_ID:04x}:{DEVICE_ID:04x}; {}",
         Candidates(.vvu)
     )]
     Identity {
-        /// Address asked for.
+        /// Address that was asked for.
         bdf: Bdf,
-        /// Vendor id there.
+        /// Vendor id of the device.
         vendor: u16,
-        /// Device id there.
+        /// Device id of the device.
         device: u16,
-        /// vvu devices that there are.
+        /// The vvu devices of this machine.
         vvu: Vec<Bdf>,
     },
     /// vfio-pci does not drive the device.
@@ -46,7 +46,7 @@ pub enum SysfsError {
     NotBound {
         /// The device.
         bdf: Bdf,
-        /// Its driver.
+        /// The driver of the device.
         driver: Option<String>,
     },
     /// The kernel has no vfio-pci.
@@ -63,7 +63,7 @@ pub enum SysfsError {
         /// The device.
         bdf: Bdf,
     },
-    /// The device file of the group did not appear.
+    /// The device file of the IOMMU group did not appear.
     #[error(
         "{} did not appear: check that the kernel has CONFIG_VFIO_GROUP and that /dev is a devtmpfs or run by udev",
         .path.display()
@@ -83,7 +83,7 @@ pub enum SysfsError {
     /// A file could not be read or written.
     #[error("cannot {what} {}: {source}{}", .path.display(), root_hint(.source))]
     Io {
-        /// `read` or `write`.
+        /// The operation: `read` or `write`.
         what: &'static str,
         /// The file.
         path: PathBuf,
@@ -92,7 +92,7 @@ pub enum SysfsError {
     },
 }
 
-/// Tells which vvu devices there are.
+/// Lists the vvu devices of this machine in an error message.
 struct Candidates<'a>(&'a [Bdf]);
 
 impl std::fmt::Display for Candidates<'_> {
@@ -106,7 +106,7 @@ impl std::fmt::Display for Candidates<'_> {
     }
 }
 
-/// Tells which driver a device has.
+/// Names the driver of a device in an error message.
 struct Bound<'a>(&'a Option<String>);
 
 impl std::fmt::Display for Bound<'_> {
@@ -150,14 +150,14 @@ impl Default for PciSysfs {
 /// A device that VFIO can open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VfioReady {
-    /// Its sysfs directory.
+    /// Directory of the device in sysfs.
     pub directory: PathBuf,
-    /// Number of its IOMMU group.
+    /// Number of the IOMMU group.
     pub group: u32,
 }
 
 impl PciSysfs {
-    /// The `sys` and `dev` directories under `root`.
+    /// Uses the `sys` and `dev` directories below `root`.
     #[must_use]
     pub fn under(root: &Path) -> Self {
         Self { sys: root.join("sys"), dev: root.join("dev") }
@@ -177,8 +177,8 @@ impl PciSysfs {
         Ok(VfioReady { directory: self.device(bdf), group })
     }
 
-    /// Binds the vvu device `bdf` to vfio-pci, taking it from another driver, and waits at most
-    /// `patience` until VFIO can open it. Does nothing to a device that is bound already.
+    /// Binds the vvu device `bdf` to vfio-pci, after unbinding it from another driver, and waits at most `patience`
+    /// until VFIO can open it. A device that is bound to vfio-pci already stays as it is.
     ///
     /// # Errors
     /// Any [`SysfsError`] but `NotBound`.
@@ -209,7 +209,7 @@ impl PciSysfs {
         }
     }
 
-    /// The configuration space of the vvu device `bdf`, whoever drives it.
+    /// Reads the configuration space of the vvu device `bdf`, whatever driver it has.
     ///
     /// # Errors
     /// [`SysfsError::Absent`], [`SysfsError::Identity`] and [`SysfsError::Io`].
@@ -220,7 +220,7 @@ impl PciSysfs {
         let read = fs::File::open(&path).and_then(|mut file| file.read_exact(&mut space));
         match read {
             Ok(()) => Ok(space),
-            // The kernel shows the header alone to others.
+            // The kernel shows only the header to other users than root.
             Err(source) if source.kind() == io::ErrorKind::UnexpectedEof => {
                 let source = io::Error::new(io::ErrorKind::PermissionDenied, "only its start can be read");
                 Err(SysfsError::Io { what: "read", path, source })
@@ -229,13 +229,13 @@ impl PciSysfs {
         }
     }
 
-    /// The file of a BAR: it has the BAR's size, and mapping it is mapping the BAR.
+    /// Returns the path of a BAR's file, which has the size of the BAR and maps it.
     #[must_use]
     pub fn resource(&self, bdf: Bdf, bar: u8) -> PathBuf {
         self.device(bdf).join(format!("resource{bar}"))
     }
 
-    /// I/O virtual addresses that no device of `group` may use, as (first, last).
+    /// Reads the ranges of I/O virtual addresses that no device of `group` may use, as (first, last).
     ///
     /// # Errors
     /// [`SysfsError::Io`].
@@ -299,7 +299,7 @@ impl PciSysfs {
     }
 }
 
-/// Last part of what a symbolic link points to.
+/// Returns the last component of the target of a symbolic link.
 fn link_name(path: &Path) -> Option<String> {
     Some(fs::read_link(path).ok()?.file_name()?.to_str()?.to_owned())
 }
@@ -312,7 +312,7 @@ fn write(path: &Path, text: &str) -> Result<(), SysfsError> {
     fs::write(path, text).map_err(|source| SysfsError::Io { what: "write", path: path.to_owned(), source })
 }
 
-/// Looks for something until the deadline: neither sysfs nor `/dev` tell when it appears.
+/// Looks for something until the deadline. Neither sysfs nor `/dev` announces new files.
 fn appears<T>(deadline: Instant, look: impl Fn() -> Option<T>) -> Option<T> {
     loop {
         let found = look();

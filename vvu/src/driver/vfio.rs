@@ -1,4 +1,4 @@
-//! A PCI device of this machine through VFIO: the driver's way to the device inside a VM.
+//! A PCI device of this machine through VFIO, for the driver in the guest.
 #![expect(
     unsafe_code,
     reason = "maps memory for DMA, and uses a descriptor and an ioctl vfio-ioctls keeps to itself"
@@ -24,7 +24,8 @@ use crate::spec::addr::{Bdf, Iova};
 use crate::spec::pci::Region;
 
 const PAGE_SIZE: u64 = 4096;
-/// I/O virtual addresses given out: above what firmware likes, below what every IOMMU reaches.
+/// Range of the I/O virtual addresses given out: above the ranges that firmware uses, and within the reach of every
+/// IOMMU.
 const IOVA_START: u64 = 16 << 20;
 const IOVA_END: u64 = 1 << 32;
 
@@ -32,29 +33,29 @@ const IOVA_END: u64 = 1 << 32;
 const VFIO_DEVICE_IOEVENTFD: libc::c_ulong =
     ((VFIO_TYPE as libc::c_ulong) << 8) | (VFIO_BASE as libc::c_ulong + 16);
 
-/// Why a device cannot be opened through VFIO.
+/// A device cannot be opened through VFIO.
 #[derive(Debug, thiserror::Error)]
 pub enum VfioOpenError {
-    /// Not there, not a vvu device, or not bound.
+    /// The device is not there, not a vvu device, or not bound to vfio-pci.
     #[error(transparent)]
     Sysfs(#[from] SysfsError),
-    /// VFIO itself is missing.
+    /// The kernel has no VFIO, or this process may not use it.
     #[error(
         "cannot open /dev/vfio/vfio: {0}; run as root on a kernel with CONFIG_VFIO and CONFIG_VFIO_CONTAINER"
     )]
     Container(io::Error),
-    /// Another process has the group.
+    /// Another process has opened the IOMMU group.
     #[error("IOMMU group {group} is in use by another process: stop the back-end that runs on {bdf}")]
     Busy {
         /// The device.
         bdf: Bdf,
-        /// Its group.
+        /// The IOMMU group of the device.
         group: u32,
     },
-    /// The group cannot be opened.
+    /// The IOMMU group cannot be opened.
     #[error("cannot open /dev/vfio/{group}: {source}; run as root")]
     Group {
-        /// The group.
+        /// The IOMMU group.
         group: u32,
         /// The cause.
         source: io::Error,
@@ -67,17 +68,17 @@ pub enum VfioOpenError {
     NotViable {
         /// The device.
         bdf: Bdf,
-        /// Its group.
+        /// The IOMMU group of the device.
         group: u32,
     },
-    /// The IOMMU cannot keep the device from sending any interrupt.
+    /// The IOMMU cannot keep the device from raising interrupts of other devices.
     #[error(
         "VFIO refuses the IOMMU since it does not remap interrupts: add \
          vfio_iommu_type1.allow_unsafe_interrupts=1 to the kernel command line, or use an IOMMU with \
          interrupt remapping (QEMU: `-device intel-iommu,intremap=on`)"
     )]
     UnsafeInterrupts,
-    /// Anything else.
+    /// Another operation of VFIO failed.
     #[error("VFIO on {bdf}: {source}")]
     Vfio {
         /// The device.
@@ -102,8 +103,8 @@ impl VfioOpenError {
     }
 }
 
-/// A PCI device that is bound to vfio-pci. Dropping it gives it back to the kernel, which takes all
-/// DMA maps and interrupts away.
+/// A PCI device that is bound to vfio-pci. Dropping it returns the device to the kernel, which removes all DMA maps and
+/// interrupts.
 pub struct VfioDevice {
     device: vfio_ioctls::VfioDevice,
     container: Arc<VfioContainer>,
@@ -150,7 +151,7 @@ impl VfioDevice {
         unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
     }
 
-    /// Offset of an access in the device's descriptor.
+    /// Returns the offset of an access in the device's descriptor.
     fn locate(&self, region: Region, offset: u64, len: usize) -> Result<u64, DeviceError> {
         check_access(region, offset, len, self.region_size(region))?;
         Ok(self.device.get_region_offset(vfio_region_index(region)) + offset)
@@ -182,7 +183,7 @@ impl PciDevice for VfioDevice {
         self.device.get_region_size(vfio_region_index(region))
     }
 
-    // Not region_read and region_write of vfio-ioctls: they do not tell of failures.
+    // region_read and region_write of vfio-ioctls do not report failures.
     fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
         self.access("read", region, offset, data.len(), |at| rustix::io::pread(self.fd(), data, at))
     }
@@ -294,16 +295,16 @@ fn to_event_fd(event: &Event) -> io::Result<EventFd> {
     Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
 }
 
-/// Gives out I/O virtual addresses, each once.
+/// Allocates I/O virtual addresses; none is used twice.
 #[derive(Debug)]
 struct IovaSpace {
     next: u64,
-    /// Ranges (first, last) that the IOMMU keeps for itself, such as the window for interrupts.
+    /// Ranges (first, last) that the IOMMU reserves, such as the window for interrupts.
     reserved: Vec<(u64, u64)>,
 }
 
 impl IovaSpace {
-    /// Takes `len` bytes, whole pages; `None` if there are no more.
+    /// Allocates `len` bytes, a multiple of the page size; `None` if the range is used up.
     fn take(&mut self, len: u64) -> Option<u64> {
         loop {
             let start = self.next;

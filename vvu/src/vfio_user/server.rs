@@ -45,7 +45,7 @@ pub struct Server {
     stop: StopToken,
 }
 
-/// What an event is about.
+/// Source of an event.
 #[derive(Clone, Copy)]
 #[repr(u64)]
 enum Source {
@@ -213,20 +213,20 @@ impl<D: PciFunction> Service<'_, D> {
     }
 }
 
-/// Whether a call failed for want of something that may be there again later.
+/// Returns whether a call failed for want of a resource that may be available again later.
 fn is_shortage(error: &io::Error) -> bool {
     let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
     Errno::from_io_error(error).is_some_and(|errno| shortages.contains(&errno))
 }
 
 impl Client {
-    /// Whether there may be a message that needs no further reading.
+    /// Returns whether there may be a message that was read already.
     fn is_due(&self) -> bool {
         self.socket.has_read_ahead() && !self.socket.is_congested()
     }
 
-    /// Goes on with the reply that the client has yet to take, or else with its next message. A
-    /// client that takes no replies is not listened to, so at most one reply waits.
+    /// Goes on with the reply that the client has yet to take, or else with its next message. At most one reply waits,
+    /// since no message is read from a client that does not take its reply.
     fn step<D: PciFunction>(&mut self, host: &mut VmmHost, device: &mut D) -> Result<(), SocketError> {
         if self.socket.is_congested() {
             return self.socket.flush();

@@ -2,11 +2,10 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
 
 use vhost::VhostBackend;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
-use vvu::backend::block::{Block, Options};
+use vvu::backend::block::{BlockBackend, BlockOptions};
 
 use crate::common::{Backend, Setup, pattern, wait_until};
 use crate::{DATA, memory};
@@ -113,9 +112,8 @@ fn stops_while_a_front_end_is_connected() {
 fn one_writer_or_many_readers() {
     let backend = Backend::start(&pattern(18, 512), |_| {});
     let open = |path: &Path, read_only| {
-        let options =
-            Options { path: path.to_owned(), read_only, queues: 1, serial: None, poll: Duration::ZERO };
-        Block::open(&options).map_err(|error| error.to_string())
+        let options = BlockOptions { read_only, ..BlockOptions::new(path) };
+        BlockBackend::open(&options).map_err(|error| error.to_string())
     };
     let busy = open(&backend.disk, false).expect_err("second writer");
     assert!(busy.contains("stop that one, or serve it read-only in both"), "{busy}");

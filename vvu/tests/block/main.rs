@@ -5,6 +5,7 @@ mod common;
 
 mod connection;
 mod hostile;
+mod limits;
 mod requests;
 
 use std::sync::Arc;

@@ -3,13 +3,16 @@
 use std::sync::Arc;
 
 use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vvu::backend::block::BlockOptions;
 
 use crate::common::{
-    Backend, Driver, Piece, Ring, Setup, SiblingMemory, config_u16, config_u64, pattern, wait_until,
+    Backend, Completion, Driver, Piece, Ring, Setup, SiblingMemory, config_u16, config_u64, pattern,
+    wait_until,
 };
 use crate::{DATA, IO_ERROR, OK, UNSUPPORTED, memory};
 
@@ -165,5 +168,40 @@ fn a_read_only_disk_stays_as_it_is() {
         assert_eq!(driver.request(0, kind, 0, &[(DATA, 512)]), IO_ERROR, "request {kind}");
     }
     assert_eq!(driver.read(0, 0, DATA, 4096), before);
+    backend.end();
+}
+
+/// QEMU gives a guest as many queues as it has CPUs, and ends if the back-end offers fewer.
+#[test]
+fn all_queues_of_a_device_are_offered_by_default() {
+    let (dir, disk) = crate::common::disk(&pattern(20, 4096)).expect("disk");
+    let socket = dir.path().join("s");
+    let block = vvu::backend::block::BlockBackend::open(&BlockOptions::new(disk)).expect("disk");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).expect("socket");
+    let stop = vvu::event::StopToken::new().expect("token");
+    std::thread::scope(|scope| {
+        scope.spawn(|| block.serve(&listener, &stop).expect("served"));
+        let memory = memory();
+        let mut driver = Driver::negotiate(&socket, &memory, Setup::default()).expect("negotiation");
+        assert_eq!(driver.frontend.get_queue_num().expect("queues"), 16);
+        stop.stop();
+    });
+}
+
+/// A driver learns how long a request may be before the back-end learns how long a queue is.
+#[test]
+fn requests_can_be_kept_as_short_as_a_queue() {
+    let content = pattern(21, 7 << 10);
+    let backend = Backend::start(&content, |options| options.segments = 14);
+    let memory = memory();
+    let setup = Setup { queue_size: 16, without: 1 << VIRTIO_RING_F_INDIRECT_DESC, ..Setup::default() };
+    let mut driver = backend.connect(&memory, setup);
+    assert_eq!(u32::from_le_bytes(driver.config[12..16].try_into().expect("four bytes")), 14);
+    let pieces: Vec<_> = (0..14).map(|piece| (DATA + piece * 1024, 512)).collect();
+    let got = driver.request(0, VIRTIO_BLK_T_IN, 0, &pieces);
+    assert_eq!(got, Completion { status: 0, used: (7 << 10) + 1 });
+    for (piece, want) in (0..).zip(content.chunks(512)) {
+        assert_eq!(memory.read(DATA + piece * 1024, 512), want);
+    }
     backend.end();
 }

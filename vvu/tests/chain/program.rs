@@ -1,21 +1,17 @@
 //! A back-end in the process of its bridge, as `vvu device block --vfio` runs it.
 
+use std::convert::Infallible;
 use std::fmt::{Debug, Display};
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
 
-use vvu::backend::Stop;
-use vvu::backend::block::{Block, Options};
+use vvu::backend::block::{BlockBackend, BlockOptions};
 use vvu::driver::Driver as GuestDriver;
-use vvu::event::wait_readable;
-use vvu::listening_socket::ListeningSocket;
 use vvu::vfio_user::client::VfioUserDevice;
-use vvu::{ServeError, StopToken, serve_socket};
+use vvu::{ServeError, StopToken, serve, serve_socket};
 
 use crate::chain::{FLAT, Proxy};
 use crate::common::{DEADLINE, Driver, Setup, Task, disk, pattern};
@@ -29,11 +25,32 @@ pub struct Program<E: Debug + Display> {
 }
 
 impl<E: Debug + Display + Send + 'static> Program<E> {
-    /// Returns once a front-end can connect. `backend` serves the socket of the path it gets, until the stop is
-    /// requested.
+    /// Starts a program whose `backend` serves the socket of the path it gets, until the stop is requested. Returns once
+    /// a front-end can connect.
     pub fn start(
         proxy: &Proxy,
         backend: impl FnOnce(&Path, &StopToken) -> Result<(), E> + Send + 'static,
+    ) -> Self {
+        Self::run(proxy, move |driver, stop, ready| {
+            serve_socket(driver, stop, ready, |path| backend(path, stop))
+        })
+    }
+
+    /// As [`start`](Self::start), with a `backend` that serves one connected stream after another.
+    fn start_with_streams(
+        proxy: &Proxy,
+        mut backend: impl FnMut(UnixStream, &StopToken) -> Result<(), E> + Send + 'static,
+    ) -> Self {
+        Self::run(proxy, move |driver, stop, ready| {
+            serve(driver, stop, ready, |stream| backend(stream, stop))
+        })
+    }
+
+    fn run(
+        proxy: &Proxy,
+        serve: impl FnOnce(GuestDriver<VfioUserDevice>, &StopToken, &dyn Fn()) -> Result<(), ServeError<E>>
+        + Send
+        + 'static,
     ) -> Self {
         let stream = UnixStream::connect(proxy.vfio_user()).expect("proxy");
         let connection = stream.try_clone().expect("descriptor");
@@ -42,8 +59,7 @@ impl<E: Debug + Display + Send + 'static> Program<E> {
         let (sender, ready) = channel();
         let task = Task::spawn("program", move || {
             let driver = GuestDriver::new(VfioUserDevice::from_stream(stream).expect("vfio-user"));
-            let ready = || sender.send(()).expect("test");
-            serve_socket(driver.expect("vvu device"), &token, ready, |path| backend(path, &token))
+            serve(driver.expect("vvu device"), &token, &|| sender.send(()).expect("test"))
         });
         if let Err(error) = ready.recv_timeout(DEADLINE) {
             panic!("waiting for the program to be ready: {error}");
@@ -76,24 +92,14 @@ fn message(request: u32, payload: &[u8]) -> Vec<u8> {
 fn hostile_front_ends_do_not_end_the_program() {
     let content = pattern(20, 4096);
     let (_directory, path) = disk(&content).expect("disk");
-    let poll = Duration::from_micros(200);
-    let block =
-        Block::open(&Options { path, read_only: false, queues: 4, serial: None, poll }).expect("disk");
+    let block = BlockBackend::open(&BlockOptions { queues: 4, ..BlockOptions::new(path) }).expect("disk");
     let proxy = Proxy::start(8 << 20, 16);
     let memory = Arc::new(proxy.memory(&FLAT));
     let data = Driver::buffers(&memory, 4);
-    let serve = move |socket: &Path, stop: &StopToken| {
-        let socket = ListeningSocket::bind(socket).expect("socket");
-        let end = Stop::new().expect("event");
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                wait_readable(&[stop.as_fd()], None).expect("wait");
-                end.stop();
-            });
-            block.serve(socket.listener(), &end)
-        })
-    };
-    let program = Program::start(&proxy, serve);
+    let program = Program::start_with_streams(&proxy, move |stream, stop| {
+        block.serve_frontend(stream, stop);
+        Ok::<_, Infallible>(())
+    });
 
     let vring = |index: u32, value: u32| [index, value].map(u32::to_le_bytes).concat();
     let rings = [0; 40];

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use vvu::backend::block::{Block, Options};
-use vvu::backend::{ServeError, Stop};
+use vvu::backend::ServeError;
+use vvu::backend::block::{BlockBackend, BlockOptions};
+use vvu::event::StopToken;
 use vvu::listening_socket::ListeningSocket as Socket;
 
 use super::{Driver, Setup, SiblingMemory, Task, disk};
@@ -15,26 +15,25 @@ pub struct Backend {
     pub dir: tempfile::TempDir,
     pub socket: PathBuf,
     pub disk: PathBuf,
-    options: Options,
-    pub stop: Stop,
+    options: BlockOptions,
+    pub stop: StopToken,
     task: Option<Task<Result<(), ServeError>>>,
 }
 
 impl Backend {
-    pub fn start(content: &[u8], adjust: impl FnOnce(&mut Options)) -> Self {
+    pub fn start(content: &[u8], adjust: impl FnOnce(&mut BlockOptions)) -> Self {
         let (dir, disk) = disk(content).expect("disk");
-        let poll = Duration::from_micros(200);
-        let mut options = Options { path: disk.clone(), read_only: false, queues: 4, serial: None, poll };
+        let mut options = BlockOptions { queues: 4, ..BlockOptions::new(&disk) };
         adjust(&mut options);
         let path = dir.path().join("s");
         let (stop, task) = Self::serve(&options, &path);
         Self { dir, socket: path, disk, options, stop, task: Some(task) }
     }
 
-    fn serve(options: &Options, path: &Path) -> (Stop, Task<Result<(), ServeError>>) {
-        let block = Block::open(options).expect("disk");
+    fn serve(options: &BlockOptions, path: &Path) -> (StopToken, Task<Result<(), ServeError>>) {
+        let block = BlockBackend::open(options).expect("disk");
         let socket = Socket::bind(path).expect("socket");
-        let stop = Stop::new().expect("stop");
+        let stop = StopToken::new().expect("stop");
         let handle = stop.clone();
         let task = Task::spawn("back-end", move || block.serve(socket.listener(), &handle));
         (stop, task)

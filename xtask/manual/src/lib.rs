@@ -68,6 +68,9 @@ struct Common {
     /// RAM in MiB
     #[arg(short, long, value_name = "MIB", default_value_t = 512)]
     memory: u64,
+    /// VMM that runs the VM, by its name in guest-images/versions.json [default: QEMU]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["qemu", "prepared"])]
+    vmm: Option<String>,
     /// Words to add to the kernel command line
     #[arg(short, long, value_name = "WORDS")]
     params: Vec<String>,
@@ -226,13 +229,15 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
 
 fn set_up(name: &str, common: &Common) -> Result<(Setup, RunDir)> {
     ensure_free(common.memory, 1)?;
-    let setup = Setup::obtain(&common.setup, &Needs::default(), &Progress::new(false))?;
+    let needs = Needs { vmms: common.vmm.clone().into_iter().collect(), ..Needs::default() };
+    let setup = Setup::obtain(&common.setup, &needs, &Progress::new(false))?;
     Ok((setup, RunDir::create(&runs(), name)?))
 }
 
 impl Common {
     fn config(&self, name: &str) -> VmConfig {
-        VmConfig { cmdline: self.params.join(" "), ..VmConfig::new(name, self.memory) }
+        let (vmm, cmdline) = (self.vmm.clone(), self.params.join(" "));
+        VmConfig { vmm, cmdline, ..VmConfig::new(name, self.memory) }
     }
 
     /// Runs the VM until it ends.

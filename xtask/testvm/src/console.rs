@@ -13,12 +13,17 @@ use regex::Regex;
 use rexpect::error::Error as ExpectError;
 use rexpect::reader::Options;
 use rexpect::session::{ReadUntil, StreamSession};
+use vvu_init::protocol::{RUN_ECHO, SPAWN_ECHO};
 
 use crate::watch::PERIOD;
 
 /// Patterns that no healthy guest prints.
 const FAILURES: &str =
     r"Kernel panic|BUG: |Oops: |general protection fault|Out of memory|emulation failure|vvu-init: failed";
+/// Beginning of a line, up to a failure, that no spawned command has printed: those begin with `[NAME]`.
+const GUESTS_OWN: &str = r"^(?:[^\[\n][^\n]*)?";
+/// Beginning of a kernel message with its time, up to a failure. It may stand in the middle of another line.
+const KERNELS: &str = r"\[ *\d+\.\d+\][^\n]*";
 /// Lines of the console that an error shows.
 const TAIL_LINES: usize = 30;
 /// Characters to which the tail cuts longer lines.
@@ -56,10 +61,34 @@ impl Shared {
     }
 }
 
-/// Passes the console to the session, keeps its last lines and wakes waits.
+/// Passes the console to the session, without the commands that PID 1 repeats on it, keeps its last lines and wakes
+/// waits.
 struct Tap<R> {
     stream: R,
     shared: Arc<Shared>,
+    line: LineStart,
+}
+
+/// The beginning of the console's current line, as far as it tells whether PID 1 repeats a command in it.
+#[derive(Default)]
+struct LineStart(Vec<u8>);
+
+impl LineStart {
+    /// Whether `byte`, the next one of the console, is part of a repeated command.
+    fn is_echo(&mut self, byte: u8) -> bool {
+        if byte == b'\n' {
+            self.0.clear();
+            return false;
+        }
+        let echoes = [RUN_ECHO, SPAWN_ECHO].map(str::as_bytes);
+        if echoes.contains(&&self.0[..]) {
+            return true;
+        }
+        if self.0.len() <= SPAWN_ECHO.len() {
+            self.0.push(byte);
+        }
+        false
+    }
 }
 
 impl<R: Read> Read for Tap<R> {
@@ -73,15 +102,25 @@ impl<R: Read> Read for Tap<R> {
         if flooded {
             return Ok(0);
         }
-        // The session would read again after an error, for ever, so an error ends the stream.
-        let read = loop {
-            match self.stream.read(buffer) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => break result.unwrap_or(0),
+        loop {
+            let read = match self.stream.read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // The session would read again after an error, for ever, so an error ends the stream.
+                result => result.unwrap_or(0),
+            };
+            self.shared.lock().keep(&buffer[..read]);
+            let mut passed = 0;
+            for at in 0..read {
+                if !self.line.is_echo(buffer[at]) {
+                    buffer[passed] = buffer[at];
+                    passed += 1;
+                }
             }
-        };
-        self.shared.lock().keep(&buffer[..read]);
-        Ok(read)
+            // Nothing passed of something read is not the end of the stream.
+            if passed > 0 || read == 0 {
+                return Ok(passed);
+            }
+        }
     }
 }
 
@@ -123,10 +162,10 @@ impl Console {
     /// Reads the console at the other end of `stream`.
     pub(crate) fn new(stream: impl Read + Send + 'static) -> Result<Self> {
         let shared = Arc::new(Shared::default());
-        let tap = Tap { stream, shared: Arc::clone(&shared) };
+        let tap = Tap { stream, shared: Arc::clone(&shared), line: LineStart::default() };
         // A session has one timeout for its whole life; zero leaves each wait its own deadline.
         let options = Options::new().timeout_ms(Some(0));
-        let failures = Regex::new(&format!("(?m)[^\n]*(?:{FAILURES})[^\n]*(?:\n|$)"))?;
+        let failures = Regex::new(&format!("(?m)(?:{GUESTS_OWN}|{KERNELS})(?:{FAILURES})[^\n]*(?:\n|$)"))?;
         Ok(Self { session: StreamSession::new(tap, io::sink(), options), shared, failures })
     }
 
@@ -143,14 +182,15 @@ impl Console {
         deadline: Instant,
         mut check: impl FnMut() -> Result<()>,
     ) -> Result<Found> {
-        let line = Regex::new(&format!("(?m)(?:{pattern})[^\n]*\n"))?;
+        let line = Regex::new(&format!("(?m)^[^\n]*(?:{pattern})[^\n]*\n"))?;
         loop {
             let generation = self.shared.lock().generation;
             if let Some(text) = self.poll(&line)? {
                 let line = text.trim_end();
                 let captures = pattern.captures(line).context("a line that matched matches no more")?;
                 let value = captures.get(1).or_else(|| captures.get(0)).map_or("", |value| value.as_str());
-                return Ok(Found { line: line.to_owned(), value: value.to_owned() });
+                let start = captures.get(0).map_or(0, |found| found.start());
+                return Ok(Found { line: line[start..].to_owned(), value: value.to_owned() });
             }
             check()?;
             let now = Instant::now();
@@ -244,6 +284,44 @@ mod tests {
         guest.write_all(b"[ 1.0] Kernel panic - not syncing: no init\r\nready\r\n").expect("written");
         let error = wait(&mut console, "ready").expect_err("panicked").to_string();
         assert_eq!(error, "the guest failed: [ 1.0] Kernel panic - not syncing: no init");
+    }
+
+    #[test]
+    fn a_command_that_pid_1_repeats_is_no_evidence() {
+        let (mut console, mut guest) = console();
+        guest.write_all(b"vvu-init: spawn svc: sleep 5; echo service ready\r\n").expect("written");
+        guest
+            .write_all(b"vvu-init: run 1: dmesg | grep 'BUG: '\r\n[svc] the service ready now\r\n")
+            .expect("written");
+        let found = wait(&mut console, "service ready").expect("printed by the command itself");
+        assert_eq!(found.line, "service ready now");
+        guest.write_all(b"vvu-init: ready\r\nvvu-init: running\r\n").expect("written");
+        assert_eq!(wait(&mut console, "^vvu-init: run.*$").expect("no echo").line, "vvu-init: running");
+        assert!(
+            console.tail().iter().any(|line| line.ends_with("echo service ready")),
+            "{:?}",
+            console.tail()
+        );
+    }
+
+    #[test]
+    fn what_a_spawned_command_prints_is_no_failure_of_the_guest() {
+        let (mut console, mut guest) = console();
+        guest.write_all(b"[say] the text is BUG: none\r\n[dpdk] Out of memory\r\n").expect("written");
+        assert_eq!(wait(&mut console, "text is .*").expect("found").line, "text is BUG: none");
+        wait(&mut console, "Out of").expect("found");
+        console.check().expect("no failure");
+        for line in [
+            "[   12.34] BUG: unable",
+            "[say] half a li[   12.345678] BUG: unable",
+            "Oops: 1",
+            "vvu-init: failed: x",
+        ] {
+            writeln!(guest, "{line}").expect("written");
+            let error = wait(&mut console, "never").expect_err(line).to_string();
+            let shown = error.strip_prefix("the guest failed: ").expect("a failure");
+            assert!(line.ends_with(shown), "{error}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The one place that starts VMs, proxies and other programs of a run.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use crate::process::{Process, Ready};
 use crate::proxy::ProxyConfig;
 use crate::rundir::{RunDir, SocketDir};
 use crate::setup::{KernelId, Setup};
-use crate::vm::args::{Config, Guest, Serial};
+use crate::vm::config::{Boot, Config, Serial};
 use crate::vm::{Logs, Vm};
 use crate::watch::{Watch, lock};
 
@@ -32,15 +32,6 @@ const POLL_PERIOD: Duration = Duration::from_millis(20);
 const BARE: &str = "bare";
 /// RAM of the VM of [`Lab::bare_boot`] in MiB.
 const BARE_MEMORY_MIB: u64 = 512;
-
-/// What a VM boots.
-#[derive(Debug, Clone, Copy)]
-pub struct Boot<'a> {
-    /// The kernel: a PVH `vmlinux`.
-    pub kernel: &'a Path,
-    /// The initramfs.
-    pub initramfs: &'a Path,
-}
 
 /// Starts the VMs and processes of one run and makes every wait end when one of them fails.
 ///
@@ -133,7 +124,7 @@ impl<'a> Lab<'a> {
     pub fn vm_words(&self, config: &Config, boot: Boot<'_>) -> Result<Vec<String>> {
         let vmm = self.setup.vmm(config.vmm.as_deref())?;
         let mut words = vmm.argv_prefix();
-        words.extend(vmm.arguments(config, self.guest(boot), Serial::Terminal)?);
+        words.extend(vmm.arguments(config, self.setup.accelerator.kind, boot, Serial::Terminal)?);
         Ok(words)
     }
 
@@ -245,15 +236,11 @@ impl<'a> Lab<'a> {
     /// The command that starts a VM; its words are written to the run directory.
     fn command(&self, config: &Config, boot: Boot<'_>, serial: Serial<'_>) -> Result<Command> {
         let vmm = self.setup.vmm(config.vmm.as_deref())?;
-        let arguments = vmm.arguments(config, self.guest(boot), serial)?;
+        let arguments = vmm.arguments(config, self.setup.accelerator.kind, boot, serial)?;
         self.note(&config.name, vmm.argv_prefix().iter().chain(&arguments))?;
         let mut command = vmm.command();
         command.args(arguments).env(RUN_VARIABLE, self.run.id());
         Ok(command)
-    }
-
-    fn guest<'b>(&self, boot: Boot<'b>) -> Guest<'b> {
-        Guest { accelerator: self.setup.accelerator.kind, kernel: boot.kernel, initramfs: boot.initramfs }
     }
 
     fn note(&self, name: &str, words: impl IntoIterator<Item = impl AsRef<str>>) -> Result<()> {

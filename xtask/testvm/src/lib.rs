@@ -62,14 +62,14 @@ mod vmm;
 mod watch;
 
 pub use console::Found;
-pub use lab::{Boot, Lab};
+pub use lab::Lab;
 pub use obtain::SetupOptions;
 pub use process::{Process, Ready};
 pub use proxy::ProxyConfig;
 pub use rundir::{MAX_SOCKET_PATH, RunDir, SocketDir, runs};
 pub use setup::{KernelId, Needs, Setup};
 pub use vm::addr::{Addr, Slot};
-pub use vm::args::{Config as VmConfig, Device};
+pub use vm::config::{Boot, Config as VmConfig, Device, Serial};
 pub use vm::cpu::{Cpu, CpuLevel};
 pub use vm::frontend::{
     BlockFrontend, Features, Frontend, FsFrontend, MAX_QUEUES, NetFrontend, PlainFrontend,

@@ -14,10 +14,10 @@ use vvu_artifacts::qemu::Qemu;
 use vvu_process::progress::Progress;
 
 use crate::facts;
-use crate::lab::{Boot, Lab};
+use crate::lab::Lab;
 use crate::obtain::SetupOptions;
 use crate::prepared;
-use crate::vm::args::Config;
+use crate::vm::config::{Boot, Config};
 use crate::vm::cpu::Cpu;
 use crate::vm::{Vm, ending, printed};
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::rundir::SocketDir;
 use crate::vm::addr::Slot;
-use crate::vm::args::Device;
+use crate::vm::config::Device;
 use crate::vm::frontend::Frontend;
 
 /// A proxy to start.

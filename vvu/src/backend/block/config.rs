@@ -1,19 +1,12 @@
 //! What a block device tells its driver: features and configuration (virtio 1.2, 5.2.3 and 5.2.4).
 
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::disk::{Disk, SECTOR_SIZE};
 
-/// Largest queue, in descriptors.
-pub(super) const QUEUE_SIZE_MAX: u16 = 1024;
-/// Data segments of a request, such that it fits into a queue of 128 with its header and status.
-const SEG_MAX: u32 = 126;
 /// Ranges in a discard or write-zeroes request.
 pub(super) const RANGES_MAX: u32 = 32;
 /// Sectors of one range to discard: 2 GiB.
@@ -23,20 +16,24 @@ pub(super) const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 16;
 /// Sectors that make up a block of a usual file system, 4 KiB.
 const DISCARD_ALIGNMENT: u32 = 8;
 
+/// The sizes that a driver has to keep to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub(super) queues: u16,
+    /// Most pieces of memory in a request.
+    pub(super) segments: u16,
+}
+
 /// Bytes of configuration that a front-end may ask for (vhost-user, `VHOST_USER_GET_CONFIG`).
 const SPACE_SIZE: usize = 256;
 
-/// Virtio features of a device for `disk`.
+/// Feature bits of a block device for `disk` (virtio 1.2, 5.2.3).
 pub(super) fn features(disk: &Disk) -> u64 {
     let bit = |bit: u32| 1u64 << bit;
-    let always = bit(VIRTIO_F_VERSION_1)
-        | bit(VIRTIO_RING_F_EVENT_IDX)
-        | bit(VIRTIO_RING_F_INDIRECT_DESC)
-        | bit(VIRTIO_BLK_F_FLUSH)
+    let always = bit(VIRTIO_BLK_F_FLUSH)
         | bit(VIRTIO_BLK_F_SEG_MAX)
         | bit(VIRTIO_BLK_F_BLK_SIZE)
-        | bit(VIRTIO_BLK_F_MQ)
-        | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        | bit(VIRTIO_BLK_F_MQ);
     let access = if disk.is_read_only() {
         bit(VIRTIO_BLK_F_RO)
     } else {
@@ -45,19 +42,9 @@ pub(super) fn features(disk: &Disk) -> u64 {
     always | access
 }
 
-/// vhost-user protocol features of every device.
-pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
-    VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::MQ
-        | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::RESET_DEVICE
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-}
-
 /// `size` bytes at `offset` of the configuration space, empty if there are not that many.
-pub(super) fn read(disk: &Disk, queues: u16, offset: u32, size: u32) -> Vec<u8> {
-    let space = space(disk, queues);
+pub(super) fn read(disk: &Disk, shape: Shape, offset: u32, size: u32) -> Vec<u8> {
+    let space = space(disk, shape);
     let range = || {
         let start = usize::try_from(offset).ok()?;
         space.get(start..start.checked_add(usize::try_from(size).ok()?)?)
@@ -66,14 +53,14 @@ pub(super) fn read(disk: &Disk, queues: u16, offset: u32, size: u32) -> Vec<u8> 
 }
 
 /// `struct virtio_blk_config` with zeroes behind it.
-fn space(disk: &Disk, queues: u16) -> [u8; SPACE_SIZE] {
+fn space(disk: &Disk, shape: Shape) -> [u8; SPACE_SIZE] {
     let mut space = [0; SPACE_SIZE];
     let mut put = |offset: usize, value: &[u8]| space[offset..offset + value.len()].copy_from_slice(value);
     put(0, &disk.sectors().to_le_bytes());
-    put(12, &SEG_MAX.to_le_bytes());
+    put(12, &u32::from(shape.segments).to_le_bytes());
     put(20, &u32::from(SECTOR_SIZE).to_le_bytes());
     put(32, &[1]); // writeback: writes are durable after a flush
-    put(34, &queues.to_le_bytes());
+    put(34, &shape.queues.to_le_bytes());
     if !disk.is_read_only() {
         put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
         put(40, &RANGES_MAX.to_le_bytes());
@@ -90,6 +77,8 @@ mod tests {
     use super::super::disk::tests::disk_of;
     use super::*;
 
+    const SHAPE: Shape = Shape { queues: 4, segments: 126 };
+
     #[test]
     fn golden_configuration() {
         let (_file, disk) = disk_of(&[7; 3 * 512], false);
@@ -100,16 +89,16 @@ mod tests {
             1, 0,  4, 0,  0, 0, 0x40, 0,  32, 0, 0, 0,  8, 0, 0, 0,
             0, 0, 1, 0,  32, 0, 0, 0,  1, 0, 0, 0,
         ];
-        assert_eq!(read(&disk, 4, 0, 60), want);
-        assert_eq!(read(&disk, 4, 0, 256)[60..], [0; 196]);
-        assert_eq!(read(&disk, 4, 34, 2), [4, 0]);
+        assert_eq!(read(&disk, SHAPE, 0, 60), want);
+        assert_eq!(read(&disk, SHAPE, 0, 256)[60..], [0; 196]);
+        assert_eq!(read(&disk, SHAPE, 34, 2), [4, 0]);
     }
 
     #[test]
     fn a_range_outside_of_the_space_is_empty() {
         let (_file, disk) = disk_of(&[0; 512], false);
         for (offset, size) in [(0, 257), (256, 1), (u32::MAX, u32::MAX), (1, u32::MAX)] {
-            assert!(read(&disk, 1, offset, size).is_empty(), "{offset} {size}");
+            assert!(read(&disk, SHAPE, offset, size).is_empty(), "{offset} {size}");
         }
     }
 
@@ -119,6 +108,6 @@ mod tests {
         let features = features(&disk);
         assert_ne!(features & 1 << VIRTIO_BLK_F_RO, 0);
         assert_eq!(features & (1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES), 0);
-        assert_eq!(read(&disk, 1, 36, 24), [0; 24]);
+        assert_eq!(read(&disk, SHAPE, 36, 24), [0; 24]);
     }
 }

@@ -245,7 +245,7 @@ fn a_request_that_comes_soon_needs_no_notification() {
         descriptor(DATA, 512, WRITE | NEXT, 2),
         descriptor(STATUS, 1, WRITE, 0),
     ]);
-    let (memory, gone) = (rig.memory.clone(), rig.gone.clone());
+    let (memory, interrupt) = (rig.memory.clone(), rig.interrupt.clone());
     std::thread::scope(|scope| {
         // Only one event is handled in all this time.
         scope.spawn(|| rig.process());
@@ -256,7 +256,7 @@ fn a_request_that_comes_soon_needs_no_notification() {
             memory.store(available, GuestAddress(AVAILABLE + 2), Ordering::Release).expect("available index");
         }
         wait_for_used(&memory, 5);
-        gone.store(true, Ordering::Relaxed);
+        interrupt.store(true, Ordering::Relaxed);
     });
 }
 
@@ -272,7 +272,7 @@ fn after_a_look_in_vain_notifications_are_on() {
 #[test]
 fn a_driver_without_front_end_is_not_served() {
     let mut rig = Rig::with_poll(Duration::from_secs(60));
-    rig.gone.store(true, Ordering::Relaxed);
+    rig.interrupt.store(true, Ordering::Relaxed);
     header(&rig, IN, 0);
     rig.offer(&[descriptor(HEADER, 16, NEXT, 1), descriptor(STATUS, 1, WRITE, 0)]);
     rig.process();

@@ -7,12 +7,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
-use super::{Options, QUEUES_MAX, SERIAL_MAX};
+use super::faults::{Call, Faults};
+use super::options::{BlockOptions, QUEUES_MAX, SEGMENTS_MAX, SERIAL_MAX};
 
 /// Bytes of a sector, the unit of every address and length (virtio 1.2, 5.2.4).
 pub(super) const SECTOR_SIZE: u16 = 512;
@@ -87,6 +89,12 @@ pub enum OpenError {
         /// The number asked for.
         got: u16,
     },
+    /// Too few or too many pieces of memory in a request.
+    #[error("requests of {got} pieces of memory: want 1 to {SEGMENTS_MAX}")]
+    Segments {
+        /// The number asked for.
+        got: u16,
+    },
     /// A system call failed.
     #[error("cannot {what} disk {path:?}: {source}")]
     Io {
@@ -107,11 +115,14 @@ pub(super) struct Disk {
     size: u64,
     read_only: bool,
     serial: [u8; SERIAL_MAX],
+    /// Whether a flush has failed.
+    flush_failed: Mutex<bool>,
+    pub(super) faults: Faults,
 }
 
 impl Disk {
-    pub(super) fn open(options: &Options) -> Result<Self, OpenError> {
-        let Options { path, read_only, .. } = options;
+    pub(super) fn open(options: &BlockOptions) -> Result<Self, OpenError> {
+        let BlockOptions { path, read_only, .. } = options;
         let read_only = *read_only;
         let serial = serial(options)?;
         let failed = |what, source: io::Error| match source.kind() {
@@ -142,7 +153,8 @@ impl Disk {
         if !size.is_multiple_of(SECTOR_SIZE.into()) {
             return Err(OpenError::Size { path: path.clone(), got: size });
         }
-        Ok(Self { file, size, read_only, serial })
+        let (flush_failed, faults) = (Mutex::new(false), Faults::default());
+        Ok(Self { file, size, read_only, serial, flush_failed, faults })
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -163,28 +175,37 @@ impl Disk {
     }
 
     /// Fills `memory` with the bytes at `offset`.
+    ///
+    /// # Errors
+    /// Those of preadv(2), and `UnexpectedEof` when the disk has become smaller.
     pub(super) fn read(&self, offset: u64, memory: &[VolatileSlice<'_>]) -> io::Result<()> {
-        self.transfer(offset, memory, ErrorKind::UnexpectedEof, |fd, pieces, count, offset| {
-            // SAFETY: `pieces` points to `count` ranges of mapped memory that `memory` borrows, in
-            // which Rust has no references, as it is the guest's to change at any time.
-            unsafe { libc::preadv(fd, pieces, count, offset) }
+        self.transfer(Call::Read, offset, memory, ErrorKind::UnexpectedEof, |fd, pieces, offset| {
+            let count = i32::try_from(pieces.len()).unwrap_or(0);
+            // SAFETY: each of the `count` pieces is a range of mapped memory that `memory` borrows, in which Rust has
+            // no references, since the guest may change it at any time.
+            unsafe { libc::preadv(fd, pieces.as_ptr(), count, offset) }
         })
     }
 
     /// Writes `memory` at `offset`.
+    ///
+    /// # Errors
+    /// Those of pwritev(2), and `WriteZero` when the disk takes no more.
     pub(super) fn write(&self, offset: u64, memory: &[VolatileSlice<'_>]) -> io::Result<()> {
-        self.transfer(offset, memory, ErrorKind::WriteZero, |fd, pieces, count, offset| {
+        self.transfer(Call::Write, offset, memory, ErrorKind::WriteZero, |fd, pieces, offset| {
+            let count = i32::try_from(pieces.len()).unwrap_or(0);
             // SAFETY: as in `read`; the memory is only read.
-            unsafe { libc::pwritev(fd, pieces, count, offset) }
+            unsafe { libc::pwritev(fd, pieces.as_ptr(), count, offset) }
         })
     }
 
     fn transfer(
         &self,
+        call: Call,
         offset: u64,
         memory: &[VolatileSlice<'_>],
         ended: ErrorKind,
-        call: impl Fn(i32, *const libc::iovec, i32, libc::off_t) -> isize,
+        transfer: impl Fn(i32, &[libc::iovec], libc::off_t) -> isize,
     ) -> io::Result<()> {
         let piece = |slice: &VolatileSlice<'_>| libc::iovec {
             iov_base: slice.ptr_guard_mut().as_ptr().cast(),
@@ -194,8 +215,8 @@ impl Disk {
         let mut pieces = pieces.as_mut_slice();
         let mut offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         while !pieces.is_empty() {
-            let count = i32::try_from(pieces.len().min(PIECES_MAX)).map_err(io::Error::other)?;
-            let moved = call(self.file.as_raw_fd(), pieces.as_ptr(), count, offset);
+            let count = self.faults.limit(call, pieces.len().min(PIECES_MAX))?;
+            let moved = transfer(self.file.as_raw_fd(), &pieces[..count], offset);
             let Ok(moved) = usize::try_from(moved) else {
                 match io::Error::last_os_error() {
                     error if error.kind() == ErrorKind::Interrupted => continue,
@@ -212,8 +233,27 @@ impl Disk {
     }
 
     /// Makes all writes so far durable.
+    ///
+    /// After a failure the kernel drops the writes that it could not carry out, reports the error once, and succeeds
+    /// from then on. So once a flush has failed, all flushes fail, of every queue and every front-end, until
+    /// the disk is opened again.
+    ///
+    /// # Errors
+    /// Those of fdatasync(2).
     pub(super) fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        // Locked throughout: of two flushes at the same time, the kernel tells one of the failure.
+        let mut failed = self.flush_failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *failed {
+            return Err(io::Error::other("an earlier flush failed, and with it writes may be lost"));
+        }
+        let flushed = self.faults.check(Call::Flush).and_then(|()| self.file.sync_data());
+        if let Err(error) = &flushed {
+            *failed = true;
+            log::error!(
+                "writes to the disk may be lost: {error}; every flush fails until the back-end is started again"
+            );
+        }
+        flushed
     }
 
     /// Frees `len` bytes at `offset`, after which they may read as anything. No more than a hint, so
@@ -232,6 +272,7 @@ impl Disk {
         let (mut offset, mut rest) = (offset, len);
         while rest != 0 {
             let count = usize::try_from(rest).unwrap_or(usize::MAX).min(ZEROES.len());
+            self.faults.check(Call::Write)?;
             self.file.write_all_at(&ZEROES[..count], offset)?;
             let count = u64::try_from(count).map_err(io::Error::other)?;
             (offset, rest) = (offset + count, rest - count);
@@ -241,6 +282,7 @@ impl Disk {
 
     /// Returns whether the file system can do it.
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
+        self.faults.check(Call::Allocate)?;
         loop {
             match rustix::fs::fallocate(&self.file, flags, offset, len) {
                 Ok(()) => return Ok(true),
@@ -294,7 +336,7 @@ fn advance(pieces: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
     rest
 }
 
-fn serial(options: &Options) -> Result<[u8; SERIAL_MAX], OpenError> {
+fn serial(options: &BlockOptions) -> Result<[u8; SERIAL_MAX], OpenError> {
     let printable = |byte: &u8| byte.is_ascii_graphic() || *byte == b' ';
     let text: Vec<u8> = match &options.serial {
         Some(serial) => {

@@ -1,7 +1,6 @@
 use super::*;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
 
 use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -14,8 +13,8 @@ pub(in super::super) fn disk_of(content: &[u8], read_only: bool) -> (NamedTempFi
     (file, disk)
 }
 
-fn options(path: &Path, read_only: bool) -> Options {
-    Options { path: path.to_owned(), read_only, queues: 1, serial: None, poll: Duration::ZERO }
+fn options(path: &Path, read_only: bool) -> BlockOptions {
+    BlockOptions { read_only, ..BlockOptions::new(path) }
 }
 
 /// The error for a path, and that it names it and a remedy.
@@ -71,7 +70,7 @@ fn names_the_access_that_is_denied() {
 #[test]
 fn serial_numbers_fit() {
     let name = |path: &str, serial: Option<&str>| {
-        let options = Options { serial: serial.map(str::to_owned), ..options(Path::new(path), false) };
+        let options = BlockOptions { serial: serial.map(str::to_owned), ..options(Path::new(path), false) };
         super::serial(&options).map(|serial| String::from_utf8_lossy(&serial).into_owned())
     };
     let fitting = |path, serial| name(path, serial).expect("serial").trim_end_matches('\0').to_owned();

@@ -1,13 +1,12 @@
 use super::*;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestMemoryAtomic};
+use crate::backend::chain::Segment;
+use vm_memory::{Address, Bytes, Permissions, VolatileSlice};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
 const TABLE: u64 = 0x1000;
-const AVAIL: u64 = 0x2000;
 const HEADER: u64 = 0x4000;
 const DATA: u64 = 0x5000;
 const STATUS: u64 = 0x6000;
@@ -34,15 +33,7 @@ fn store(memory: &GuestMemoryMmap, table: u64, chain: &[(u64, u32, u16)]) {
 /// Parses descriptors that are linked in their order as far as they say [`NEXT`].
 fn parse(memory: &GuestMemoryMmap, chain: &[(u64, u32, u16)]) -> Result<Request, Rejected> {
     store(memory, TABLE, chain);
-    memory.write_obj(1u16, GuestAddress(AVAIL + 2)).expect("index");
-    let mut queue = Queue::new(16).expect("queue");
-    queue.set_desc_table_address(Some(0x1000), None);
-    queue.set_avail_ring_address(Some(0x2000), None);
-    queue.set_used_ring_address(Some(0x3000), None);
-    queue.set_ready(true);
-    let memory = GuestMemoryAtomic::new(memory.clone());
-    let chain = queue.iter(vm_memory::GuestAddressSpace::memory(&memory)).expect("available").next();
-    Request::parse(chain.expect("a chain"))
+    Request::parse(memory, Chain::walk(memory, GuestAddress(TABLE), 16, 0))
 }
 
 fn reason(memory: &GuestMemoryMmap, chain: &[(u64, u32, u16)]) -> Malformed {
@@ -106,8 +97,12 @@ fn bad_indirect_tables_are_chains_without_end() {
         ("outside of memory", (1 << 40, 16, INDIRECT)),
         ("at the end of the address space", (u64::MAX - 7, 32, INDIRECT)),
     ] {
-        assert_eq!(reason(&memory, &[table]), Malformed::Endless, "{name}");
-        assert_eq!(reason(&memory, &[(HEADER, 16, NEXT), table]), Malformed::Endless, "{name}, as second");
+        assert_eq!(reason(&memory, &[table]), ChainError::Endless.into(), "{name}");
+        assert_eq!(
+            reason(&memory, &[(HEADER, 16, NEXT), table]),
+            ChainError::Endless.into(),
+            "{name}, as second"
+        );
     }
 }
 
@@ -116,7 +111,7 @@ fn a_loop_in_a_large_indirect_table_ends_early() {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x20_0000)]).expect("memory");
     store(&memory, 0x10_0000, &[(DATA, 1, NEXT)]);
     memory.write_obj(0u16, GuestAddress(0x10_000e)).expect("next");
-    assert_eq!(reason(&memory, &[(0x10_0000, 65535 * 16, INDIRECT)]), Malformed::TooLong);
+    assert_eq!(reason(&memory, &[(0x10_0000, 65535 * 16, INDIRECT)]), ChainError::TooLong.into());
 }
 
 #[test]
@@ -126,8 +121,8 @@ fn malformed_requests_keep_their_status_where_there_is_one() {
     let cases: [Case<'_>; 4] = [
         ("nothing readable", &[(STATUS, 1, WRITE)], Malformed::Header),
         ("short header", &[(HEADER, 15, NEXT), (STATUS, 1, WRITE)], Malformed::Header),
-        ("order", &[(HEADER, 16, NEXT), (STATUS, 1, NEXT | WRITE), (DATA, 1, 0)], Malformed::Order),
-        ("header outside", &[(1 << 40, 16, NEXT), (STATUS, 1, WRITE)], Malformed::Memory(1 << 40)),
+        ("order", &[(HEADER, 16, NEXT), (STATUS, 1, NEXT | WRITE), (DATA, 1, 0)], ChainError::Order.into()),
+        ("header outside", &[(1 << 40, 16, NEXT), (STATUS, 1, WRITE)], ChainError::Memory(1 << 40).into()),
     ];
     for (name, chain, want) in cases {
         let rejected = parse(&memory, chain).expect_err("malformed");

@@ -1,23 +1,24 @@
-//! A driver of one queue, played for tests and fuzz targets.
+//! A driver of one queue, for tests and fuzz targets.
 
 use std::io::Write;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tempfile::NamedTempFile;
-use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
-use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::device::Device;
+use super::config::Shape;
+use super::device::BlockDevice;
 use super::disk::{Disk, SECTOR_SIZE};
-use super::{Arc, Options};
-use crate::backend::inflight::{Inflight, Limits};
-use crate::backend::vring::Vring;
+use super::options::BlockOptions;
+use crate::backend::device::Device;
+use crate::backend::queue::Queue;
+use crate::backend::ring::SplitRing;
+use crate::backend::sync;
 
-/// Bytes of sibling memory, which starts at address 0.
+/// Bytes of guest memory, which starts at address 0.
 pub const MEMORY: usize = 1 << 20;
 /// Sectors of the disk.
 pub const SECTORS: u64 = 64;
@@ -29,6 +30,8 @@ pub const DESCRIPTORS: u64 = 0;
 pub const AVAILABLE: u64 = 0x1000;
 /// Where the used ring is.
 pub const USED: u64 = 0x2000;
+
+const SHAPE: Shape = Shape { queues: 1, segments: 126 };
 
 /// One descriptor as the driver writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,12 +47,15 @@ pub struct Descriptor {
 }
 
 /// A disk, its device, and one queue.
+#[derive(Debug)]
 pub struct Rig {
-    device: Device,
-    /// Set to tell the device that there is no front-end any longer.
-    pub gone: Arc<AtomicBool>,
-    vring: Vring,
-    /// Sibling memory.
+    #[cfg(test)]
+    disk: Arc<Disk>,
+    device: BlockDevice,
+    queue: Mutex<Queue>,
+    /// Set to make the device give up the queue between two requests, as when the front-end is gone.
+    pub interrupt: Arc<AtomicBool>,
+    /// Memory of the guest.
     pub memory: GuestMemoryMmap,
     file: NamedTempFile,
     available: u16,
@@ -68,43 +74,56 @@ impl Rig {
         Self::with_poll(Duration::ZERO)
     }
 
-    /// The same, polled for so long.
+    /// The same with a poll window.
     #[must_use]
     pub fn with_poll(poll: Duration) -> Self {
         let mut file = NamedTempFile::new().expect("file");
         let sector = |number: u64| vec![u8::try_from(number).expect("small"); SECTOR_SIZE.into()];
         file.write_all(&(0..SECTORS).flat_map(sector).collect::<Vec<_>>()).expect("content");
-        let options =
-            Options { path: file.path().to_owned(), read_only: false, queues: 1, serial: None, poll };
-        let disk = Arc::new(Disk::open(&options).expect("disk"));
+        let disk = open(&file);
+        let device = BlockDevice::new(Arc::clone(&disk), SHAPE);
+        device.set_features(1 << VIRTIO_BLK_F_FLUSH);
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
-        let shared = GuestMemoryAtomic::new(memory.clone());
-        let inflight = Inflight::new(Limits { queues: 1, queue_size: QUEUE_SIZE });
-        let gone = Arc::new(AtomicBool::new(false));
-        let device = Device::new(disk, 1, poll, shared.clone(), Arc::new(inflight), gone.clone());
-        device.acked_features(1 << VIRTIO_BLK_F_FLUSH);
-        let vring = Vring::new(shared, QUEUE_SIZE).expect("queue");
-        let mut rig = Self { device, gone, vring, memory, file, available: 0 };
+        let queue = Mutex::new(Queue::new(0, poll));
+        let interrupt = Arc::new(AtomicBool::new(false));
+        let mut rig = Self {
+            #[cfg(test)]
+            disk,
+            device,
+            queue,
+            interrupt,
+            memory,
+            file,
+            available: 0,
+        };
         rig.restart();
         rig
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().expect("no panic before")
     }
 
     /// Starts the queue anew with empty rings.
     pub fn restart(&mut self) {
         self.memory.write_slice(&[0; 0x3000], GuestAddress(0)).expect("rings");
         self.available = 0;
-        self.vring.set_queue_size(QUEUE_SIZE);
-        self.vring.set_queue_info(DESCRIPTORS, AVAILABLE, USED).expect("addresses");
-        self.vring.set_queue_next_avail(0);
-        self.vring.set_queue_next_used(0);
-        self.vring.set_queue_ready(true);
-        self.vring.set_enabled(true);
+        let mut queue = self.queue();
+        queue.stop();
+        queue.memory = Arc::new(self.memory.clone());
+        queue.ring = SplitRing::default();
+        queue.ring.size = QUEUE_SIZE;
+        queue.ring.descriptors = GuestAddress(DESCRIPTORS);
+        queue.ring.available = GuestAddress(AVAILABLE);
+        queue.ring.used = GuestAddress(USED);
+        queue.enabled = true;
+        queue.start();
     }
 
     /// Whether the device has not given the queue up.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.vring.get_ref().get_queue().ready()
+        self.queue().is_running()
     }
 
     /// Writes descriptors from the first on and makes the chain of the first available.
@@ -124,8 +143,7 @@ impl Rig {
 
     /// Lets the device carry out what is available.
     pub fn process(&self) {
-        let vrings = std::slice::from_ref(&self.vring);
-        self.device.handle_event(0, EventSet::IN, vrings, 0).expect("no error ends the thread");
+        sync::serve(&mut self.queue(), &self.device, &self.interrupt);
     }
 
     /// How many chains were used, and the length of the last one.
@@ -137,9 +155,47 @@ impl Rig {
         (index, length)
     }
 
-    /// What is on the disk.
+    /// The content of the disk.
     #[must_use]
     pub fn content(&self) -> Vec<u8> {
         std::fs::read(self.file.path()).expect("file")
     }
+}
+
+/// What tests do to the disk.
+#[cfg(test)]
+impl Rig {
+    pub(super) fn faults(&self) -> &super::faults::Faults {
+        &self.disk.faults
+    }
+
+    /// Begins with a new front-end, whose driver accepts `features`.
+    pub(super) fn reconnect(&mut self, features: u64) {
+        self.device = BlockDevice::new(Arc::clone(&self.disk), SHAPE);
+        self.device.set_features(features);
+        self.restart();
+    }
+
+    /// Begins with a new back-end.
+    pub(super) fn reopen(&mut self) {
+        // The last owner of the disk gives up the lock on it.
+        let mut other = NamedTempFile::new().expect("file");
+        other.write_all(&[0; SECTOR_SIZE as usize]).expect("content");
+        self.disk = open(&other);
+        self.reconnect(0);
+        self.disk = open(&self.file);
+        self.reconnect(1 << VIRTIO_BLK_F_FLUSH);
+    }
+
+    pub(super) fn resize(&self, len: u64) {
+        self.file.as_file().set_len(len).expect("size");
+    }
+
+    pub(super) fn set_content(&self, content: &[u8]) {
+        std::fs::write(self.file.path(), content).expect("content");
+    }
+}
+
+fn open(file: &NamedTempFile) -> Arc<Disk> {
+    Arc::new(Disk::open(&BlockOptions::new(file.path())).expect("disk"))
 }

@@ -1,141 +1,86 @@
-//! The memory of all trackers of a connection: who makes it, who may hand it in, where each ring is.
+//! The memory of all trackers of a connection: how it is made, what is accepted from a front-end, and where each ring's
+//! part is.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use rustix::fs::{
     MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs, ftruncate, memfd_create,
 };
 use rustix::io::Errno;
+use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-use super::Tracker;
-use super::tracker::{ENTRY_SIZE, HEADER_SIZE};
+use super::tracker::{ENTRY_SIZE, HEADER_SIZE, Tracker};
 use crate::spec::PAGE_SIZE;
-use crate::spec::addr::BarOffset;
-use crate::spec::vhost_user::{InflightArea, MessageError};
 
 /// Each ring's part starts at a multiple of this, as in QEMU's back-ends.
 const ALIGNMENT: u64 = 64;
 /// `f_type` of sysfs, where a PCI device's memory is (`SYSFS_MAGIC`).
 const SYSFS: i64 = 0x6265_6572;
+/// `f_type` of files in huge pages (`HUGETLBFS_MAGIC`).
+const HUGETLBFS: i64 = 0x9584_58f6;
 
 /// Why a front-end gets no in-flight region, or cannot hand one in.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::backend) enum RegionError {
-    /// The message is malformed.
-    #[error(transparent)]
-    Message(MessageError),
-    /// More rings than there are, or none.
     #[error("in-flight region for {got} queues: want 1 to {most}")]
-    Queues {
-        /// Rings asked for.
-        got: u16,
-        /// Rings of the device.
-        most: u16,
-    },
-    /// Rings larger than any can be, or empty.
+    Queues { got: u16, most: u16 },
     #[error("in-flight region for queues of {got} descriptors: want 1 to {most}")]
-    QueueSize {
-        /// Descriptors asked for.
-        got: u16,
-        /// Descriptors of the largest ring.
-        most: u16,
-    },
-    /// Not enough bytes, or at a strange place.
+    QueueSize { got: u16, most: u16 },
     #[error(
-        "in-flight region of {size:#x} bytes at offset {offset}: want {want:#x} bytes on a page boundary"
+        "in-flight region of {size:#x} bytes at offset {offset:#x}: want {want:#x} bytes on a page boundary"
     )]
-    Place {
-        /// Bytes there.
-        size: u64,
-        /// Where.
-        offset: BarOffset,
-        /// Bytes that this many rings of this size need.
-        want: u64,
-    },
-    /// Not one file.
-    #[error("{got} file descriptors came with the in-flight region: want 1")]
-    Fds {
-        /// How many.
-        got: usize,
-    },
-    /// The file could be made smaller, and then an access to it would kill us.
+    Place { size: u64, offset: u64, want: u64 },
+    /// An access to memory that is gone would end this process.
     #[error(
         "the file of the in-flight region can shrink: want the one that GET_INFLIGHT_FD returned, or one sealed with F_SEAL_SHRINK"
     )]
     CanShrink,
-    /// The file has no such range, or cannot be mapped.
+    /// An access fails, and ends this process, when no huge page is free.
+    #[error(
+        "the in-flight region is in huge pages: want the one that GET_INFLIGHT_FD returned, or ordinary pages"
+    )]
+    HugePages,
     #[error("cannot map the in-flight region: {0}")]
     Map(String),
-    /// A system call failed.
     #[error("cannot use an in-flight region: {0}")]
     Io(#[from] Errno),
-    /// The region knows fewer or smaller rings than the device is told to start.
     #[error(
         "the in-flight region is for {queues} queues of {queue_size} descriptors: it has no place for queue {index} of {size}"
     )]
-    NoPlace {
-        /// Rings it knows.
-        queues: u16,
-        /// Their size in descriptors.
-        queue_size: u16,
-        /// The ring.
-        index: usize,
-        /// Its size in descriptors.
-        size: u16,
-    },
+    NoPlace { queues: u16, queue_size: u16, index: u16, size: u16 },
 }
 
-/// The largest device.
+/// The queues of the device.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::backend) struct Limits {
     pub(in crate::backend) queues: u16,
-    /// In descriptors.
+    /// Descriptors of the largest queue.
     pub(in crate::backend) queue_size: u16,
 }
 
-/// Payload of both messages (vhost-user, "Inflight description").
+/// The queues that a region is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Description {
-    area: InflightArea,
+struct Layout {
     queues: u16,
-    /// In descriptors.
+    /// Descriptors of the largest queue.
     queue_size: u16,
 }
 
-impl Description {
-    pub(super) const SIZE: usize = InflightArea::DESCRIPTION_SIZE;
-    /// Says that there is no region.
-    pub(super) const NOTHING: Self =
-        Self { area: InflightArea { size: 0, offset: BarOffset(0) }, queues: 0, queue_size: 0 };
-
-    pub(super) fn parse(request: u32, payload: &[u8]) -> Result<Self, MessageError> {
-        let area = InflightArea::parse(request, payload)?;
-        let field = |at: usize| u16::from_le_bytes([payload[at], payload[at + 1]]);
-        Ok(Self { area, queues: field(16), queue_size: field(18) })
-    }
-
-    pub(super) fn to_bytes(self) -> [u8; Self::SIZE] {
-        let mut bytes = [0; Self::SIZE];
-        self.area.write(&mut bytes);
-        bytes[16..18].copy_from_slice(&self.queues.to_le_bytes());
-        bytes[18..20].copy_from_slice(&self.queue_size.to_le_bytes());
-        bytes
-    }
-
-    fn check(self, limits: Limits) -> Result<(), RegionError> {
-        let Self { queues, queue_size, .. } = self;
+impl Layout {
+    fn of(description: &VhostUserInflight, limits: Limits) -> Result<Self, RegionError> {
+        let (queues, queue_size) = (description.num_queues, description.queue_size);
         if !(1..=limits.queues).contains(&queues) {
             return Err(RegionError::Queues { got: queues, most: limits.queues });
         }
         if !(1..=limits.queue_size).contains(&queue_size) {
             return Err(RegionError::QueueSize { got: queue_size, most: limits.queue_size });
         }
-        Ok(())
+        Ok(Self { queues, queue_size })
     }
 
-    /// Bytes from one ring's part to the next one's.
+    /// Bytes from the start of one ring's part to the start of the next.
     fn stride(self) -> u64 {
         (HEADER_SIZE + u64::from(self.queue_size) * ENTRY_SIZE).next_multiple_of(ALIGNMENT)
     }
@@ -146,72 +91,108 @@ impl Description {
     }
 }
 
-/// Makes the memory that `asked` is about. Nobody can resize it.
-pub(super) fn create(asked: Description, limits: Limits) -> Result<(Description, OwnedFd), RegionError> {
-    asked.check(limits)?;
-    let area = InflightArea { size: asked.size(), offset: BarOffset(0) };
+/// Makes a region for the queues that `asked` names, in a file whose size is sealed.
+///
+/// # Errors
+/// [`RegionError::Queues`], [`RegionError::QueueSize`], [`RegionError::Io`].
+pub(in crate::backend) fn create(
+    asked: &VhostUserInflight,
+    limits: Limits,
+) -> Result<(VhostUserInflight, File), RegionError> {
+    let layout = Layout::of(asked, limits)?;
     let file = memfd_create("vvu-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    ftruncate(&file, area.size)?;
+    ftruncate(&file, layout.size())?;
     fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok((Description { area, ..asked }, file))
+    let made = VhostUserInflight::new(layout.size(), 0, layout.queues, layout.queue_size);
+    Ok((made, file.into()))
+}
+
+/// An empty file, for an answer that says that there is no region.
+///
+/// # Errors
+/// When there is no file descriptor left.
+pub(in crate::backend) fn no_file() -> Result<File, RegionError> {
+    Ok(memfd_create("vvu-no-inflight", MemfdFlags::CLOEXEC)?.into())
 }
 
 /// A mapped region. The front-end can write to it at any time.
 #[derive(Debug)]
-pub(super) struct Region {
-    description: Description,
+pub(in crate::backend) struct Region {
+    layout: Layout,
     memory: GuestMemoryMmap,
 }
 
 impl Region {
-    /// Maps what the front-end handed in.
-    pub(super) fn open(
-        description: Description,
-        fds: Vec<OwnedFd>,
+    /// Maps the region that the front-end handed in.
+    ///
+    /// # Errors
+    /// [`RegionError`].
+    pub(in crate::backend) fn open(
+        description: &VhostUserInflight,
+        file: File,
         limits: Limits,
     ) -> Result<Self, RegionError> {
-        description.check(limits)?;
-        let InflightArea { size, offset } = description.area;
-        let want = description.size();
-        if size < want || !offset.0.is_multiple_of(PAGE_SIZE) {
+        let layout = Layout::of(description, limits)?;
+        let VhostUserInflight { mmap_size: size, mmap_offset: offset, .. } = *description;
+        let want = layout.size();
+        if size < want || !offset.is_multiple_of(PAGE_SIZE) {
             return Err(RegionError::Place { size, offset, want });
         }
-        let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| RegionError::Fds { got: fds.len() })?;
-        if can_shrink(&fd)? {
+        if can_shrink(&file)? {
             return Err(RegionError::CanShrink);
         }
+        if fstatfs(&file)?.f_type == HUGETLBFS {
+            return Err(RegionError::HugePages);
+        }
         let map = |error: &dyn std::fmt::Display| RegionError::Map(error.to_string());
-        let end = offset.0.checked_add(want);
-        let length = u64::try_from(fstat(&fd)?.st_size).unwrap_or(0);
+        let end = offset.checked_add(want);
+        let length = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
         if end.is_none_or(|end| end > length) {
             return Err(map(&format_args!("its file ends at {length:#x}")));
         }
         let length = usize::try_from(want).map_err(|error| map(&error))?;
-        let file = FileOffset::new(File::from(fd), offset.0);
-        let mapping = MmapRegion::from_file(file, length).map_err(|error| map(&error))?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(0));
+        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), length);
+        let region = GuestRegionMmap::new(mapping.map_err(|error| map(&error))?, GuestAddress(0));
         let region = region.ok_or_else(|| map(&"the address space ends"))?;
         let memory = GuestMemoryMmap::from_regions(vec![region]).map_err(|error| map(&error))?;
-        Ok(Self { description, memory })
+        Ok(Self { layout, memory })
     }
 
-    pub(super) fn tracker(&self, index: usize, size: u16) -> Result<Tracker, RegionError> {
-        let Description { queues, queue_size, .. } = self.description;
-        match u16::try_from(index) {
-            Ok(ring) if ring < queues && size <= queue_size => {
-                let base = self.description.stride() * u64::from(ring);
-                Ok(Tracker::new(self.memory.clone(), GuestAddress(base), queue_size))
+    /// The tracker of ring `index`, which has `size` descriptors. `None` if the front-end made the region for smaller
+    /// rings: QEMU 10.0 asks for a region for 128 descriptors and starts rings of 1024.
+    ///
+    /// # Errors
+    /// [`RegionError::NoPlace`] when the region is for fewer rings.
+    pub(in crate::backend) fn tracker(
+        &self,
+        index: u16,
+        size: u16,
+    ) -> Result<Option<Tracker<GuestMemoryMmap>>, RegionError> {
+        match self.place(index, size) {
+            Ok(tracker) => Ok(Some(tracker)),
+            Err(error) if index < self.layout.queues => {
+                log::warn!("queue {index} is served without in-flight tracking: {error}");
+                Ok(None)
             }
-            _ => Err(RegionError::NoPlace { queues, queue_size, index, size }),
+            Err(error) => Err(error),
         }
+    }
+
+    fn place(&self, index: u16, size: u16) -> Result<Tracker<GuestMemoryMmap>, RegionError> {
+        let Layout { queues, queue_size } = self.layout;
+        if index >= queues || size > queue_size {
+            return Err(RegionError::NoPlace { queues, queue_size, index, size });
+        }
+        let base = self.layout.stride() * u64::from(index);
+        Ok(Tracker::new(self.memory.clone(), GuestAddress(base), queue_size))
     }
 }
 
-/// Whether somebody else can take away the memory behind a mapping of `fd`.
+/// Whether another process can take away the memory behind a mapping of `fd`.
 fn can_shrink(fd: impl AsFd) -> Result<bool, RegionError> {
     match fcntl_get_seals(&fd) {
         Ok(seals) => Ok(!seals.contains(SealFlags::SHRINK)),
-        // What has no seals may still be the memory of a PCI device, whose size is fixed.
+        // A file without seals may still be the memory of a PCI device, whose size is fixed.
         Err(Errno::INVAL) => Ok(fstatfs(&fd)?.f_type != SYSFS),
         Err(error) => Err(error.into()),
     }

@@ -2,59 +2,52 @@ use super::*;
 
 const LIMITS: Limits = Limits { queues: 4, queue_size: 1024 };
 
-fn description(size: u64, offset: u64, queues: u16, queue_size: u16) -> Description {
-    Description { area: InflightArea { size, offset: BarOffset(offset) }, queues, queue_size }
+fn description(size: u64, offset: u64, queues: u16, queue_size: u16) -> VhostUserInflight {
+    VhostUserInflight::new(size, offset, queues, queue_size)
 }
 
-fn made(queues: u16, queue_size: u16) -> (Description, OwnedFd) {
-    create(description(0, 0, queues, queue_size), LIMITS).expect("region")
+fn fields(description: &VhostUserInflight) -> (u64, u64, u16, u16) {
+    let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *description;
+    (mmap_size, mmap_offset, num_queues, queue_size)
 }
 
-fn open(description: Description, fd: OwnedFd) -> Result<Region, RegionError> {
-    Region::open(description, vec![fd], LIMITS)
+fn made(queues: u16, queue_size: u16) -> (VhostUserInflight, File) {
+    create(&description(0, 0, queues, queue_size), LIMITS).expect("region")
 }
 
-#[test]
-fn golden_description() {
-    let bytes = [0, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 4, 0, 0, 1, 0, 0, 0, 0];
-    let parsed = Description::parse(31, &bytes).expect("description");
-    assert_eq!(parsed, description(0x1000, 0x2000_0000, 4, 256));
-    assert_eq!(parsed.to_bytes(), bytes);
-    assert!(Description::parse(31, &bytes[..20]).is_err());
+fn open(description: &VhostUserInflight, file: File) -> Result<Region, RegionError> {
+    Region::open(description, file, LIMITS)
 }
 
 /// As large as QEMU's back-ends make it, so that they and ours can take over from each other.
 #[test]
 fn what_is_made_has_room_for_all_rings_and_keeps_its_size() {
     let (offered, file) = made(3, 5);
-    assert_eq!(offered, description(3 * 128, 0, 3, 5));
+    assert_eq!(fields(&offered), (3 * 128, 0, 3, 5));
     assert_eq!(fstat(&file).expect("stat").st_size, 3 * 128);
     assert!(ftruncate(&file, 0).is_err() && ftruncate(&file, 4096).is_err());
-    let region = open(offered, file).expect("region");
-    region.tracker(2, 5).expect("the last one").recover(0, 0).expect("memory");
-    assert!(matches!(region.tracker(3, 5), Err(RegionError::NoPlace { index: 3, .. })));
-    assert!(matches!(region.tracker(0, 6), Err(RegionError::NoPlace { size: 6, .. })));
+    let region = open(&offered, file).expect("region");
+    region.place(2, 5).expect("the last one").recover(0, 0).expect("memory");
+    assert!(matches!(region.place(3, 5), Err(RegionError::NoPlace { index: 3, .. })));
+    assert!(matches!(region.place(0, 6), Err(RegionError::NoPlace { size: 6, .. })));
 }
 
 /// The front-end's fault, but the ring works without.
 #[test]
 fn a_ring_that_is_too_large_does_without_and_one_that_is_unknown_is_refused() {
-    use super::super::{Inflight, State};
-
     let (offered, file) = made(2, 128);
-    let state = State { accepted: 0, region: Some(open(offered, file).expect("region")) };
-    let inflight = Inflight { limits: LIMITS, state: state.into() };
-    assert!(inflight.tracker(1, 128).expect("a place").is_some());
-    assert!(inflight.tracker(1, 1024).expect("no place").is_none());
-    assert!(matches!(inflight.tracker(2, 128), Err(RegionError::NoPlace { index: 2, .. })));
+    let region = open(&offered, file).expect("region");
+    assert!(region.tracker(1, 128).expect("a place").is_some());
+    assert!(region.tracker(1, 1024).expect("no place").is_none());
+    assert!(matches!(region.tracker(2, 128), Err(RegionError::NoPlace { index: 2, .. })));
 }
 
 #[test]
 fn rings_have_parts_of_their_own() {
     let (offered, file) = made(2, 4);
-    let region = open(offered, file).expect("region");
+    let region = open(&offered, file).expect("region");
     let start = |ring, used| {
-        let mut tracker = region.tracker(ring, 4).expect("tracker");
+        let mut tracker = region.place(ring, 4).expect("tracker");
         let recovered = tracker.recover(used, used + 4).expect("recovery");
         (tracker, recovered)
     };
@@ -72,17 +65,20 @@ fn rings_have_parts_of_their_own() {
 fn descriptions_that_lie_are_refused() {
     for (queues, queue_size) in [(0, 128), (5, 128), (u16::MAX, 128), (1, 0), (1, 1025), (1, u16::MAX)] {
         let asked = description(0, 0, queues, queue_size);
-        let refused = create(asked, LIMITS).expect_err("no such device");
-        assert!(matches!(refused, RegionError::Queues { .. } | RegionError::QueueSize { .. }), "{asked:?}");
+        let refused = create(&asked, LIMITS).map(drop).expect_err("no such device");
+        assert!(
+            matches!(refused, RegionError::Queues { .. } | RegionError::QueueSize { .. }),
+            "{queues} {queue_size}"
+        );
         let (_, file) = made(1, 128);
-        open(description(1 << 20, 0, queues, queue_size), file).expect_err("no such device");
+        open(&description(1 << 20, 0, queues, queue_size), file).expect_err("no such device");
     }
     for (size, offset) in [(2111, 0), (0, 0), (2112, 1), (2112, 64)] {
-        let refused = open(description(size, offset, 1, 128), made(1, 128).1);
+        let refused = open(&description(size, offset, 1, 128), made(1, 128).1);
         assert!(matches!(refused, Err(RegionError::Place { want: 2112, .. })), "{size} {offset}");
     }
     for (size, offset) in [(2112, 4096), (2112, 1 << 62), (u64::MAX, !0xfff)] {
-        let refused = open(description(size, offset, 1, 128), made(1, 128).1);
+        let refused = open(&description(size, offset, 1, 128), made(1, 128).1);
         assert!(matches!(refused, Err(RegionError::Map(_))), "{size} {offset}: {refused:?}");
     }
 }
@@ -92,13 +88,10 @@ fn descriptions_that_lie_are_refused() {
 fn files_that_can_shrink_are_refused() {
     let (offered, _) = made(1, 128);
     let unsealed = memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("memfd");
-    let ordinary = OwnedFd::from(tempfile::tempfile().expect("file"));
+    let ordinary = std::os::fd::OwnedFd::from(tempfile::tempfile().expect("file"));
     let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).expect("eventfd");
     for fd in [unsealed, ordinary, event] {
-        assert!(matches!(open(offered, fd), Err(RegionError::CanShrink)));
-    }
-    for fds in [vec![], vec![made(1, 128).1, made(1, 128).1]] {
-        assert!(matches!(Region::open(offered, fds, LIMITS), Err(RegionError::Fds { .. })));
+        assert!(matches!(open(&offered, fd.into()), Err(RegionError::CanShrink)));
     }
 }
 
@@ -106,4 +99,15 @@ fn files_that_can_shrink_are_refused() {
 #[test]
 fn files_of_sysfs_pass() {
     assert!(!can_shrink(File::open("/sys").expect("sysfs")).expect("seals"));
+}
+
+/// No page need be there for the file to have its size, and an access without one would kill us (SIGBUS).
+#[test]
+fn huge_pages_are_refused() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+    let file = memfd_create("test", flags).expect("a kernel with huge pages");
+    ftruncate(&file, 2 << 20).expect("size");
+    fcntl_add_seals(&file, SealFlags::SHRINK).expect("seal");
+    let (offered, _) = made(1, 128);
+    assert!(matches!(open(&offered, file.into()), Err(RegionError::HugePages)));
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use tempfile::TempDir;
 use vvu::bridge::{BackendSocket, Bridge, BridgeError, Options, Retry};
 use vvu::listening_socket::ListeningSocket;
 use vvu::pci::PciDevice;
@@ -13,29 +14,29 @@ use vvu::{Bdf, StopToken, open_vfio};
 use super::program::{Exit, Program};
 use super::say;
 
-/// What stands for the socket's path in the words of a command.
+/// Placeholder for the socket's path in the words of a command.
 const SOCKET: &str = "{socket}";
-/// How long a program that was started may take until it answers.
+/// Time that a program gets from its start until it answers.
 const START_TIME: Duration = Duration::from_secs(30);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// PCI address of the vvu device.
+    /// PCI address of the vvu device
     #[arg(long, value_name = "BDF")]
     vfio: Bdf,
-    /// Socket that the back-end listens on; with COMMAND one is made up unless given.
+    /// Socket that the back-end listens on; with COMMAND the default is a private one
     #[arg(long, value_name = "PATH", required_unless_present = "command")]
     socket: Option<PathBuf>,
-    /// Listen on the socket, for a back-end that connects.
+    /// Listen on the socket, for a back-end that connects
     #[arg(long)]
     listen: bool,
-    /// Wait for the back-end whenever it is not there, instead of ending.
+    /// Wait for the back-end whenever it is not there, instead of ending
     #[arg(long, conflicts_with = "command")]
     wait: bool,
-    /// Start COMMAND again when it fails. One that ends well is always started again.
+    /// Start COMMAND again when it fails; a COMMAND that ends well is always started again
     #[arg(long, requires = "command")]
     restart: bool,
-    /// Back-end to run, with {socket} for the path of the socket.
+    /// Back-end to run; {socket} stands for the path of the socket
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -65,10 +66,7 @@ fn backend_socket(path: &Path, listen: bool) -> anyhow::Result<(BackendSocket, O
 }
 
 fn run_program(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
-    let directory = tempfile::Builder::new().prefix("vvu-").tempdir();
-    let directory =
-        directory.context("cannot make a temporary directory: set TMPDIR to one that can be written")?;
-    let socket = args.socket.clone().unwrap_or_else(|| directory.path().join("back-end"));
+    let (_directory, socket) = program_socket(args.socket.as_deref())?;
     let words = words(&args.command, &socket, args.socket.is_some())?;
     let (backend, _listening) = backend_socket(&socket, args.listen)?;
     let options = Options { backend, retry: Retry::For(START_TIME) };
@@ -77,10 +75,22 @@ fn run_program(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
     serve(&mut bridge, &words, args.restart, stop, || say(&ready))
 }
 
+/// Returns the path of the program's socket, and the directory made for it if the user named none.
+fn program_socket(named: Option<&Path>) -> anyhow::Result<(Option<TempDir>, PathBuf)> {
+    if let Some(path) = named {
+        return Ok((None, path.to_owned()));
+    }
+    let directory = tempfile::Builder::new().prefix("vvu-").tempdir().context(
+        "cannot make a temporary directory: set TMPDIR to one that can be written, or name a socket with --socket",
+    )?;
+    let socket = directory.path().join("back-end");
+    Ok((Some(directory), socket))
+}
+
 /// Runs the program, and runs it again where that helps, until `stop` is readable.
 ///
-/// A program that served one front-end and then ended well did all it should, so there is another one for the next
-/// front-end. One that ends before it answers would do so for ever.
+/// A program that ends well after it has served one front-end is started again for the next front-end. A program that
+/// ends before it answers is not, since it would do the same again.
 fn serve<D: PciDevice>(
     bridge: &mut Bridge<D>,
     words: &[String],
@@ -105,7 +115,7 @@ fn serve<D: PciDevice>(
             program.end()?;
             return bridged.map_err(|error| describe(error, &words[0]));
         };
-        // Whatever it started must not serve the next one's socket.
+        // A process that the program left must not serve the socket of the next program.
         program.end()?;
         let Exit::Status(exit) = exit else {
             bail!(
@@ -135,12 +145,12 @@ fn describe(error: BridgeError, program: &str) -> anyhow::Error {
     if late { error.context(format!("{program} runs, but does not answer on its socket")) } else { error }
 }
 
-/// `command` with the socket's path filled in.
+/// Returns `command` with the path of the socket filled in.
 fn words(command: &[String], socket: &Path, known: bool) -> anyhow::Result<Vec<String>> {
     let path = socket.to_str().context("the socket's path is not UTF-8: choose another with --socket")?;
     ensure!(
         known || command.iter().any(|word| word.contains(SOCKET)),
-        "the command does not say where its socket goes: write {SOCKET} there, or give --socket PATH"
+        "the command does not name its socket: write {SOCKET} in its place, or give --socket PATH"
     );
     Ok(command.iter().map(|word| word.replace(SOCKET, path)).collect())
 }
@@ -151,6 +161,15 @@ mod tests {
 
     fn command(words: &[&str]) -> Vec<String> {
         words.iter().map(|word| (*word).to_owned()).collect()
+    }
+
+    #[test]
+    fn a_named_socket_needs_no_directory() {
+        let (directory, socket) = program_socket(Some(Path::new("/s"))).expect("named");
+        assert!(directory.is_none());
+        assert_eq!(socket, Path::new("/s"));
+        let (directory, socket) = program_socket(None).expect("made");
+        assert_eq!(socket.parent(), directory.as_ref().map(TempDir::path));
     }
 
     #[test]

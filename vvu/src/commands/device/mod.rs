@@ -1,28 +1,25 @@
 //! `vvu device`: back-ends, behind a vvu device or on a plain vhost-user socket.
 
+use std::convert::Infallible;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use vvu::backend::Stop;
-use vvu::backend::block::{self, Block};
-use vvu::event::wait_readable;
+use vvu::backend::block::{BlockBackend, BlockOptions, QUEUES_MAX, SEGMENTS_DEFAULT};
 use vvu::listening_socket::ListeningSocket;
-use vvu::{Bdf, ServeError, StopToken, open_vfio, serve_socket};
+use vvu::{Bdf, StopToken, open_vfio, serve};
 
 use crate::stop;
 
 mod bridge;
 mod program;
 
-/// Most microseconds to look for a request; a waiting driver is told within that time that its queue has stopped.
+/// Longest poll window in microseconds. A front-end that stops a queue waits for the end of the window at most.
 const POLL_US_MAX: i64 = 10_000;
 
-/// Options of `vvu device`.
+/// Arguments of `vvu device`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -31,21 +28,21 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Device {
-    /// Serve a disk.
+    /// Serve a disk
     Block(BlockArgs),
-    /// Connect a vvu device to any vhost-user back-end.
+    /// Connect a vvu device to any vhost-user back-end
     Bridge(bridge::Args),
 }
 
-/// Where a back-end is reached.
+/// Where front-ends find the back-end.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct Place {
-    /// Serve through the vvu device with this PCI address.
-    #[arg(long, value_name = "BDF")]
+    /// Serve the sibling VM through the vvu device with this PCI address
+    #[arg(long, value_name = "BDF", help_heading = "Front-end, one of")]
     vfio: Option<Bdf>,
-    /// Serve on a vhost-user socket of this machine.
-    #[arg(long, value_name = "PATH")]
+    /// Serve VMs of this machine on a vhost-user socket
+    #[arg(long, value_name = "PATH", help_heading = "Front-end, one of")]
     socket: Option<PathBuf>,
 }
 
@@ -53,24 +50,36 @@ struct Place {
 struct BlockArgs {
     #[command(flatten)]
     place: Place,
-    /// Disk image or block device.
-    #[arg(long, value_name = "PATH")]
+    /// Disk image or block device to serve
+    #[arg(long, value_name = "PATH", help_heading = "Disk")]
     file: PathBuf,
-    /// Refuse writes.
-    #[arg(long)]
+    /// Refuse writes; several back-ends may serve one disk then
+    #[arg(long, help_heading = "Disk")]
     read_only: bool,
-    /// Queues, each with a thread of its own.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    queues: u16,
-    /// Serial number; by default the file name.
-    #[arg(long, value_name = "TEXT")]
+    /// Serial number of up to 20 characters; by default the file name
+    #[arg(long, value_name = "TEXT", help_heading = "Disk")]
     serial: Option<String>,
-    /// Look for the next request for so many microseconds before asking for a notification; 0: never.
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(..=POLL_US_MAX))]
+    /// Most queues that the sibling may use; each that it uses has a thread of its own
+    #[arg(long, value_name = "N", default_value_t = QUEUES_MAX, help_heading = "Performance")]
+    queues: u16,
+    /// Most pieces of memory in a request; no more than the sibling's queue-size less 2 if it has indirect_desc=off
+    #[arg(long, value_name = "N", default_value_t = SEGMENTS_DEFAULT, help_heading = "Performance")]
+    seg_max: u16,
+    /// Watch an empty queue for so many microseconds before asking for a notification; 0 turns it off
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 200,
+        value_parser = clap::value_parser!(u32).range(..=POLL_US_MAX),
+        help_heading = "Performance"
+    )]
     poll_us: u32,
 }
 
-/// Serves until a signal asks for the end.
+/// Runs a back-end until `SIGINT` or `SIGTERM`.
+///
+/// # Errors
+/// When the back-end cannot start, or ends by itself.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = stop::on_signal().context("cannot catch signals")?;
     match &args.device {
@@ -80,87 +89,55 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
-    let disk = Block::open(&block::Options {
+    // A write beyond the limit on the size of files (`ulimit -f`) fails with EFBIG then, rather than end the process.
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
+        .context("cannot catch signals")?;
+    let disk = BlockBackend::open(&BlockOptions {
         path: args.file.clone(),
         read_only: args.read_only,
         queues: args.queues,
         serial: args.serial.clone(),
+        segments: args.seg_max,
         poll: Duration::from_micros(args.poll_us.into()),
     })?;
     let ready = |place: &dyn std::fmt::Display| {
         format!("block back-end ready on {place}, {}, {}", args.file.display(), Size(disk.size()))
     };
-    let serve = |listener: &UnixListener, stop: &Stop| Ok(disk.serve(listener, stop)?);
     match (&args.place.vfio, &args.place.socket) {
-        (Some(bdf), _) => behind_bridge(*bdf, stop, &ready(bdf), serve),
-        (_, Some(path)) => on_socket(path, stop, &ready(&path.display()), serve),
+        (Some(bdf), _) => through_device(*bdf, &disk, stop, &ready(bdf)),
+        (_, Some(path)) => on_socket(path, &disk, stop, &ready(&path.display())),
         (None, None) => anyhow::bail!("name a place: --vfio BDF or --socket PATH"),
     }
 }
 
-/// Lets the vvu device `bdf` use a back-end of this process.
-fn behind_bridge(
-    bdf: Bdf,
-    stop: &StopToken,
-    ready: &str,
-    serve: impl Fn(&UnixListener, &Stop) -> anyhow::Result<()> + Sync + Send,
-) -> anyhow::Result<()> {
-    let end = Stop::new().context("cannot make an event")?;
-    let backend = |socket: &Path| {
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                // An error ends the wait as well, and then the back-end ends early.
-                let _ = wait_readable(&[stop.as_fd()], None);
-                end.stop();
-            });
-            serve(ListeningSocket::bind(socket)?.listener(), &end)
-        })
-    };
+/// Serves `disk` through the vvu device `bdf`.
+fn through_device(bdf: Bdf, disk: &BlockBackend, stop: &StopToken, ready: &str) -> anyhow::Result<()> {
     let mut said = Ok(());
-    match serve_socket(open_vfio(bdf)?, stop, || said = say(ready), backend) {
-        Ok(()) => said,
-        Err(ServeError::Backend(error)) => Err(error),
-        Err(error) => Err(error.into()),
-    }
+    serve(
+        open_vfio(bdf)?,
+        stop,
+        || said = say(ready),
+        |frontend| {
+            disk.serve_frontend(frontend, stop);
+            Ok::<_, Infallible>(())
+        },
+    )?;
+    said
 }
 
-/// Runs a back-end on the socket at `path`.
-fn on_socket(
-    path: &Path,
-    stop: &StopToken,
-    ready: &str,
-    serve: impl Fn(&UnixListener, &Stop) -> anyhow::Result<()> + Sync,
-) -> anyhow::Result<()> {
-    let listener = ListeningSocket::bind(path)?;
-    let end = Stop::new().context("cannot make an event")?;
-    let (ended, alive) = UnixStream::pair().context("cannot make a socket pair")?;
-    thread::scope(|scope| {
-        let backend = scope.spawn(|| {
-            let _alive = alive;
-            serve(listener.listener(), &end)
-        });
-        let waited = say(ready).and_then(|()| wait_for_one(stop, &ended));
-        end.stop();
-        joined(backend.join())?;
-        waited
-    })
+/// Serves `disk` on the socket at `path`.
+fn on_socket(path: &Path, disk: &BlockBackend, stop: &StopToken, ready: &str) -> anyhow::Result<()> {
+    let socket = ListeningSocket::bind(path)?;
+    say(ready)?;
+    Ok(disk.serve(socket.listener(), stop)?)
 }
 
-/// The line that whoever started us waits for.
+/// Prints the line that tells the caller that front-ends can connect.
 fn say(ready: &str) -> anyhow::Result<()> {
     writeln!(io::stdout(), "vvu: {ready}").context("cannot write to standard output")
 }
 
-/// Waits until one of the two is readable or closed at its other end.
-fn wait_for_one(stop: &StopToken, ended: &UnixStream) -> anyhow::Result<()> {
-    wait_readable(&[stop.as_fd(), ended.as_fd()], None).map(drop).context("cannot wait")
-}
-
-fn joined(outcome: thread::Result<anyhow::Result<()>>) -> anyhow::Result<()> {
-    outcome.unwrap_or_else(|_| Err(anyhow::anyhow!("the back-end failed: this is a bug of vvu")))
-}
-
-/// A number of bytes in the largest unit of which it is a multiple.
+/// A number of bytes, printed in the largest unit of which it is a multiple.
 struct Size(u64);
 
 impl std::fmt::Display for Size {
@@ -184,14 +161,21 @@ mod tests {
         assert_eq!(Size(3072).to_string(), "3 KiB");
     }
 
+    fn disk(directory: &Path) -> BlockBackend {
+        let path = directory.join("disk.img");
+        std::fs::write(&path, [0; 512]).expect("disk");
+        BlockBackend::open(&BlockOptions::new(path)).expect("disk")
+    }
+
     #[test]
-    fn a_plain_socket_is_served_until_the_back_end_ends() {
+    fn a_plain_socket_in_use_is_left_alone() {
         let directory = tempfile::tempdir().expect("directory");
         let path = directory.path().join("s");
+        let _other = ListeningSocket::bind(&path).expect("socket");
         let stop = StopToken::new().expect("token");
-        let ended = on_socket(&path, &stop, "ready", |_, _| anyhow::bail!("out of order"));
-        assert_eq!(ended.expect_err("error").to_string(), "out of order");
-        assert!(!path.exists());
+        let error = on_socket(&path, &disk(directory.path()), &stop, "ready").expect_err("in use");
+        assert!(error.to_string().contains("choose another path"), "{error}");
+        assert!(path.exists());
     }
 
     #[test]
@@ -200,13 +184,7 @@ mod tests {
         let path = directory.path().join("s");
         let stop = StopToken::new().expect("token");
         stop.stop();
-        let wait = |_: &UnixListener, stop: &Stop| {
-            while !stop.is_requested() {
-                thread::yield_now();
-            }
-            Ok(())
-        };
-        on_socket(&path, &stop, "ready", wait).expect("clean end");
+        on_socket(&path, &disk(directory.path()), &stop, "ready").expect("clean end");
         assert!(!path.exists());
     }
 }

@@ -20,7 +20,7 @@ use crate::vfio_user::protocol::{
     SetIrqs, SparseArea, VERSION, Version,
 };
 
-/// How long a server may take to answer.
+/// Time that a server gets to answer.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A region as the server described it.

@@ -1,4 +1,4 @@
-//! Turns signals of eventfds into register writes, in a thread of its own.
+//! A thread that turns signals of events into register writes.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use crate::pci::DeviceError;
 use crate::spec::pci::Region;
 
-/// Writes registers when eventfds are signalled, until it is dropped.
+/// Writes registers when events are signalled, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Doorbells {
     shared: Arc<Shared>,
@@ -120,7 +120,7 @@ impl Shared {
         }
     }
 
-    /// What the signalled binding writes, if it still exists and nobody else took the signal.
+    /// Returns what the signalled binding writes; `None` if it was replaced or has no signal any more.
     fn take_signal(&self, key: u64) -> Option<(Region, u64, u16)> {
         let bindings = self.bindings();
         let binding = bindings.list.iter().find(|binding| binding.key == key)?;

@@ -2,7 +2,7 @@
 
 use super::wire::{HEADER_SIZE, MESSAGE_SIZE_MAX, MessageError, wire_struct};
 
-/// What a message asks for, or what a reply answers. Commands a client sends and this crate serves.
+/// Command of a message or of a reply: those that a client sends and this crate serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum Command {
@@ -10,7 +10,7 @@ pub enum Command {
     Version = 1,
     /// Make memory reachable for the device.
     DmaMap = 2,
-    /// Take memory away from the device.
+    /// Unmap memory from the device.
     DmaUnmap = 3,
     /// Ask for [`DeviceInfo`](super::DeviceInfo).
     DeviceGetInfo = 4,
@@ -42,7 +42,7 @@ impl Command {
         Self::DeviceReset,
     ];
 
-    /// The command with this number, if it is served here.
+    /// Returns the command with this number, if this crate serves it.
     #[must_use]
     pub fn from_number(number: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|command| command.number() == number)
@@ -89,7 +89,7 @@ impl Header {
         Self { size: message_size(payload), flags: Self::REPLY, error: 0, ..*self }
     }
 
-    /// The header, and all there is, of a reply that refuses this command with an errno value.
+    /// The header of a reply that refuses this command with an errno value. The reply has no payload.
     #[must_use]
     pub fn error_reply(&self, errno: u32) -> Self {
         Self { size: message_size(0), flags: Self::REPLY | Self::ERROR, error: errno, ..*self }
@@ -116,13 +116,13 @@ impl Header {
         usize::try_from(self.size).unwrap_or(usize::MAX).saturating_sub(HEADER_SIZE)
     }
 
-    /// Whether this is a reply.
+    /// Returns whether the message is a reply.
     #[must_use]
     pub fn is_reply(&self) -> bool {
         self.flags & Self::TYPE_MASK == Self::REPLY
     }
 
-    /// Whether the sender of this command waits for a reply.
+    /// Returns whether the sender of this command waits for a reply.
     #[must_use]
     pub fn wants_reply(&self) -> bool {
         self.flags & Self::NO_REPLY == 0

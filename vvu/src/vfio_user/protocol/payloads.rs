@@ -77,11 +77,11 @@ wire_struct! {
         flags: u32,
         /// Which region (see [`region_at`](super::region_at)).
         index: u32,
-        /// Where capabilities start, counted from the start of this structure.
+        /// Offset of the first capability from the start of this structure, in bytes.
         cap_offset: u32,
         /// Bytes of the region.
         size: u64,
-        /// Where the region starts in the attached file.
+        /// Offset of the region in the attached file, in bytes.
         offset: u64,
     }
 }
@@ -100,13 +100,13 @@ wire_struct! {
         id: u16,
         /// [`SparseArea::VERSION`].
         version: u16,
-        /// Where the next capability starts, 0 after the last.
+        /// Offset of the next capability in bytes, 0 after the last.
         next: u32,
         /// Areas: 1.
         count: u32,
         /// Zero.
         reserved: u32,
-        /// Where the area starts in the region.
+        /// Offset of the area in the region, in bytes.
         offset: u64,
         /// Bytes of the area.
         size: u64,

@@ -7,7 +7,7 @@ use crate::framed_socket::{self, FramedSocket, Framing};
 
 /// A complete vfio-user message.
 pub type Message = framed_socket::Message<Header>;
-/// Why a vfio-user socket cannot be used any longer.
+/// A vfio-user socket cannot be used any longer.
 pub type SocketError = framed_socket::SocketError<MessageError>;
 /// A vfio-user socket.
 pub type MessageSocket = FramedSocket<Header>;
@@ -15,7 +15,7 @@ pub type MessageSocket = FramedSocket<Header>;
 impl Framing for Header {
     const SIZE: usize = HEADER_SIZE;
     const FDS_MAX: usize = FDS_MAX;
-    /// An access to a register, such as a doorbell.
+    /// Bytes of an access to a register, such as a doorbell.
     const FIRST_READ: usize = HEADER_SIZE + RegionAccess::SIZE + 8;
     type Error = MessageError;
 

@@ -17,7 +17,7 @@ wire_struct! {
     }
 }
 
-/// What a side can receive. Absent values have the defaults of the protocol.
+/// Limits of what a side can receive. Absent values have the defaults of the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
     /// File descriptors in one message.
@@ -27,7 +27,7 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// What this crate can receive.
+    /// Limits of this crate.
     pub const OURS: Self = Self { max_msg_fds: FDS_MAX, max_data_xfer_size: TRANSFER_SIZE_MAX };
     const DEFAULT: Self = Self { max_msg_fds: 1, max_data_xfer_size: 1 << 20 };
 

@@ -1,4 +1,4 @@
-//! What all messages share: their limits, their structures of little-endian fields, and how bytes fail to be one.
+//! Limits, errors and the form of structures that all messages share.
 
 /// Bytes of a message header.
 pub const HEADER_SIZE: usize = 16;
@@ -11,30 +11,30 @@ pub const MESSAGE_SIZE_MAX: usize = HEADER_SIZE + REGION_ACCESS_SIZE + TRANSFER_
 /// Most file descriptors attached to one message; QEMU attaches no more either.
 pub const FDS_MAX: usize = 16;
 
-/// Why bytes are not a vfio-user message, or not one of the kind they claim to be.
+/// Bytes are not a vfio-user message, or not of the kind that they claim to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MessageError {
-    /// The size field cannot be true, or is more than anyone needs.
+    /// The size field is smaller than a header, or larger than any message.
     #[error("vfio-user message of {got} bytes: want {HEADER_SIZE} to {MESSAGE_SIZE_MAX}")]
     Size {
-        /// Bytes announced, header included.
+        /// Announced bytes, including the header.
         got: u32,
     },
-    /// Neither a command nor a reply.
+    /// The message is neither a command nor a reply.
     #[error("vfio-user message of type {got}: want 0 (command) or 1 (reply)")]
     Type {
-        /// Type there.
+        /// Type of the message.
         got: u32,
     },
     /// The payload is shorter than its structure, or than the data it announces.
     #[error("vfio-user payload of {got} bytes: want at least {want}")]
     PayloadSize {
-        /// Bytes there.
+        /// Bytes of the payload.
         got: usize,
         /// Bytes of the structure and its data.
         want: usize,
     },
-    /// Version data that is not a JSON object ended by a zero byte.
+    /// The version data is not a JSON object that a zero byte ends.
     #[error("vfio-user version data is no JSON object ended by a zero byte")]
     VersionData,
 }
@@ -52,7 +52,7 @@ macro_rules! wire_struct {
             /// Bytes on the wire.
             pub const SIZE: usize = $size;
 
-            /// Reads the structure at the start of `bytes`; what follows it comes back too.
+            /// Reads the structure at the start of `bytes`, and returns the bytes that follow it.
             ///
             /// # Errors
             /// [`MessageError::PayloadSize`].

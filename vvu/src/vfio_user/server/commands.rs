@@ -1,4 +1,4 @@
-//! Answers one message of a client.
+//! Carries out the commands of a client.
 
 use std::os::fd::OwnedFd;
 
@@ -18,7 +18,7 @@ use crate::vfio_user::protocol::{
     RegionInfo, SetIrqs, SparseArea, TRANSFER_SIZE_MAX, VERSION, Version, region_at,
 };
 
-/// What answers a command.
+/// Payload and descriptors of a reply.
 #[derive(Debug, Default)]
 pub(super) struct Answer {
     pub(super) payload: Vec<u8>,
@@ -31,7 +31,7 @@ impl Answer {
     }
 }
 
-/// Why a command is refused.
+/// A command is refused.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refusal {
     #[error("vfio-user command {0} is not supported")]
@@ -63,7 +63,7 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    /// The errno value that tells the client.
+    /// Returns the errno value for the reply.
     pub(super) fn errno(&self) -> Errno {
         match self {
             Self::Unsupported(_) => Errno::OPNOTSUPP,
@@ -74,7 +74,7 @@ impl Refusal {
         }
     }
 
-    /// Whether a client that does everything right sees this too.
+    /// Returns whether a correct client gets this refusal, too.
     pub(super) fn is_expected(&self) -> bool {
         matches!(self, Self::ErrorIrq)
     }
@@ -165,7 +165,7 @@ fn check_argsz(got: u32, want: usize) -> Result<(), Refusal> {
     if usize::try_from(got).is_ok_and(|got| got >= want) { Ok(()) } else { Err(Refusal::Argsz { got, want }) }
 }
 
-/// A structure's size as its `argsz` says it.
+/// Converts the size of a structure for its field `argsz`.
 #[expect(clippy::cast_possible_truncation, reason = "structures are small")]
 const fn argsz(size: usize) -> u32 {
     size as u32
@@ -252,7 +252,7 @@ fn set_irqs(payload: &[u8], eventfds: Vec<OwnedFd>, host: &mut VmmHost) -> Resul
     Ok(Answer::default())
 }
 
-/// The region and length of an access that lies wholly inside.
+/// Checks that an access lies inside its region, and returns region and length.
 fn checked_access(access: RegionAccess, device: &impl PciFunction) -> Result<(Region, usize), Refusal> {
     let region = region_at(access.region);
     let size = region.map_or(0, |region| device.region_size(region));

@@ -1,8 +1,7 @@
 //! Device-VM memory as the device reaches it: the client's DMA maps, by I/O virtual address.
 //!
-//! Files are mapped as a whole, once each, however many maps show parts of them: a vIOMMU may map
-//! page by page. A client that shrinks a file after it lent it ends this process; QEMU seals its
-//! memory files against that.
+//! Each file is mapped once and as a whole, even if many maps show parts of it, since a vIOMMU may map page by page. A
+//! client that shrinks a file after it has lent it ends this process; QEMU seals its memory files against that.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -25,10 +24,10 @@ use crate::vfio_user::protocol::DMA_MAPS_MAX;
 /// Most mappings of files at one time, each with a descriptor. QEMU has one file for each memory backend and ROM.
 const MAPPINGS_MAX: usize = 64;
 
-/// Why a DMA map or unmap was refused.
+/// A DMA map or unmap was refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DmaError {
-    /// No bytes, or more than the address space has.
+    /// The range has no bytes, or ends behind the address space.
     #[error("DMA range of {size:#x} bytes at {iova}: want at least one byte, and an end below 2^64")]
     Range {
         /// First address.
@@ -36,7 +35,7 @@ pub enum DmaError {
         /// Bytes.
         size: u64,
     },
-    /// Memory that can be neither read nor written.
+    /// The map allows neither reads nor writes.
     #[error("DMA map at {iova} allows neither reads nor writes")]
     NoAccess {
         /// First address.
@@ -52,13 +51,13 @@ pub enum DmaError {
         /// First address of the map that is there.
         other: Iova,
     },
-    /// Too many maps.
+    /// The client has as many maps as it may.
     #[error("{DMA_MAPS_MAX} DMA maps are in use: unmap some, or map larger pages")]
     TooManyMaps,
-    /// Too many files.
+    /// The client has as many mapped files as it may.
     #[error("{MAPPINGS_MAX} files are mapped for DMA already: want fewer memory backends")]
     TooManyFiles,
-    /// A file descriptor that is no file in memory or on disk.
+    /// The descriptor is not of a regular file.
     #[error("the file of the DMA map at {iova} is no regular file: use memory-backend-memfd,share=on")]
     NotAFile {
         /// First address.
@@ -76,13 +75,13 @@ pub enum DmaError {
         /// Bytes of the file.
         file_size: u64,
     },
-    /// Memory to write in a file opened for reading.
+    /// The map is writable, but the file is opened for reading only.
     #[error("the file of the writable DMA map at {iova} is opened for reading only")]
     ReadOnlyFile {
         /// First address.
         iova: Iova,
     },
-    /// The system refused.
+    /// The kernel does not map the file.
     #[error("cannot map the file of the DMA map at {iova}: {errno}")]
     Mmap {
         /// First address.
@@ -93,7 +92,7 @@ pub enum DmaError {
 }
 
 impl DmaError {
-    /// The errno value that tells the client.
+    /// Returns the errno value for the reply.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
@@ -111,17 +110,17 @@ impl DmaError {
 /// The DMA maps of a client.
 #[derive(Debug, Default)]
 pub struct DmaSpace {
-    /// By first address; they do not overlap.
+    /// Maps by first address, without overlaps.
     maps: BTreeMap<u64, Map>,
     /// Mappings of files, each for as long as a map shows a part of it. A file that has grown has several.
     mappings: Vec<(FileId, Weak<MmapRegion>)>,
-    /// Whether the log says that memory is inaccessible.
+    /// The log says already that memory is inaccessible.
     reported: Cell<bool>,
 }
 
 #[derive(Debug)]
 struct Map {
-    /// Last address, inclusive: a map may end at the end of the address space.
+    /// Last address of the map. It is inclusive since a map may end at the end of the address space.
     last: u64,
     access: Permissions,
     /// `None` for memory that is mapped without a file.
@@ -142,8 +141,7 @@ struct FileId {
 }
 
 impl DmaSpace {
-    /// Maps `size` bytes at `iova` to those at an offset of a file. Without a file the range is taken,
-    /// but every access fails.
+    /// Maps `size` bytes at `iova` to the bytes at an offset of a file. Without a file every access to the range fails.
     ///
     /// # Errors
     /// [`DmaError`]; nothing is mapped then.
@@ -175,7 +173,7 @@ impl DmaSpace {
         Ok(())
     }
 
-    /// The memory of the file behind `fd`, which holds `size` bytes at `offset`.
+    /// Maps the file `fd`, which has to hold `size` bytes at `offset`.
     fn map_file(
         &mut self,
         fd: OwnedFd,
@@ -221,8 +219,8 @@ impl DmaSpace {
         Ok(mapped)
     }
 
-    /// Takes `size` bytes at `iova` away, mapped or not; maps that only overlap keep the rest. A range
-    /// that would end beyond the address space ends with it.
+    /// Unmaps `size` bytes at `iova`, mapped or not. Maps that overlap the range keep their other parts. A range that
+    /// would end behind the address space ends with it.
     ///
     /// # Errors
     /// [`DmaError::TooManyMaps`] when a map would have to become two; nothing changes then.
@@ -251,17 +249,17 @@ impl DmaSpace {
         Ok(())
     }
 
-    /// Takes everything away.
+    /// Removes all maps.
     pub fn clear(&mut self) {
         *self = Self::default();
     }
 
-    /// The last map with an address in `first..=last`.
+    /// Returns the last map with an address in `first..=last`.
     fn last_overlap(&self, first: u64, last: u64) -> Option<(&u64, &Map)> {
         self.maps.range(..=last).next_back().filter(|(_, map)| map.last >= first)
     }
 
-    /// At most `count` bytes at `address`: those up to the end of the map that holds it.
+    /// Returns at most `count` bytes at `address`, up to the end of the map that holds it.
     fn slice(&self, address: u64, count: usize, access: Permissions) -> MemoryResult<VolatileSlice<'_>> {
         let invalid = || GuestMemoryError::InvalidGuestAddress(GuestAddress(address));
         let (start, map) = self.last_overlap(address, address).ok_or_else(invalid)?;

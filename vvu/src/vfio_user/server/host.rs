@@ -1,4 +1,4 @@
-//! What the connected client lends the device: memory and interrupts.
+//! Memory and interrupts that the connected client lends to the device.
 
 use std::os::fd::OwnedFd;
 
@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use super::dma::DmaSpace;
 use crate::pci::Host;
 
-/// The client's memory for DMA and its eventfds for MSI-X vectors; both empty without a client.
+/// The client's memory for DMA and its eventfds for MSI-X vectors. Both are empty without a client.
 #[derive(Debug)]
 pub struct VmmHost {
     /// Device-VM memory by I/O virtual address.
@@ -17,17 +17,17 @@ pub struct VmmHost {
 }
 
 impl VmmHost {
-    /// A host of a device with `vectors` MSI-X vectors that lends nothing yet.
+    /// Makes a host that lends nothing yet, for a device with `vectors` MSI-X vectors.
     #[must_use]
     pub fn new(vectors: u16) -> Self {
         Self { dma: DmaSpace::default(), vectors: (0..vectors).map(|_| None).collect() }
     }
 
-    /// Gives `count` vectors from `start` on one eventfd each, or takes them away if there is none.
+    /// Sets the eventfds of `count` vectors from `start` on, or removes those that the vectors have if `eventfds` is empty.
     ///
     /// # Errors
-    /// `EINVAL` for vectors the device does not have and for a number of eventfds that is neither
-    /// `count` nor 0; what `fcntl` says to the others.
+    /// `EINVAL` for vectors that the device does not have and for a number of eventfds that is neither `count` nor 0;
+    /// an error of fcntl(2) for a descriptor whose mode cannot be set.
     pub(crate) fn set_vectors(
         &mut self,
         start: u32,
@@ -50,7 +50,7 @@ impl VmmHost {
         Ok(())
     }
 
-    /// Takes all eventfds away.
+    /// Removes all eventfds.
     pub(super) fn clear_vectors(&mut self) {
         self.vectors.fill_with(|| None);
     }
@@ -72,7 +72,7 @@ fn vector_range(start: u32, count: u32) -> Option<std::ops::Range<usize>> {
 }
 
 fn signal(eventfd: &OwnedFd) {
-    // A full counter is a signal that is pending already.
+    // A full counter means that a signal is pending.
     if let Err(error) = rustix::io::write(eventfd, &1u64.to_ne_bytes())
         && error != Errno::AGAIN
     {

@@ -1,4 +1,4 @@
-//! Back-ends for device VMs, other people's and our examples, by the names and versions in
+//! Back-ends for device VMs, other projects' and our examples, by the names and versions in
 //! `guest-images/programs.json`.
 
 use std::collections::BTreeMap;
@@ -15,11 +15,10 @@ use crate::cache::{Cache, Key, sha256_file};
 use crate::cargo::cargo;
 use crate::machine::Machine;
 use crate::packages;
+use crate::versions::Versions;
 use vvu_process::logged;
 use vvu_process::progress::{Progress, Stage};
 
-/// Debian suites of the packages: the same as QEMU's.
-const SUITES: &[&str] = &["trixie", "trixie-backports"];
 /// In the list, what stands for the machine's library folder.
 const LIBRARIES: &str = "{libraries}";
 
@@ -156,13 +155,15 @@ fn from_package(
     dir: &Path,
 ) -> Result<()> {
     packages::ensure(progress, cache, &[packages::program("dpkg", "dpkg-deb")])?;
+    // The same suites as QEMU's, so that both run with the same libraries.
+    let versions = Versions::read()?;
     let machine = Machine::host()?;
     let folder = machine.libraries();
     let loader = format!("{}/{}", machine.debian.loader_folder, machine.debian.loader);
     let temporary = tempfile::tempdir().context("cannot create a temporary directory")?;
     let root = temporary.path();
     {
-        let apt = Apt::open(cache, stage, Suites::Named(SUITES))?;
+        let apt = Apt::open(cache, stage, Suites::Named(&versions.default_qemu()?.suites))?;
         let debs = match apt.download_with_dependencies(&[&format!("{package}={version}")]) {
             Ok(debs) => debs,
             Err(error) => {

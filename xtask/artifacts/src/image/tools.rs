@@ -1,4 +1,4 @@
-//! Other people's programs in the guests: busybox and lspci, static, from Debian.
+//! Other projects' programs in the guests: busybox and lspci, static, from Debian.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! A running VM: its VMM, its console and its control port.
 
 pub(crate) mod addr;
-pub(crate) mod args;
+pub(crate) mod config;
 pub(crate) mod cpu;
 pub(crate) mod frontend;
 pub(crate) mod iommu;

@@ -16,7 +16,7 @@ use vvu_artifacts::machine::Machine;
 use super::cmdline::cmdline;
 use super::words::Words;
 use super::{Capabilities, Vmm, check_devices};
-use crate::vm::args::{Config, Device, Guest, Serial};
+use crate::vm::config::{Boot, Config, Device, Serial};
 use crate::vm::frontend::Frontend;
 
 const PROGRAM: &str = "cloud-hypervisor";
@@ -92,12 +92,18 @@ impl Vmm for CloudHypervisor {
         vec![self.program.display().to_string()]
     }
 
-    fn arguments(&self, config: &Config, guest: Guest<'_>, serial: Serial<'_>) -> Result<Vec<String>> {
-        self.capabilities().check(self.name(), config, guest.accelerator, serial)?;
+    fn arguments(
+        &self,
+        config: &Config,
+        accelerator: Kind,
+        boot: Boot<'_>,
+        serial: Serial<'_>,
+    ) -> Result<Vec<String>> {
+        self.capabilities().check(self.name(), config, accelerator, serial)?;
         check_devices(config, &[])?;
         let mut words = Words::default();
-        words.pair("--kernel", guest.kernel.display().to_string());
-        words.pair("--initramfs", guest.initramfs.display().to_string());
+        words.pair("--kernel", boot.kernel.display().to_string());
+        words.pair("--initramfs", boot.initramfs.display().to_string());
         words.pair("--cmdline", cmdline(self.machine, config, serial));
         words.pair("--cpus", format!("boot={}", config.cpus));
         match &config.memory_file {

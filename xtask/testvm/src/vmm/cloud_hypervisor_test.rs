@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use vvu_artifacts::accel::Kind;
 use vvu_artifacts::machine::X86_64;
 
-use super::super::rig::{device, guest, sibling, with_frontend};
+use super::super::rig::{boot, device, sibling, with_frontend};
 use super::*;
 
 fn vmm() -> CloudHypervisor {
@@ -12,11 +12,11 @@ fn vmm() -> CloudHypervisor {
 }
 
 fn line(config: &Config) -> String {
-    vmm().arguments(config, guest(Kind::Kvm), Serial::Terminal).expect("valid").join(" ")
+    vmm().arguments(config, Kind::Kvm, boot(), Serial::Terminal).expect("valid").join(" ")
 }
 
 fn refused(config: &Config, accelerator: Kind, serial: Serial<'_>) -> String {
-    vmm().arguments(config, guest(accelerator), serial).expect_err("refused").to_string()
+    vmm().arguments(config, accelerator, boot(), serial).expect_err("refused").to_string()
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use vvu_artifacts::machine::Machine;
 
-use crate::vm::args::{Config, Serial};
+use crate::vm::config::{Config, Serial};
 use crate::vm::iommu::Iommu;
 
 /// For every guest. Without `quiet` the kernel prints messages up to "notice", among them the one that announces

@@ -22,7 +22,7 @@ use vvu_process::progress::Progress;
 use crate::facts;
 use crate::rundir::MAX_SOCKET_PATH;
 use crate::vm::addr::Slot;
-use crate::vm::args::{Config, Device, Guest, Serial};
+use crate::vm::config::{Boot, Config, Device, Serial};
 use crate::vm::cpu::Cpu;
 
 use cloud_hypervisor::CloudHypervisor;
@@ -55,7 +55,13 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// # Errors
     ///
     /// The VMM cannot run such a VM, two devices have one address, or a socket's path is too long.
-    fn arguments(&self, config: &Config, guest: Guest<'_>, serial: Serial<'_>) -> Result<Vec<String>>;
+    fn arguments(
+        &self,
+        config: &Config,
+        accelerator: Kind,
+        boot: Boot<'_>,
+        serial: Serial<'_>,
+    ) -> Result<Vec<String>>;
 }
 
 impl From<&dyn Vmm> for facts::Qemu {

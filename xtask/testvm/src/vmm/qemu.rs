@@ -13,7 +13,7 @@ use super::cmdline::cmdline;
 use super::words::Words;
 use super::{Capabilities, Vmm, check_devices};
 use crate::vm::addr::Slot;
-use crate::vm::args::{Config, Device, Guest, Serial};
+use crate::vm::config::{Boot, Config, Device, Serial};
 use crate::vm::cpu::Cpu;
 use crate::vm::frontend::Frontend;
 use crate::vm::iommu::Iommu;
@@ -59,9 +59,15 @@ impl Vmm for Qemu {
         Qemu::argv_prefix(self)
     }
 
-    fn arguments(&self, config: &Config, guest: Guest<'_>, serial: Serial<'_>) -> Result<Vec<String>> {
-        self.capabilities().check(self.name(), config, guest.accelerator, serial)?;
-        arguments(self.machine, config, guest, serial)
+    fn arguments(
+        &self,
+        config: &Config,
+        accelerator: Kind,
+        boot: Boot<'_>,
+        serial: Serial<'_>,
+    ) -> Result<Vec<String>> {
+        self.capabilities().check(self.name(), config, accelerator, serial)?;
+        arguments(self.machine, config, accelerator, boot, serial)
     }
 }
 
@@ -69,7 +75,8 @@ impl Vmm for Qemu {
 pub(super) fn arguments(
     machine: &Machine,
     config: &Config,
-    guest: Guest<'_>,
+    accelerator: Kind,
+    boot: Boot<'_>,
     serial: Serial<'_>,
 ) -> Result<Vec<String>> {
     let mut words = Words::default();
@@ -83,12 +90,12 @@ pub(super) fn arguments(
     words.pair("-machine", format!("{},memory-backend=mem{irqchip}", machine.qemu.machine));
     words.pair(
         "-accel",
-        match guest.accelerator {
+        match accelerator {
             Kind::Kvm => "kvm",
             Kind::Tcg => "tcg,thread=multi",
         },
     );
-    if let Some(model) = cpu(machine, config, guest.accelerator)? {
+    if let Some(model) = cpu(machine, config, accelerator)? {
         words.pair("-cpu", model);
     }
     words.pair("-smp", config.cpus.to_string()).pair("-m", format!("{}M", config.memory_mib));
@@ -100,8 +107,8 @@ pub(super) fn arguments(
             Some(path) => format!("memory-backend-file,{memory},mem-path={}", escaped(path)),
         },
     );
-    words.pair("-kernel", guest.kernel.display().to_string());
-    words.pair("-initrd", guest.initramfs.display().to_string());
+    words.pair("-kernel", boot.kernel.display().to_string());
+    words.pair("-initrd", boot.initramfs.display().to_string());
     words.pair("-append", cmdline(machine, config, serial));
     match serial {
         Serial::Inherited(log) => {

@@ -1,12 +1,12 @@
 use vvu_artifacts::accel::Kind;
 use vvu_artifacts::machine::{AARCH64, X86_64};
 
-use super::super::rig::{device, guest, sibling, with_frontend};
+use super::super::rig::{boot, device, sibling, with_frontend};
 use super::*;
 use crate::vm::cpu::CpuLevel;
 
 fn line_of(machine: &Machine, config: &Config, serial: Serial<'_>) -> String {
-    arguments(machine, config, guest(Kind::Tcg), serial).expect("valid").join(" ")
+    arguments(machine, config, Kind::Tcg, boot(), serial).expect("valid").join(" ")
 }
 
 fn line(config: &Config, serial: Serial<'_>) -> String {
@@ -43,7 +43,7 @@ fn another_machine_takes_nothing_but_its_profile() {
         assert!(!line.contains(word), "{line}");
     }
     let refused = |config| {
-        arguments(&AARCH64, &config, guest(Kind::Tcg), Serial::Terminal).expect_err("refused").to_string()
+        arguments(&AARCH64, &config, Kind::Tcg, boot(), Serial::Terminal).expect_err("refused").to_string()
     };
     let intel = refused(Config { iommu: Some(Iommu::Intel), ..device() });
     assert!(intel.contains("no intel-iommu: want one of virtio-iommu"), "{intel}");
@@ -76,7 +76,7 @@ fn interrupt_remapping_needs_no_unsafe_flag() {
 fn a_cpu_is_the_accelerators_best_or_has_what_is_asked_for() {
     let cpu = |cpu, accelerator| {
         let config = Config { cpu, ..device() };
-        let words = arguments(&X86_64, &config, guest(accelerator), Serial::Terminal).expect("valid");
+        let words = arguments(&X86_64, &config, accelerator, boot(), Serial::Terminal).expect("valid");
         words.iter().skip_while(|word| *word != "-cpu").nth(1).cloned()
     };
     assert_eq!(cpu(Cpu::Best, Kind::Tcg), None);
@@ -115,7 +115,7 @@ fn each_front_end_becomes_a_device_of_qemu() {
 #[test]
 fn what_cannot_work_is_refused() {
     let refused = |config: &Config| {
-        arguments(&X86_64, config, guest(Kind::Tcg), Serial::Terminal).expect_err("refused").to_string()
+        arguments(&X86_64, config, Kind::Tcg, boot(), Serial::Terminal).expect_err("refused").to_string()
     };
     let mut config = device();
     config.devices.push(config.devices[0].clone());

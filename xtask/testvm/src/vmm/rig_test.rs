@@ -2,16 +2,14 @@
 
 use std::path::Path;
 
-use vvu_artifacts::accel::Kind;
-
 use crate::vm::addr::Slot;
-use crate::vm::args::{Config, Device, Guest};
+use crate::vm::config::{Boot, Config, Device};
 use crate::vm::frontend::{BlockFrontend, Frontend};
 use crate::vm::iommu::Iommu;
 
-/// What a guest boots, on this accelerator.
-pub(super) fn guest(accelerator: Kind) -> Guest<'static> {
-    Guest { accelerator, kernel: Path::new("/c/vmlinux"), initramfs: Path::new("/c/device.cpio") }
+/// What every VM boots.
+pub(super) fn boot() -> Boot<'static> {
+    Boot { kernel: Path::new("/c/vmlinux"), initramfs: Path::new("/c/device.cpio") }
 }
 
 /// A device VM.

@@ -2,21 +2,17 @@
 
 use std::path::Path;
 
-use vvu_artifacts::accel::Kind;
-
 use crate::vm::addr::Slot;
 use crate::vm::cpu::Cpu;
 use crate::vm::frontend::Frontend;
 use crate::vm::iommu::Iommu;
 
-/// What all VMs of a run have in common.
+/// What a VM boots.
 #[derive(Debug, Clone, Copy)]
-pub struct Guest<'a> {
-    /// What runs the guests' code.
-    pub accelerator: Kind,
+pub struct Boot<'a> {
     /// The kernel, in the format of the machine's profile.
     pub kernel: &'a Path,
-    /// The VM's initramfs.
+    /// The initramfs.
     pub initramfs: &'a Path,
 }
 

@@ -1,0 +1,51 @@
+//! What can be chosen about a block back-end.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::backend::ring::QUEUE_SIZE_MAX;
+
+/// Most queues of a block device.
+pub const QUEUES_MAX: u16 = 16;
+/// Longest serial number in bytes (virtio 1.2, 5.2.6.1).
+pub const SERIAL_MAX: usize = 20;
+/// Pieces of memory in a request by default: with its header and status, a request fits into a queue of 128
+/// descriptors, QEMU's default.
+pub const SEGMENTS_DEFAULT: u16 = 126;
+/// Most pieces of memory in a request, which with its header and status fits into the largest queue.
+pub(super) const SEGMENTS_MAX: u16 = QUEUE_SIZE_MAX - 2;
+
+/// What a block back-end serves, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockOptions {
+    /// A regular file or block device, of a size that is a multiple of 512 bytes.
+    pub path: PathBuf,
+    /// Refuse writes. Several back-ends may serve a disk that none of them writes.
+    pub read_only: bool,
+    /// Number of queues, 1 to [`QUEUES_MAX`]. A front-end need not use all; each that it uses has a thread.
+    pub queues: u16,
+    /// Most pieces of memory in a request (`seg_max`; virtio 1.2, 5.2.4), 1 to 1022. The driver learns it before it
+    /// tells the size of its queues, so a driver without indirect descriptors can make requests that do not fit into a queue
+    /// of less than two descriptors more than this, and waits for ever.
+    pub segments: u16,
+    /// Serial number of at most [`SERIAL_MAX`] printable ASCII characters; by default the file name, cut to fit.
+    pub serial: Option<String>,
+    /// How long to watch an empty queue for the next request before asking the driver for a notification. Zero turns
+    /// this off.
+    pub poll: Duration,
+}
+
+impl BlockOptions {
+    /// The defaults for the disk at `path`: writable, with as many queues as there can be and a poll window of 200 us.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            read_only: false,
+            queues: QUEUES_MAX,
+            segments: SEGMENTS_DEFAULT,
+            serial: None,
+            poll: Duration::from_micros(200),
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! The parts of a device that its connections share.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::net::{Shutdown, shutdown};
+
+use super::closer::Closer;
+use super::events::Events;
+use super::sibling_memory::SiblingMemory;
+use super::trace::Trace;
+
+#[derive(Debug)]
+pub(super) struct Resources {
+    pub(super) memory: SiblingMemory,
+    /// Number of vhost queues.
+    pub(super) queues: u16,
+    pub(super) events: Events,
+    pub(super) closer: Closer,
+    pub(super) trace: Option<Trace>,
+}
+
+impl Resources {
+    /// Stops watching `socket` and closes it in the closer. The peer notices at once.
+    pub(super) fn disconnect(&self, socket: impl AsFd + Send + 'static) {
+        self.events.remove(&socket);
+        hang_up(&self.closer, socket);
+    }
+
+    /// Closes descriptors of a peer in the closer.
+    pub(super) fn close_all(&self, fds: &mut Vec<OwnedFd>) {
+        if !fds.is_empty() {
+            self.closer.close(std::mem::take(fds));
+        }
+    }
+}
+
+/// Disconnects `socket`, which is not watched, and closes it in the closer. The peer notices at once.
+pub(super) fn hang_up(closer: &Closer, socket: impl AsFd + Send + 'static) {
+    // It fails if the peer has left already.
+    let _ = shutdown(&socket, Shutdown::Both);
+    closer.close(socket);
+}
