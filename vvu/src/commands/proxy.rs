@@ -109,8 +109,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let file = fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         device.set_trace(Trace::new(file));
     }
-    let mut server = Server::new(vfio_user.listener().try_clone()?, stop)?;
-    let mut serve = || -> anyhow::Result<()> {
+    let server = Server::new(vfio_user.listener().try_clone()?, stop)?;
+    let serve = || -> anyhow::Result<()> {
         writeln!(io::stdout(), "{PROXY_READY}").context("cannot write to standard output")?;
         server.serve(&mut device)?;
         Ok(())
