@@ -67,6 +67,9 @@ pub(super) struct Choice {
     /// Steps that are carried out before the scenario's, for example to check that the guest sees the value.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     steps: Vec<Step>,
+    /// Steps that are carried out after the scenario's, before the VMs are shut down.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    after: Vec<Step>,
 }
 
 /// A variant of the scenario.
@@ -165,15 +168,19 @@ impl Matrix {
 
     fn cell(&self, base: &Value, dir: &Path, number: usize, values: Vec<usize>) -> Result<Cell> {
         let mut json = base.clone();
-        let mut steps = Vec::new();
+        let (mut steps, mut after) = (Vec::new(), Vec::new());
         for choice in self.choices(&values) {
             json_patch::merge(&mut json, &Value::Object(choice.patch.clone()));
-            for step in &choice.steps {
-                steps.push(serde_json::to_value(step).context("cannot write a step")?);
+            for (steps, of_choice) in [(&mut steps, &choice.steps), (&mut after, &choice.after)] {
+                for step in of_choice {
+                    steps.push(serde_json::to_value(step).context("cannot write a step")?);
+                }
             }
         }
         if let Some(own) = json["steps"].as_array() {
-            steps.extend(own.iter().cloned());
+            let is_work = |step: &Value| step.get("power_off").is_none();
+            let (work, shutdown) = own.split_at(own.iter().rposition(is_work).map_or(0, |last| last + 1));
+            steps.extend(work.iter().cloned().chain(after).chain(shutdown.iter().cloned()));
         }
         let description = self.describe(&values);
         // The cell's file is in another folder than the scenario's, from where the schema's path leads nowhere.
@@ -222,15 +229,16 @@ mod tests {
     use vvu_artifacts::workspace;
 
     const BASE: &str = r#"{"name": "s", "description": "", "vms": {"one": {"memory_mib": 128, "cpus": 2}},
-        "steps": [{"power_off": {"vm": "one"}}]}"#;
+        "steps": [{"run": {"check": "work", "vm": "one", "command": "true"}}, {"power_off": {"vm": "one"}}]}"#;
     const MATRIX: &str = r#"{"scenario": "s", "axes": [
         {"name": "memory", "values": [{"name": "small"},
             {"name": "large", "patch": {"vms": {"one": {"memory_mib": 256, "cpus": null}}}}]},
         {"name": "look", "values": [{"name": "no"},
-            {"name": "yes", "steps": [{"run": {"check": "looked", "vm": "one", "command": "true"}}]}]}]}"#;
+            {"name": "yes", "steps": [{"run": {"check": "looked", "vm": "one", "command": "true"}}],
+                "after": [{"run": {"check": "looked-again", "vm": "one", "command": "true"}}]}]}]}"#;
 
     #[test]
-    fn patches_are_merged_and_steps_come_first() {
+    fn patches_are_merged_and_steps_come_first_and_before_the_shutdown() {
         let matrix = Matrix::parse(MATRIX, "s").expect("valid");
         let cells = matrix.cells(BASE, Path::new("."), Coverage::All).expect("valid");
         let shape: Vec<_> = cells
@@ -242,10 +250,11 @@ mod tests {
             .collect();
         assert_eq!(
             shape,
-            [("s-01", 128, 2, 1), ("s-02", 128, 2, 2), ("s-03", 256, 1, 1), ("s-04", 256, 1, 2)]
+            [("s-01", 128, 2, 2), ("s-02", 128, 2, 4), ("s-03", 256, 1, 2), ("s-04", 256, 1, 4)]
         );
         assert_eq!(cells[3].scenario.description, "memory large, look yes");
-        assert_eq!(cells[3].scenario.steps[0].check(), Some("looked"));
+        let checks: Vec<_> = cells[3].scenario.steps.iter().map(Step::check).collect();
+        assert_eq!(checks, [Some("looked"), Some("work"), Some("looked-again"), None]);
         assert_eq!(matrix.names(&cells[1].values), ["small", "yes"]);
         Scenario::parse(&cells[3].text, Path::new(".")).expect("its text is a scenario file");
     }
