@@ -1,5 +1,5 @@
-//! What is left of a connection to the block back-end: nothing. On its own, since it counts what the
-//! whole process has.
+//! A connection to the block back-end leaves nothing behind. The test has a process of its own, because it counts the
+//! descriptors and threads of the process.
 
 mod common;
 
@@ -23,7 +23,7 @@ fn front_ends_come_and_go_without_a_trace() {
         serve();
         wait_until("the threads of the connection are gone", || (threads() == idle).then_some(()));
     }
-    // The server may not have opened all of its own when they were counted.
+    // The server may open a few descriptors of its own after they were counted.
     let mostly_gone = || (open_files() < files + 4).then_some(());
     wait_until("the descriptors of all connections are gone", mostly_gone);
     backend.end();

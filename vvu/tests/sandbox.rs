@@ -93,7 +93,8 @@ impl Proxy {
             );
             line.resize(line.len() + 1, 0);
             let end = line.len() - 1;
-            assert_eq!(stderr.read(&mut line[end..]).expect("standard error"), 1, "it has ended");
+            let length = stderr.read(&mut line[end..]).expect("standard error");
+            assert_eq!(length, 1, "it has ended: {}", String::from_utf8_lossy(&line));
         }
     }
 

@@ -17,7 +17,7 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 
 use crate::common::Task;
 
-/// When the last kick came and the last call went.
+/// The times of the last kick and of the last call.
 #[derive(Debug)]
 pub struct Stamps {
     start: Instant,
@@ -85,7 +85,7 @@ fn serve(listener: &UnixListener, stamps: &Arc<Stamps>) {
         if daemon.start(&mut listener).is_err() {
             return;
         }
-        // That the front-end left is how it ends.
+        // It ends with the error that the front-end has left.
         let _ = daemon.wait();
     }
 }

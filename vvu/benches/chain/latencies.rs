@@ -1,4 +1,4 @@
-//! What a test came to.
+//! The result of a test.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,7 +18,7 @@ impl Latencies {
         self.0.len()
     }
 
-    /// The time in microseconds that `percent` of the events stay below or reach; 0 if there are none.
+    /// Returns the time in microseconds that `percent` of the events do not exceed, 0 if there are no events.
     pub fn percentile(&mut self, percent: usize) -> f64 {
         self.0.sort_unstable();
         let rank = (self.0.len() * percent).div_ceil(100).max(1);
@@ -32,7 +32,7 @@ pub struct Outcome {
     pub operations: u64,
     pub elapsed: Duration,
     pub latencies: BTreeMap<&'static str, Latencies>,
-    /// How often a thread of this name slept and was woken.
+    /// Number of times that the threads of each name slept and were woken.
     pub wake_ups: BTreeMap<String, u64>,
 }
 

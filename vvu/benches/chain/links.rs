@@ -1,4 +1,4 @@
-//! The two ways from a front-end to a back-end.
+//! The two ways from a front-end to a back-end: directly, and through a vvu device.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
-//! What the chain costs at native speed: the same requests over front-end ⇄ proxy ⇄ vfio-user client ⇄
+//! Measures what the chain costs at native speed: the same requests over front-end ⇄ proxy ⇄ vfio-user client ⇄
 //! guest driver and bridge ⇄ back-end, and over a plain vhost-user socket to the same back-end.
 //!
-//! `cargo xtask bench chain` runs it and turns what it prints, one JSON value, into ratios.
+//! It prints one JSON value, from which `cargo xtask bench chain` computes ratios.
 #![allow(unreachable_pub, dead_code, reason = "its modules are one program, which takes parts of the tests")]
 
 #[path = "../../tests/chain/chain.rs"]
@@ -45,17 +45,17 @@ struct Options {
     /// How many operations a test that is alone carries out
     #[arg(long, value_name = "N")]
     operations: Option<u64>,
-    /// How long the block back-end looks for the next request
+    /// Poll window of the block back-end in microseconds
     #[arg(long, value_name = "N", default_value_t = 200)]
     poll_us: u64,
-    /// What `cargo bench` adds
+    /// Set by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
 }
 
 fn main() {
     let options = Options::parse();
-    // In a thread with a name, by which its wake-ups are counted.
+    // Wake-ups are counted by the name of the thread.
     let front_end = std::thread::Builder::new().name("front-end".to_owned()).spawn(move || measure(&options));
     front_end.expect("a thread").join().expect("a measurement");
 }
@@ -69,7 +69,7 @@ fn measure(options: &Options) {
     let limit = Limit::Time(Duration::try_from_secs_f64(options.seconds).expect("a number of seconds"));
     let mut results: Map<String, Value> = Map::new();
     for round in 0..options.rounds {
-        // Neither goes first always.
+        // The two take turns to go first.
         let order = if (round % 2 == 0) != options.vvu_first {
             [Via::Plain, Via::Vvu]
         } else {

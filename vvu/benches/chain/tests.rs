@@ -1,4 +1,4 @@
-//! What is measured.
+//! The tests that are measured.
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
@@ -19,13 +19,13 @@ use crate::wake_ups;
 const DISK: usize = 4 << 20;
 /// Bytes of a request.
 const BLOCK: u32 = 4096;
-/// Requests in flight, at most: each takes three of the queue's 128 descriptors.
+/// Most requests in flight: each takes three of the queue's 128 descriptors.
 const DEPTH_MAX: usize = 42;
 
 /// A test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Test {
-    /// A kick answered by a call; nothing in between.
+    /// A kick that is answered by a call at once.
     Notify,
     /// A vhost-user message and its reply.
     Message,
@@ -42,7 +42,7 @@ pub enum Limit {
     Operations(u64),
 }
 
-/// The course of a test.
+/// A test while it runs.
 struct Course {
     limit: Limit,
     start: Instant,
@@ -55,7 +55,7 @@ impl Course {
         Self { limit, wake_ups: wake_ups::count(), start: Instant::now(), operations: 0 }
     }
 
-    /// Whether another operation is due, which is then counted.
+    /// Counts another operation and returns true, or returns false at the limit.
     fn next(&mut self) -> bool {
         let due = match self.limit {
             Limit::Time(limit) => self.start.elapsed() < limit,
@@ -84,7 +84,7 @@ impl Test {
         }
     }
 
-    /// Carries the test out over a link of its own, with a back-end that polls for so long.
+    /// Runs the test over a new link, with a back-end whose poll window is `poll`.
     pub fn run(self, via: Via, limit: Limit, poll: Duration) -> Outcome {
         if self == Self::Notify {
             let echo = Echo::start();
@@ -107,7 +107,7 @@ impl Test {
     }
 }
 
-/// Waits for a call as cheaply as a process can.
+/// Waits for calls with one system call each.
 struct Calls {
     poll: Epoll,
 }
@@ -117,7 +117,7 @@ impl Calls {
         let poll = Epoll::new().expect("epoll");
         let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
         poll.ctl(ControlOperation::Add, call.as_raw_fd(), interest).expect("epoll");
-        // What the back-end said when the queue was started.
+        // Takes the call that the back-end makes when the queue is started.
         let _ = poll.wait(0, &mut [EpollEvent::default()]).expect("epoll");
         Self { poll }
     }
@@ -132,7 +132,7 @@ impl Calls {
 fn notify(driver: &mut Driver, echo: &Echo, limit: Limit) -> Outcome {
     let ring = &driver.rings[0];
     let calls = Calls::new(&ring.call);
-    // Kicks of the start have been answered by then.
+    // The answer shows that the kicks of the start have been handled.
     ring.kick();
     calls.wait();
     let (mut kick, mut call, mut both) = (Latencies::default(), Latencies::default(), Latencies::default());
@@ -160,13 +160,13 @@ fn message(driver: &mut Driver, limit: Limit) -> Outcome {
     course.end(BTreeMap::from([("round_trip", times)]))
 }
 
-/// Reads blocks here and there, `depth` at a time.
+/// Reads blocks in random order, `depth` at a time.
 fn read(driver: &mut Driver, depth: usize, limit: Limit) -> Outcome {
     assert!(depth <= DEPTH_MAX, "no room for {depth} requests");
     let calls = Calls::new(&driver.rings[0].call);
     let buffers = Driver::buffers(&driver.memory, 1);
     let mut sectors = Sectors(1);
-    // Indexed by the head of a request's chain.
+    // By the first descriptor of the request.
     let mut sent = [Instant::now(); 128];
     let mut times = Latencies::default();
     let mut course = Course::start(limit);
@@ -187,7 +187,7 @@ fn read(driver: &mut Driver, depth: usize, limit: Limit) -> Outcome {
             times.add(sent[usize::from(head)].elapsed());
             in_flight -= 1;
             if course.next() {
-                // The chain is still there; only the sector is new.
+                // The chain is reused with another sector.
                 driver.memory.write(header + 8, &sectors.next().to_le_bytes());
                 driver.rings[0].push(&driver.memory, head);
                 sent[usize::from(head)] = Instant::now();
@@ -204,7 +204,7 @@ fn read(driver: &mut Driver, depth: usize, limit: Limit) -> Outcome {
     course.end(BTreeMap::from([("round_trip", times)]))
 }
 
-/// First sectors of blocks of the disk, in no order.
+/// First sectors of blocks of the disk, in random order.
 struct Sectors(u64);
 
 impl Sectors {

@@ -1,9 +1,9 @@
-//! How often the threads of this process slept and were woken.
+//! Counts how often the threads of this process slept and were woken.
 
 use std::collections::BTreeMap;
 use std::fs;
 
-/// Voluntary context switches so far, by name of the thread.
+/// Returns the voluntary context switches so far, by the name of the thread.
 pub fn count() -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
     for task in fs::read_dir("/proc/self/task").expect("/proc").flatten() {
@@ -17,7 +17,7 @@ pub fn count() -> BTreeMap<String, u64> {
     counts
 }
 
-/// What was added since `before`; threads that slept through are left out.
+/// Returns the context switches since `before`, without the threads that had none.
 pub fn since(before: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
     let grown = |(name, count): (String, u64)| {
         let more = count.saturating_sub(before.get(&name).copied().unwrap_or(0));

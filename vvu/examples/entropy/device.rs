@@ -1,4 +1,4 @@
-//! A virtio entropy device (virtio 1.2, 5.4), written against the `vhost-user-backend` crate alone.
+//! A virtio entropy device (virtio 1.2, 5.4) on the `vhost-user-backend` crate. Nothing here depends on VVU.
 
 use std::fs::File;
 use std::io;
@@ -13,7 +13,7 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
-/// Most bytes that one request gets, whatever it asks for.
+/// Most bytes that one request gets, however many it asks for.
 const REQUEST_MAX: usize = 64 << 10;
 
 /// Fills buffers with random bytes.
@@ -23,10 +23,10 @@ pub(crate) struct Entropy {
 }
 
 impl Entropy {
-    /// A device that nobody uses yet.
+    /// Opens the source of random bytes.
     ///
     /// # Errors
-    /// There are no random bytes.
+    /// When there is none.
     pub(crate) fn open() -> io::Result<Arc<Mutex<Self>>> {
         let memory = Memory::new(GuestMemoryMmap::new());
         Ok(Arc::new(Mutex::new(Self { source: File::open("/dev/urandom")?, memory })))
@@ -40,7 +40,7 @@ impl Entropy {
             let (head, mut filled) = (chain.head_index(), 0);
             for buffer in chain.writable() {
                 let wanted = usize::try_from(buffer.len()).unwrap_or(REQUEST_MAX).min(REQUEST_MAX - filled);
-                // An address outside of memory is the driver's fault, and the rest of its request is lost.
+                // At an address outside of memory, which is the driver's fault, the request ends.
                 match memory.read_volatile_from(buffer.addr(), &mut self.source, wanted) {
                     Ok(got) => filled += got,
                     Err(_) => break,

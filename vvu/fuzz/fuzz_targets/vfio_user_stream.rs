@@ -31,7 +31,7 @@ static SERVER: LazyLock<PathBuf> = LazyLock::new(|| {
     let mut device = VvuDevice::new(config).expect("device");
     let listener = UnixListener::bind(dir.join("vmm")).expect("bind");
     let stop = StopToken::new().expect("token");
-    let mut server = Server::new(listener, stop).expect("server");
+    let server = Server::new(listener, stop).expect("server");
     std::thread::spawn(move || {
         let ended = server.serve(&mut device);
         panic!("a client ended the server: {ended:?}");

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use vvu::PROXY_READY;
 use vvu::device::{DeviceConfig, SiblingMemory, Trace, VvuDevice};
 use vvu::listening_socket::ListeningSocket;
+use vvu::spec::PAGE_SIZE;
 use vvu::vfio_user::server::Server;
 
 use super::names::NameRemover;
@@ -108,8 +109,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let file = fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         device.set_trace(Trace::new(file));
     }
-    let mut server = Server::new(vfio_user.listener().try_clone()?, stop)?;
-    let mut serve = || -> anyhow::Result<()> {
+    let server = Server::new(vfio_user.listener().try_clone()?, stop)?;
+    let serve = || -> anyhow::Result<()> {
         writeln!(io::stdout(), "{PROXY_READY}").context("cannot write to standard output")?;
         server.serve(&mut device)?;
         Ok(())
@@ -188,8 +189,10 @@ impl FromStr for Size {
             _ => None,
         };
         let bytes = shift.and_then(|shift| number.parse::<u64>().ok()?.checked_mul(1 << shift));
-        let bytes = bytes.filter(|bytes| *bytes > 0 && bytes.is_multiple_of(4096) && *bytes <= 1 << 46);
-        bytes.map(Self).ok_or_else(|| format!("{text:?}: want a multiple of 4096 bytes, for example 512M"))
+        let bytes = bytes.filter(|bytes| *bytes > 0 && bytes.is_multiple_of(PAGE_SIZE) && *bytes <= 1 << 46);
+        bytes
+            .map(Self)
+            .ok_or_else(|| format!("{text:?}: want a multiple of {PAGE_SIZE} bytes, for example 512M"))
     }
 }
 

@@ -20,10 +20,10 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use super::sysfs::{PciSysfs, SysfsError, VfioReady, mapping_hint};
 use crate::event::Event;
 use crate::pci::{BarFile, DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
+use crate::spec::PAGE_SIZE;
 use crate::spec::addr::{Bdf, Iova};
 use crate::spec::pci::Region;
 
-const PAGE_SIZE: u64 = 4096;
 /// Range of the I/O virtual addresses given out: above the ranges that firmware uses, and within the reach of every
 /// IOMMU.
 const IOVA_START: u64 = 16 << 20;

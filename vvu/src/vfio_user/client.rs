@@ -14,6 +14,7 @@ use connection::{Connection, RegionView};
 pub(crate) use doorbells::Doorbells;
 
 use crate::pci::{BarFile, DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
+use crate::spec::PAGE_SIZE;
 use crate::spec::addr::Iova;
 use crate::spec::pci::{Region, cap_id, config, msix};
 use crate::vfio_user::protocol::REGION_COUNT;
@@ -23,7 +24,6 @@ mod doorbells;
 
 /// First I/O virtual address given out.
 const FIRST_IOVA: u64 = 1 << 32;
-const PAGE_SIZE: u64 = 4096;
 
 /// A device that a vfio-user server hosts. Dropping it disconnects, which takes all DMA maps and
 /// interrupts away.

@@ -42,7 +42,10 @@ pub enum ServerError {
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
-    stop: StopToken,
+    /// Kept, since the poll set has only its descriptor.
+    _stop: StopToken,
+    /// Waits for the stop, the device, the listener while there is no client, and the client.
+    poll: OwnedFd,
 }
 
 /// Source of an event.
@@ -83,10 +86,13 @@ impl Server {
     /// Makes a server for the clients of `listener`, which [`stop`](StopToken::stop) ends.
     ///
     /// # Errors
-    /// When the listener cannot be put into non-blocking mode.
+    /// When the listener cannot be put into non-blocking mode, or there is no file descriptor left.
     pub fn new(listener: UnixListener, stop: StopToken) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, stop })
+        let poll = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&poll, &stop, Source::Stop.data(), EventFlags::IN)?;
+        epoll::add(&poll, &listener, Source::Listener.data(), EventFlags::IN)?;
+        Ok(Self { listener, _stop: stop, poll })
     }
 
     /// Serves `device` to one client after the other until the stop is requested. The device is reset after each
@@ -94,23 +100,19 @@ impl Server {
     ///
     /// # Errors
     /// [`ServerError`].
-    pub fn serve<D: PciFunction>(&mut self, device: &mut D) -> Result<(), ServerError> {
-        let poll = epoll::create(CreateFlags::CLOEXEC)?;
-        epoll::add(&poll, &self.stop, Source::Stop.data(), EventFlags::IN)?;
-        epoll::add(&poll, device.events(), Source::Device.data(), EventFlags::IN)?;
-        epoll::add(&poll, &self.listener, Source::Listener.data(), EventFlags::IN)?;
+    pub fn serve<D: PciFunction>(self, device: &mut D) -> Result<(), ServerError> {
+        epoll::add(&self.poll, device.events(), Source::Device.data(), EventFlags::IN)?;
         let host = VmmHost::new(device.vector_count());
-        let mut service = Service { server: self, poll, device, host, client: None, accept_at: None };
+        let mut service = Service { server: self, device, host, client: None, accept_at: None };
         let result = service.run();
-        device.reset();
+        service.device.reset();
         result
     }
 }
 
 /// One call of [`Server::serve`].
 struct Service<'s, D> {
-    server: &'s Server,
-    poll: OwnedFd,
+    server: Server,
     device: &'s mut D,
     host: VmmHost,
     client: Option<Client>,
@@ -143,7 +145,7 @@ impl<D: PciFunction> Service<'_, D> {
         let pause = self.accept_at.map(|at| at.saturating_duration_since(Instant::now()));
         let time = if ahead { Some(Duration::ZERO) } else { pause };
         let time = time.and_then(|time| Timespec::try_from(time).ok());
-        match epoll::wait(&self.poll, spare_capacity(events), time.as_ref()) {
+        match epoll::wait(&self.server.poll, spare_capacity(events), time.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -164,7 +166,12 @@ impl<D: PciFunction> Service<'_, D> {
             Ok((stream, _)) => stream,
             Err(error) if matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted) => {
                 if self.accept_at.take().is_some() {
-                    epoll::add(&self.poll, &self.server.listener, Source::Listener.data(), EventFlags::IN)?;
+                    epoll::add(
+                        &self.server.poll,
+                        &self.server.listener,
+                        Source::Listener.data(),
+                        EventFlags::IN,
+                    )?;
                 }
                 return Ok(());
             }
@@ -174,7 +181,7 @@ impl<D: PciFunction> Service<'_, D> {
                     log::warn!(
                         "cannot accept a vfio-user client yet: {error}; trying again until it is possible"
                     );
-                    epoll::delete(&self.poll, &self.server.listener)?;
+                    epoll::delete(&self.server.poll, &self.server.listener)?;
                 }
                 return Ok(());
             }
@@ -182,11 +189,11 @@ impl<D: PciFunction> Service<'_, D> {
         };
         log::info!("a vfio-user client connected");
         if self.accept_at.take().is_none() {
-            epoll::delete(&self.poll, &self.server.listener)?;
+            epoll::delete(&self.server.poll, &self.server.listener)?;
         }
         let client =
             Client { socket: MessageSocket::new(stream), commands: CommandHandler::default(), refusals: 0 };
-        epoll::add(&self.poll, &client.socket, Source::Client.data(), EventFlags::IN)?;
+        epoll::add(&self.server.poll, &client.socket, Source::Client.data(), EventFlags::IN)?;
         self.client = Some(client);
         Ok(())
     }
@@ -204,10 +211,10 @@ impl<D: PciFunction> Service<'_, D> {
             self.client = None;
             self.device.reset();
             self.host = VmmHost::new(self.device.vector_count());
-            epoll::add(&self.poll, &self.server.listener, Source::Listener.data(), EventFlags::IN)?;
+            epoll::add(&self.server.poll, &self.server.listener, Source::Listener.data(), EventFlags::IN)?;
         } else if client.socket.is_congested() != was_congested {
             let interest = if was_congested { EventFlags::IN } else { EventFlags::OUT };
-            epoll::modify(&self.poll, client.socket.as_fd(), Source::Client.data(), interest)?;
+            epoll::modify(&self.server.poll, client.socket.as_fd(), Source::Client.data(), interest)?;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Queues that stop and start, changes on a running connection, and who may serve a disk.
+//! Queues stop and start, a running connection changes, and several back-ends open one disk.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -70,7 +70,7 @@ fn events_and_memory_are_replaced_on_a_running_connection() {
         let old_call = driver.rings[0].renew_call();
         driver.frontend.set_vring_call(0, &driver.rings[0].call).expect("call");
         driver.frontend.set_mem_table(&memory.table()).expect("memory table");
-        // Whatever came before the change.
+        // Takes signals from before the change.
         let _ = (old_kick.read(), old_call.read());
 
         old_kick.write(1).expect("old kick");
@@ -81,7 +81,7 @@ fn events_and_memory_are_replaced_on_a_running_connection() {
     backend.end();
 }
 
-/// The back-end before may have died when it had given something back and not yet said so.
+/// The back-end before may have died between giving a request back and signalling the driver.
 #[test]
 fn a_driver_that_waits_for_a_call_gets_one_from_the_next_back_end() {
     let mut backend = Backend::start(&pattern(16, 512), |_| {});

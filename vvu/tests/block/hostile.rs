@@ -1,4 +1,4 @@
-//! Drivers and front-ends that break the rules.
+//! Drivers and front-ends break the rules.
 
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -35,7 +35,7 @@ fn an_indirect_table_is_followed_once() {
     backend.end();
 }
 
-/// Chains that no driver would make; each comes back, and the device goes on.
+/// No driver would make these chains. Each comes back, and the device goes on.
 #[test]
 fn hostile_chains_come_back_and_change_nothing() {
     let content = pattern(11, 64 << 10);
@@ -119,7 +119,7 @@ fn hostile_chains_come_back_and_change_nothing() {
     backend.end();
 }
 
-/// A driver that breaks its ring loses that queue; the others and a new start are fine.
+/// A driver that breaks a ring loses that queue, until it starts the queue again. Its other queues go on.
 #[test]
 fn a_broken_ring_stops_one_queue_until_it_is_started_again() {
     let content = pattern(12, 4096);
@@ -151,11 +151,11 @@ fn a_front_end_that_breaks_the_protocol_costs_only_itself() {
         stream.write_all(garbage).expect("garbage");
         stream.shutdown(std::net::Shutdown::Write).expect("end");
         let mut rest = Vec::new();
-        // A reset is as good an end as any.
+        // A reset ends the connection as well.
         let _ = stream.read_to_end(&mut rest);
         assert!(rest.is_empty());
     }
-    // Addresses before there is memory, a queue that does not exist, a queue size of 0.
+    // Ring addresses before the memory table, a queue size of 0, a queue that is too large.
     for attempt in 0..3 {
         let memory = memory();
         let mut driver = Driver::negotiate(&backend.socket, &memory, Setup::default()).expect("negotiation");

@@ -1,4 +1,4 @@
-//! Requests, one by one, side by side and in batches.
+//! Requests one by one, side by side and in batches.
 
 use std::sync::Arc;
 
@@ -82,7 +82,7 @@ fn queues_work_side_by_side() {
     backend.end();
 }
 
-/// How often the device calls for 20 requests that it finds at once when the queue starts.
+/// Returns how often the device calls for 20 requests that are available when the queue starts.
 fn calls(without: u64, prepare: impl FnOnce(&Ring, &SiblingMemory)) -> u64 {
     let backend = Backend::start(&pattern(5, 64 << 10), |_| {});
     let memory = memory();
@@ -95,7 +95,7 @@ fn calls(without: u64, prepare: impl FnOnce(&Ring, &SiblingMemory)) -> u64 {
     prepare(&driver.rings[0], &memory);
     driver.start_queue_at(0, 0).expect("queue");
     wait_until("all requests are done", || (driver.rings[0].used_index(&memory) == 20).then_some(()));
-    // The queue's thread is at rest when the answer to this comes.
+    // The answer comes when the queue's thread is at rest.
     driver.frontend.get_vring_base(0).expect("stopped");
     backend.end();
     driver.rings[0].call.read().unwrap_or(0)

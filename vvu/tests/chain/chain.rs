@@ -41,7 +41,7 @@ impl Proxy {
         let mut device = VvuDevice::new(config).expect("device");
         let stop = StopToken::new().expect("token");
         let listener = vfio_user.listener().try_clone().expect("descriptor");
-        let mut server = Server::new(listener, stop.clone()).expect("server");
+        let server = Server::new(listener, stop.clone()).expect("server");
         let task = Task::spawn("proxy", move || {
             let _sockets = (vhost_user, vfio_user);
             server.serve(&mut device)

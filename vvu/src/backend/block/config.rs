@@ -1,4 +1,4 @@
-//! What a block device tells its driver: features and configuration (virtio 1.2, 5.2.3 and 5.2.4).
+//! The features and the configuration space of a block device (virtio 1.2, 5.2.3 and 5.2.4).
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
@@ -7,13 +7,13 @@ use virtio_bindings::bindings::virtio_blk::{
 
 use super::disk::{Disk, SECTOR_SIZE};
 
-/// Ranges in a discard or write-zeroes request.
+/// Most ranges in a discard or write-zeroes request.
 pub(super) const RANGES_MAX: u32 = 32;
-/// Sectors of one range to discard: 2 GiB.
+/// Most sectors of one range to discard: 2 GiB.
 pub(super) const DISCARD_SECTORS_MAX: u32 = 1 << 22;
-/// Sectors of one range to zero: 32 MiB, since they may have to be written one by one.
+/// Most sectors of one range to zero: 32 MiB, because the zeroes may have to be written.
 pub(super) const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 16;
-/// Sectors that make up a block of a usual file system, 4 KiB.
+/// Sectors of a block of a usual file system, 4 KiB.
 const DISCARD_ALIGNMENT: u32 = 8;
 
 /// The sizes that a driver has to keep to.
@@ -24,7 +24,7 @@ pub(super) struct Shape {
     pub(super) segments: u16,
 }
 
-/// Bytes of configuration that a front-end may ask for (vhost-user, `VHOST_USER_GET_CONFIG`).
+/// Size of the configuration space that a front-end may ask for, in bytes (vhost-user, `VHOST_USER_GET_CONFIG`).
 const SPACE_SIZE: usize = 256;
 
 /// Feature bits of a block device for `disk` (virtio 1.2, 5.2.3).
@@ -42,7 +42,7 @@ pub(super) fn features(disk: &Disk) -> u64 {
     always | access
 }
 
-/// `size` bytes at `offset` of the configuration space, empty if there are not that many.
+/// Returns `size` bytes at `offset` of the configuration space, none if the range is not inside of it.
 pub(super) fn read(disk: &Disk, shape: Shape, offset: u32, size: u32) -> Vec<u8> {
     let space = space(disk, shape);
     let range = || {
@@ -52,7 +52,7 @@ pub(super) fn read(disk: &Disk, shape: Shape, offset: u32, size: u32) -> Vec<u8>
     range().map(<[u8]>::to_vec).unwrap_or_default()
 }
 
-/// `struct virtio_blk_config` with zeroes behind it.
+/// Returns `struct virtio_blk_config`, filled up with zeroes.
 fn space(disk: &Disk, shape: Shape) -> [u8; SPACE_SIZE] {
     let mut space = [0; SPACE_SIZE];
     let mut put = |offset: usize, value: &[u8]| space[offset..offset + value.len()].copy_from_slice(value);

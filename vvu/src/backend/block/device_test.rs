@@ -1,4 +1,4 @@
-//! The device against a sibling's driver, sound or hostile.
+//! The device against a driver, sound or hostile.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -14,9 +14,9 @@ const STATUS: u64 = 0x7000;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
-/// What the used ring says when the device wants no notifications.
+/// Flag in the used ring: the device wants no kicks.
 const NO_NOTIFY: u16 = 1;
-/// Kinds of request, and an unknown one.
+/// Types of request, and an unknown one.
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
@@ -24,7 +24,7 @@ const GET_ID: u32 = 8;
 const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
 const UNKNOWN: u32 = 77;
-/// Statuses, and what is there before the device writes one.
+/// Statuses, and the byte that is there before the device writes one.
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
@@ -44,7 +44,7 @@ fn status(rig: &Rig) -> u8 {
     rig.memory.read_obj(GuestAddress(STATUS)).expect("status")
 }
 
-/// A request with a header, data and a status; the status and the used length.
+/// Sends a request with a header, data and a status, and returns the status and the used length.
 fn request(rig: &mut Rig, kind: u32, sector: u64, data: Descriptor) -> (u8, u32) {
     header(rig, kind, sector);
     let before = rig.used().0;
@@ -59,7 +59,7 @@ fn request(rig: &mut Rig, kind: u32, sector: u64, data: Descriptor) -> (u8, u32)
     (status(rig), length)
 }
 
-/// Offers `chain` after a header of a read; how many chains came back, the status and the used length.
+/// Offers `chain` with the header of a read in memory. Returns the number of used chains, the status and the used length.
 fn chain(rig: &mut Rig, chain: &[Descriptor]) -> (u16, u8, u32) {
     rig.restart();
     header(rig, IN, 0);
@@ -114,7 +114,7 @@ fn memory_that_the_sibling_does_not_have_is_an_error() {
             assert_eq!(answer, (IOERR, 1), "{addr:#x}");
         }
     }
-    // A status that cannot be written is no reason to stop.
+    // The queue goes on when the status cannot be written.
     let lost = [descriptor(HEADER, 16, NEXT, 1), descriptor(end, 1, WRITE, 0)];
     assert_eq!(chain(&mut rig, &lost), (1, UNTOUCHED, 0));
     let header_elsewhere = [descriptor(end, 16, NEXT, 1), descriptor(STATUS, 1, WRITE, 0)];
@@ -169,7 +169,7 @@ fn loops_and_chains_that_lead_nowhere_end() {
 #[test]
 fn wrong_directions_and_missing_parts_are_errors() {
     let mut rig = Rig::new();
-    // To read from what the device may only write, and the other way round.
+    // The data of a read has to be writable, that of a write readable.
     assert_eq!(request(&mut rig, IN, 0, descriptor(DATA, 512, 0, 0)), (OK, 1));
     assert_eq!(request(&mut rig, OUT, 0, descriptor(DATA, 512, WRITE, 0)), (OK, 1));
     assert_eq!(rig.content()[0], 0, "nothing was written");
@@ -200,7 +200,7 @@ fn ranges_to_zero_that_lie_change_nothing() {
             (record(0, u32::MAX, 0), IOERR),
             (record(0, 1, 0x80), UNSUPP),
             (record(1, 1, 0)[..15].to_vec(), IOERR),
-            // None is carried out if one is wrong.
+            // If one range is wrong, none is carried out.
             ([record(1, 1, 0), record(SECTORS, 1, 0)].concat(), IOERR),
             (record(1, 1, 0).repeat(1000), IOERR),
         ] {
@@ -226,7 +226,7 @@ fn an_available_index_that_jumps_stops_the_queue_and_no_other_is_harmed() {
     assert_eq!(request(&mut rig, IN, 1, descriptor(DATA, 512, WRITE, 0)), (OK, 513));
 }
 
-/// Reads the used index until it is `want`.
+/// Waits until the used index is `want`.
 fn wait_for_used(memory: &GuestMemoryMmap, want: u16) {
     let far = Instant::now() + Duration::from_secs(20);
     let used = || memory.load::<u16>(GuestAddress(USED + 2), Ordering::Acquire).expect("used index");
@@ -247,7 +247,7 @@ fn a_request_that_comes_soon_needs_no_notification() {
     ]);
     let (memory, interrupt) = (rig.memory.clone(), rig.interrupt.clone());
     std::thread::scope(|scope| {
-        // Only one event is handled in all this time.
+        // The thread handles one kick during all this time.
         scope.spawn(|| rig.process());
         for available in 2..=5u16 {
             wait_for_used(&memory, available - 1);

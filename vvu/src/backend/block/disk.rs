@@ -1,4 +1,4 @@
-//! The disk: a file or block device whose bytes move straight to and from guest memory.
+//! The disk: a file or block device, read and written straight from and to guest memory.
 #![expect(unsafe_code, reason = "preadv and pwritev take guest memory as raw pointers")]
 
 use std::fs::{self, File, TryLockError};
@@ -16,36 +16,36 @@ use vm_memory::VolatileSlice;
 use super::faults::{Call, Faults};
 use super::options::{BlockOptions, QUEUES_MAX, SEGMENTS_MAX, SERIAL_MAX};
 
-/// Bytes of a sector, the unit of every address and length (virtio 1.2, 5.2.4).
+/// Bytes of a sector, the unit of all addresses and lengths (virtio 1.2, 5.2.4).
 pub(super) const SECTOR_SIZE: u16 = 512;
 
-/// Pieces of memory that one system call takes (`IOV_MAX`).
+/// Most pieces of memory in one system call (`IOV_MAX`).
 const PIECES_MAX: usize = 1024;
 
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Why a disk cannot be served.
+/// A disk cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// There is no such file.
+    /// The file does not exist.
     #[error("disk {path:?} does not exist: create one, for example with `truncate -s 1G {}`", path.display())]
     NotFound {
         /// The path.
         path: PathBuf,
     },
-    /// A directory.
+    /// The path is a directory.
     #[error("disk {path:?} is a directory: name a disk image or block device")]
     Directory {
         /// The path.
         path: PathBuf,
     },
-    /// A pipe, socket or character device.
+    /// The path is a pipe, a socket or a character device.
     #[error("disk {path:?} is neither a regular file nor a block device")]
     Kind {
         /// The path.
         path: PathBuf,
     },
-    /// This user may not open it.
+    /// This user may not open the disk.
     #[error("no permission to open disk {path:?} for {access}: change its mode or owner{}",
         if *.access == "writing" { ", or serve it read-only" } else { "" })]
     Permission {
@@ -54,13 +54,13 @@ pub enum OpenError {
         /// "reading" or "writing".
         access: &'static str,
     },
-    /// It has no bytes.
+    /// The disk has no bytes.
     #[error("disk {path:?} is empty: give it a size, for example with `truncate -s 1G {}`", path.display())]
     Empty {
         /// The path.
         path: PathBuf,
     },
-    /// Its size is not a multiple of 512 bytes.
+    /// The size is not a multiple of 512 bytes.
     #[error(
         "disk {path:?} has {got} bytes, which is no multiple of {SECTOR_SIZE}: enlarge it with `truncate -s {} {}`",
         got.next_multiple_of(SECTOR_SIZE.into()), path.display()
@@ -68,10 +68,10 @@ pub enum OpenError {
     Size {
         /// The path.
         path: PathBuf,
-        /// Bytes it has.
+        /// The size in bytes.
         got: u64,
     },
-    /// Another back-end serves it.
+    /// Another process serves the disk.
     #[error("disk {path:?} is served by another process: stop that one, or serve it read-only in both")]
     Busy {
         /// The path.
@@ -80,7 +80,7 @@ pub enum OpenError {
     /// The serial number is too long or not printable.
     #[error("serial number {got:?}: want 1 to {SERIAL_MAX} printable ASCII characters")]
     Serial {
-        /// The one asked for.
+        /// The serial number that was asked for.
         got: String,
     },
     /// Too few or too many queues.
@@ -98,7 +98,7 @@ pub enum OpenError {
     /// A system call failed.
     #[error("cannot {what} disk {path:?}: {source}")]
     Io {
-        /// What was tried.
+        /// What was tried, as a verb.
         what: &'static str,
         /// The path.
         path: PathBuf,
@@ -107,8 +107,8 @@ pub enum OpenError {
     },
 }
 
-/// An open, locked disk. All offsets and lengths are in bytes and the caller has checked them
-/// against [`size`](Self::size).
+/// An open, locked disk. Offsets and lengths are in bytes, and the caller has checked them against
+/// [`size`](Self::size).
 #[derive(Debug)]
 pub(super) struct Disk {
     file: File,
@@ -134,7 +134,7 @@ impl Disk {
             _ => OpenError::Io { what, path: path.clone(), source },
         };
 
-        // Looked at before it is opened, since opening a pipe or a tape is an act of its own.
+        // Checked before it is opened: to open a pipe would wait, to open a tape would wind it.
         let kind = fs::metadata(path).map_err(|error| failed("look up", error))?.file_type();
         if kind.is_dir() {
             return Err(OpenError::Directory { path: path.clone() });
@@ -169,7 +169,7 @@ impl Disk {
         self.read_only
     }
 
-    /// Serial number, padded with zeroes.
+    /// The serial number, padded with zeroes.
     pub(super) fn serial(&self) -> &[u8; SERIAL_MAX] {
         &self.serial
     }
@@ -256,14 +256,20 @@ impl Disk {
         flushed
     }
 
-    /// Frees `len` bytes at `offset`, after which they may read as anything. No more than a hint, so
-    /// a file system that cannot is fine.
+    /// Frees `len` bytes at `offset`, which may read as anything afterwards. A file system that cannot free them keeps
+    /// them: a discard is a hint.
+    ///
+    /// # Errors
+    /// Those of fallocate(2).
     pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         self.fallocate(flags, offset, len).map(drop)
     }
 
     /// Makes `len` bytes at `offset` read as zeroes, and frees them if `unmap`.
+    ///
+    /// # Errors
+    /// Those of fallocate(2) and pwrite(2).
     pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         let flags = if unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
         if self.fallocate(flags | FallocateFlags::KEEP_SIZE, offset, len)? {
@@ -280,14 +286,14 @@ impl Disk {
         Ok(())
     }
 
-    /// Returns whether the file system can do it.
+    /// Calls fallocate(2), and returns whether the file system supports the operation.
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
         self.faults.check(Call::Allocate)?;
         loop {
             match rustix::fs::fallocate(&self.file, flags, offset, len) {
                 Ok(()) => return Ok(true),
                 Err(Errno::INTR) => {}
-                // A block device says INVAL when its blocks are larger than the range's alignment.
+                // A block device answers INVAL when its blocks are larger than the range's alignment.
                 Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(false),
                 Err(error) => return Err(error.into()),
             }
@@ -295,13 +301,13 @@ impl Disk {
     }
 }
 
-/// Takes an advisory lock, shared with other readers if `read_only`.
+/// Takes an advisory lock on the disk, shared with other readers if `read_only`.
 fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), OpenError> {
     let taken = if read_only { file.try_lock_shared() } else { file.try_lock() };
     match taken {
         Ok(()) => Ok(()),
         Err(TryLockError::WouldBlock) => Err(OpenError::Busy { path: path.to_owned() }),
-        // Some file systems and lean kernels have no locks.
+        // Some file systems and small kernels have no locks.
         Err(TryLockError::Error(error))
             if [Errno::NOSYS, Errno::OPNOTSUPP, Errno::NOLCK]
                 .iter()
@@ -316,7 +322,7 @@ fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), OpenError> {
     }
 }
 
-/// The rest of `pieces` when `moved` bytes from their start are done.
+/// The rest of `pieces` after the first `moved` bytes.
 fn advance(pieces: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
     let done = pieces
         .iter()

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-/// A disk with `content`, and its file.
+/// Returns a disk with `content`, and its file.
 pub(in super::super) fn disk_of(content: &[u8], read_only: bool) -> (NamedTempFile, Disk) {
     let mut file = NamedTempFile::new().expect("file");
     file.write_all(content).expect("content");
@@ -17,7 +17,7 @@ fn options(path: &Path, read_only: bool) -> BlockOptions {
     BlockOptions { read_only, ..BlockOptions::new(path) }
 }
 
-/// The error for a path, and that it names it and a remedy.
+/// Returns the error for `path`, and checks that it names the path and the remedy.
 fn refused(path: &Path, read_only: bool, remedy: &str) -> OpenError {
     let error = Disk::open(&options(path, read_only)).expect_err("refused");
     let text = error.to_string();
@@ -58,7 +58,7 @@ fn names_the_access_that_is_denied() {
     let (file, disk) = disk_of(&[0; 512], true);
     drop(disk);
     fs::set_permissions(file.path(), fs::Permissions::from_mode(0o000)).expect("mode");
-    // The superuser may open anything, so there the error is looked at by itself.
+    // The superuser may open anything, so only the error's text can be checked then.
     let error = if rustix::process::geteuid().is_root() {
         OpenError::Permission { path: file.path().to_owned(), access: "writing" }
     } else {
@@ -83,7 +83,7 @@ fn serial_numbers_fit() {
     }
 }
 
-/// Memory of which every second 16 bytes are handed to the disk.
+/// Returns memory, and the addresses of every second 16 bytes in it.
 fn striped(count: usize) -> (GuestMemoryMmap, Vec<GuestAddress>) {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), count * 32)]).expect("memory");
     let addresses = (0..count as u64).map(|index| GuestAddress(index * 32)).collect();

@@ -24,11 +24,11 @@ pub const MEMORY: usize = 1 << 20;
 pub const SECTORS: u64 = 64;
 /// Descriptors of the queue.
 pub const QUEUE_SIZE: u16 = 16;
-/// Where the descriptors are.
+/// Guest address of the descriptor table.
 pub const DESCRIPTORS: u64 = 0;
-/// Where the available ring is.
+/// Guest address of the available ring.
 pub const AVAILABLE: u64 = 0x1000;
-/// Where the used ring is.
+/// Guest address of the used ring.
 pub const USED: u64 = 0x2000;
 
 const SHAPE: Shape = Shape { queues: 1, segments: 126 };
@@ -36,13 +36,13 @@ const SHAPE: Shape = Shape { queues: 1, segments: 126 };
 /// One descriptor as the driver writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Descriptor {
-    /// Address of the buffer.
+    /// Guest address of the buffer.
     pub addr: u64,
-    /// Bytes of the buffer.
+    /// Length of the buffer in bytes.
     pub len: u32,
     /// 1: another follows, 2: the device writes, 4: indirect.
     pub flags: u16,
-    /// The one that follows.
+    /// Index of the descriptor that follows.
     pub next: u16,
 }
 
@@ -68,7 +68,7 @@ impl Default for Rig {
 }
 
 impl Rig {
-    /// A queue that runs, of a disk in which each sector is filled with its number.
+    /// Starts a queue of a disk whose sectors are filled with their numbers.
     #[must_use]
     pub fn new() -> Self {
         Self::with_poll(Duration::ZERO)
@@ -126,7 +126,7 @@ impl Rig {
         self.queue().is_running()
     }
 
-    /// Writes descriptors from the first on and makes the chain of the first available.
+    /// Writes descriptors, from index 0 on, and makes the chain that starts at index 0 available.
     pub fn offer(&mut self, chain: &[Descriptor]) {
         for (index, descriptor) in (0..).zip(chain) {
             let Descriptor { addr, len, flags, next } = *descriptor;
@@ -141,12 +141,12 @@ impl Rig {
         self.memory.write_obj(self.available, GuestAddress(AVAILABLE + 2)).expect("available index");
     }
 
-    /// Lets the device carry out what is available.
+    /// Lets the device carry out all requests that are available.
     pub fn process(&self) {
         sync::serve(&mut self.queue(), &self.device, &self.interrupt);
     }
 
-    /// How many chains were used, and the length of the last one.
+    /// Returns the number of chains that were used, and the length of the last one.
     #[must_use]
     pub fn used(&self) -> (u16, u32) {
         let index: u16 = self.memory.read_obj(GuestAddress(USED + 2)).expect("used index");

@@ -1,4 +1,4 @@
-//! What is written down of one split ring, and how it is read after a crash.
+//! The record of the requests in flight in one split ring, and how it is read after a crash.
 
 use std::fmt::Display;
 use std::sync::atomic::Ordering;
@@ -20,72 +20,47 @@ const INFLIGHT: u64 = 0;
 const NEXT: u64 = 6;
 const COUNTER: u64 = 8;
 
-/// The only version there is; 0 is memory nobody has used yet.
+/// The only version there is. 0 means that the memory has not been used yet.
 const THE_VERSION: u16 = 1;
 
-/// Why the requests of a ring cannot be tracked.
+/// Requests of a ring cannot be tracked.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::backend) enum TrackerError {
-    /// Made by a program that knows more than this one.
+    /// A program with another format has written the record.
     #[error(
         "in-flight region of version {version} with features {features:#x}: want version {THE_VERSION} and none"
     )]
-    Unknown {
-        /// Its version.
-        version: u16,
-        /// Its feature bits.
-        features: u64,
-    },
-    /// Made for rings of another size.
+    Unknown { version: u16, features: u64 },
+    /// The record is of a ring of another size.
     #[error("in-flight region for {got} descriptors: want {want}")]
-    Size {
-        /// Descriptors it says it is for.
-        got: u16,
-        /// Descriptors it was handed in for.
-        want: u16,
-    },
-    /// The ring never had what the region says is in flight.
+    Size { got: u16, want: u16 },
+    /// The record contradicts the ring's indices.
     #[error(
         "the in-flight region has {inflight} requests at used index {region_used}, which the ring at \
          used index {ring_used} and available index {available} cannot have: it is another ring's"
     )]
-    Foreign {
-        /// Requests in flight.
-        inflight: u16,
-        /// Used index in the region.
-        region_used: u16,
-        /// Used index in the ring.
-        ring_used: u16,
-        /// Available index in the ring.
-        available: u16,
-    },
-    /// No such descriptor.
+    Foreign { inflight: u16, region_used: u16, ring_used: u16, available: u16 },
+    /// The queue has no such descriptor.
     #[error("request at descriptor {head}: the queue has {size}")]
-    Head {
-        /// The descriptor.
-        head: u16,
-        /// Descriptors tracked.
-        size: u16,
-    },
+    Head { head: u16, size: u16 },
     /// The region cannot be accessed.
     #[error("in-flight region: {0}")]
     Memory(String),
 }
 
-/// Writes down what is in flight in one ring.
+/// Records which requests of one ring are in flight.
 ///
-/// The memory belongs to the front-end as well, so nothing that is read from it is trusted, and what
-/// this side must know is not read from it twice. Stores are in program order, so that whatever is
-/// there after a crash is what a prefix of them makes.
+/// The front-end shares the memory and may change it, so values from it are checked, and none is read twice. Stores are
+/// in program order: after a crash at any point, the memory holds the result of the stores up to that point.
 #[derive(Debug)]
 pub(in crate::backend) struct Tracker<M> {
     memory: M,
     base: GuestAddress,
     size: u16,
-    /// Of the next request to be taken.
+    /// Number of the next request to be taken.
     counter: u64,
     last_batch_head: u16,
-    /// As in the ring.
+    /// The ring's used index.
     used_idx: u16,
 }
 
@@ -94,15 +69,14 @@ where
     M: Bytes<GuestAddress>,
     M::E: Display,
 {
-    /// Tracks a ring of up to `size` descriptors in `memory` from `base` on. Before anything else it
-    /// has to [`recover`](Self::recover).
+    /// A tracker of a ring of up to `size` descriptors, with its record in `memory` from `base` on. Call
+    /// [`recover`](Self::recover) first.
     pub(super) fn new(memory: M, base: GuestAddress, size: u16) -> Self {
         Self { memory, base, size, counter: 0, last_batch_head: 0, used_idx: 0 }
     }
 
-    /// Brings what is written down in line with the ring, whose indices in guest memory are these, and
-    /// returns the heads of the requests that are in flight, in the order in which they were taken;
-    /// nothing if no device has ever used the region.
+    /// Brings the record in line with the ring, whose used and available indices are these, and returns the first
+    /// descriptors of the requests in flight, in the order in which they were taken. `None` if the record is new.
     ///
     /// # Errors
     /// [`TrackerError`].
@@ -125,7 +99,7 @@ where
             return Err(TrackerError::Size { got, want: self.size });
         }
 
-        // A batch that is in the ring may not be written off yet.
+        // The last batch may be in the used ring and still marked as in flight.
         let region_used = self.load::<u16>(USED_IDX)?;
         let batch = ring_used.wrapping_sub(region_used);
         let mut head = self.load::<u16>(LAST_BATCH_HEAD)?;
@@ -168,7 +142,7 @@ where
         self.store(VERSION, THE_VERSION)
     }
 
-    /// The request at `head` is in flight; to be called before any of it is carried out.
+    /// Marks the request at `head` as in flight. Call it before any part of the request is carried out.
     ///
     /// # Errors
     /// [`TrackerError::Head`].
@@ -179,7 +153,7 @@ where
         self.store_entry(head, INFLIGHT, 1u8)
     }
 
-    /// The request at `head` is done; to be called before it goes into the used ring.
+    /// Makes the request at `head` the last batch. Call it when the request is done, before it goes into the used ring.
     ///
     /// # Errors
     /// [`TrackerError::Head`].
@@ -190,7 +164,7 @@ where
         self.store(LAST_BATCH_HEAD, head)
     }
 
-    /// The request that was [finished](Self::finish) last is in the used ring, and its index counts it.
+    /// Removes the mark of the request that was [finished](Self::finish) last. Call it when the used index counts it.
     ///
     /// # Errors
     /// When the region cannot be accessed.

@@ -52,12 +52,12 @@ fn what_is_in_flight_comes_back_in_the_order_in_which_it_was_taken() {
         tracker.begin(head).expect("begin");
     }
     tracker.finish(7).expect("finish");
-    // The ring has it, the region does not know yet.
+    // Request 7 is in the used ring and still marked.
     assert_eq!(recover(&memory, 6, 9).expect("recovery"), Some(vec![3, 0, 5]));
     assert_eq!(recover(&memory, 6, 9).expect("recovery"), Some(vec![3, 0, 5]), "and does so again");
 }
 
-/// Others give back several requests at once, and link them by `next`.
+/// Other back-ends give back several requests at once, and link them by `next`.
 #[test]
 fn a_whole_batch_is_written_off() {
     let (memory, mut tracker) = fresh();
@@ -128,7 +128,7 @@ fn a_region_with_nothing_in_flight_fits_any_ring() {
     assert_eq!(recover(&memory, 40_000, 40_003).expect("recovery"), Some(vec![]));
 }
 
-/// Memory of a process that is killed once it has made so many stores.
+/// Memory that ignores stores after a number of them, as if the process had been killed then.
 #[derive(Clone, Debug)]
 struct Mortal {
     memory: GuestMemoryMmap,
@@ -207,12 +207,12 @@ impl Bytes<GuestAddress> for Mortal {
     }
 }
 
-/// The driver's side of a ring, whose requests are numbered from 0 on.
+/// The driver's side of a ring. Its requests are numbered from 0.
 #[derive(Default)]
 struct Ring {
-    /// Which request the driver has at each head.
+    /// The request at each first descriptor.
     at: [Option<u32>; SIZE as usize],
-    /// Every head ever made available, and every request ever used.
+    /// All first descriptors made available so far.
     available: Vec<u16>,
     used: Vec<u32>,
     seen: usize,
@@ -226,7 +226,7 @@ impl Ring {
             let slot = self.at.iter_mut().find(|at| **at == Some(*done)).expect("used once");
             *slot = None;
         }
-        // Free heads are not used in order, as in any driver that has run for a while.
+        // A driver that has run for a while does not use its descriptors in order.
         let from = usize::try_from(self.submitted * 3).expect("small") % self.at.len();
         let free = (0..self.at.len()).map(|i| (i + from) % self.at.len()).find(|i| self.at[*i].is_none());
         if let Some(head) = free {
@@ -246,13 +246,13 @@ impl Ring {
     }
 }
 
-/// One life of a device: recovers, then does as `steps` say, until it dies.
+/// Runs a device until it is killed: it recovers, then does what `steps` say.
 fn live(ring: &mut Ring, mortal: &Mortal, steps: &[u8]) -> Result<(), TestCaseError> {
     let mut tracker = Tracker::new(mortal.clone(), GuestAddress(0), SIZE);
     let (used, available) = ring.indices();
     let recovered = tracker.recover(used, available);
     if mortal.stores_left.get() == 0 {
-        // Died on the way; what it then read is its own affair.
+        // The device was killed meanwhile, so the result does not count.
         return Ok(());
     }
     let recovered = recovered.expect("recovery").unwrap_or_default();
@@ -289,7 +289,7 @@ fn live(ring: &mut Ring, mortal: &Mortal, steps: &[u8]) -> Result<(), TestCaseEr
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// Wherever devices die, in recovery too, each request is used exactly once.
+    /// Each request is used exactly once, wherever devices are killed, also during a recovery.
     #[test]
     fn every_request_completes_exactly_once(
         lives in proptest::collection::vec((0..60usize, proptest::collection::vec(any::<u8>(), 1..120)), 1..12)
@@ -299,7 +299,7 @@ proptest! {
         for (stores, steps) in &lives {
             live(&mut ring, &Mortal { memory: memory.clone(), stores_left: Rc::new(Cell::new(*stores)) }, steps)?;
         }
-        // The last one lives and takes and finishes everything.
+        // The last device is not killed, and finishes everything.
         let steps = [1, 3].repeat(64);
         live(&mut ring, &Mortal { memory, stores_left: Rc::new(Cell::new(usize::MAX)) }, &steps)?;
         let mut used = ring.used.clone();
@@ -307,7 +307,7 @@ proptest! {
         prop_assert_eq!(used, (0..ring.submitted).collect::<Vec<_>>());
     }
 
-    /// Whatever a front-end writes into it.
+    /// A front-end can write anything into the region.
     #[test]
     fn a_hostile_region_gives_distinct_heads_of_the_ring_or_an_error(
         mut bytes in proptest::collection::vec(any::<u8>(), 16 * (1 + usize::from(SIZE))),
@@ -329,7 +329,7 @@ proptest! {
             prop_assert_eq!(distinct.len(), heads.len());
             prop_assert!(heads.len() <= usize::from(ahead) && heads.iter().all(|head| *head < SIZE));
         }
-        // Nor does it matter what is there later.
+        // The front-end may change the region later, too.
         memory.write_slice(&bytes, GuestAddress(0)).expect("write");
         for head in 0..SIZE {
             tracker.begin(head).expect("begin");

@@ -107,7 +107,31 @@ fn outside(json: &str) -> impl Iterator<Item = (usize, u8)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use serde_json::{Value, json};
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            ".*".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 64, 8, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..8).prop_map(Value::from),
+                prop::collection::btree_map(".*", inner, 0..8).prop_map(|map| map.into_iter().collect()),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn json_that_is_laid_out_is_the_same_json(value in any_json()) {
+            let text = to_text(&value).expect("JSON");
+            prop_assert_eq!(serde_json::from_str::<Value>(&text).expect("still JSON"), value);
+        }
+    }
 
     #[test]
     fn what_fits_is_in_one_line_and_the_rest_is_broken() {

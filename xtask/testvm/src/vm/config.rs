@@ -1,4 +1,4 @@
-//! A VM before it is started: what it has, and what it boots. No VMM's words are in here.
+//! The description of a VM before it is started, in no VMM's words.
 
 use std::path::Path;
 
@@ -16,10 +16,10 @@ pub struct Boot<'a> {
     pub initramfs: &'a Path,
 }
 
-/// A VM as its scenario has it, with every path and address settled.
+/// A VM with every path and address settled.
 #[derive(Debug, Clone, Default)]
 pub struct Config {
-    /// Its name.
+    /// The VM's name.
     pub name: String,
     /// The VMM that runs it, by its name in `guest-images/versions.json`; `None` for the run's QEMU.
     pub vmm: Option<String>,
@@ -33,11 +33,11 @@ pub struct Config {
     pub memory_file: Option<String>,
     /// The IOMMU in front of its devices.
     pub iommu: Option<Iommu>,
-    /// Its devices.
+    /// The devices.
     pub devices: Vec<Device>,
-    /// Added to the kernel command line.
+    /// Words that are added to the kernel command line.
     pub cmdline: String,
-    /// A reboot of the guest starts it again; else it ends the VMM.
+    /// The VMM starts the guest again when it reboots. Otherwise the VMM exits.
     pub reboots: bool,
 }
 
@@ -54,25 +54,25 @@ impl Config {
 pub enum Device {
     /// The vvu device, which a proxy serves over vfio-user.
     Vvu {
-        /// Where it is.
+        /// The PCI address.
         slot: Slot,
         /// The proxy's vfio-user socket.
         socket: String,
     },
     /// A virtio device whose back-end is behind a vhost-user socket.
     VhostUser {
-        /// Where it is.
+        /// The PCI address.
         slot: Slot,
         /// The socket.
         socket: String,
-        /// What it is.
+        /// The type of device.
         frontend: Frontend,
-        /// Milliseconds between attempts to make a lost connection again; 0: none are made.
+        /// Milliseconds between attempts to restore a lost connection; 0: the front-end makes none.
         reconnect_ms: u32,
     },
     /// A virtio block device that the VMM itself serves.
     VirtioBlk {
-        /// Where it is.
+        /// The PCI address.
         slot: Slot,
         /// The disk image.
         file: String,
@@ -80,7 +80,7 @@ pub enum Device {
 }
 
 impl Device {
-    /// Where it is.
+    /// The PCI address.
     pub fn slot(&self) -> Slot {
         match self {
             Device::Vvu { slot, .. } | Device::VhostUser { slot, .. } | Device::VirtioBlk { slot, .. } => {

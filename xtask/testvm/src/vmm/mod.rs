@@ -1,4 +1,4 @@
-//! Virtual machine monitors (VMMs): what each of them can do, and how it starts a VM.
+//! Virtual machine monitors (VMMs): the capabilities and the command line of each.
 //!
 //! [`Qemu`] runs every kind of VM. [`CloudHypervisor`] runs a sibling VM on a terminal. Another VMM is one more
 //! implementation of [`Vmm`], and one more name in `guest-images/versions.json` and [`obtain`].
@@ -27,30 +27,30 @@ use crate::vm::cpu::Cpu;
 
 use cloud_hypervisor::CloudHypervisor;
 
-/// A VMM that is installed, with all that its program needs to run.
+/// A VMM that can be started.
 pub trait Vmm: fmt::Debug + Send + Sync {
-    /// Its name, such as `QEMU`.
+    /// The name, such as `QEMU`.
     fn name(&self) -> &'static str;
 
     /// The program.
     fn program(&self) -> &Path;
 
-    /// Its version as it tells it, such as `11.1.3`.
+    /// The version that the program reports, such as `11.1.3`.
     fn version(&self) -> &str;
 
-    /// What it can do.
+    /// The kinds of VM that it can run.
     fn capabilities(&self) -> Capabilities;
 
-    /// Parts of lines that it prints when it cannot go on although its process does.
+    /// Parts of the lines that it prints when it cannot go on, although its process does not exit.
     fn failures(&self) -> &'static [&'static str];
 
-    /// A command that starts it, to which a VM's own arguments are added.
+    /// The command that starts it, without a VM's arguments.
     fn command(&self) -> Command;
 
-    /// The words that a shell script writes before a VM's own arguments.
+    /// The words that a shell script writes before a VM's arguments.
     fn argv_prefix(&self) -> Vec<String>;
 
-    /// The arguments that start a VM. The same VM always gets the same.
+    /// The arguments that start a VM. Equal input gives equal arguments.
     ///
     /// # Errors
     ///
@@ -70,19 +70,20 @@ impl From<&dyn Vmm> for facts::Qemu {
     }
 }
 
-/// What a VMM can do. All of them start a Linux kernel without firmware and connect virtio-blk to a vhost-user socket.
+/// The kinds of VM that a VMM can run. Every VMM starts a Linux kernel without firmware and has a vhost-user front-end
+/// for disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
-    /// What can run the guests' code.
+    /// The accelerators that it runs on.
     pub accelerators: &'static [Kind],
-    /// Hosts a vvu device behind an IOMMU: can run a device VM.
+    /// It hosts vvu devices, so it can run a device VM.
     pub vvu_devices: bool,
-    /// Takes the console and the control port as file descriptors that it inherits, and writes a log of the console:
-    /// commands can be run in the guest.
+    /// It inherits the console and the control port as file descriptors and writes a log of the console, so commands
+    /// can be run in the guest.
     pub inherited_ports: bool,
-    /// Can run CPUs of a model other than the accelerator's best.
+    /// It has CPU models other than the best of the accelerator.
     pub cpu_models: bool,
-    /// IOMMUs in front of the devices.
+    /// It has IOMMUs.
     pub iommus: bool,
 }
 
@@ -98,18 +99,18 @@ impl Capabilities {
         let vvu = config.devices.iter().any(|device| matches!(device, Device::Vvu { .. }));
         ensure!(
             self.vvu_devices || !vvu,
-            "{vm}: {name} cannot host a vvu device here: run QEMU in the device VM"
+            "{vm}: this {name} cannot host a vvu device: want a VMM with a vfio-user client, such as QEMU 10.1 or later"
         );
         ensure!(
             self.inherited_ports || matches!(serial, Serial::Terminal),
-            "{vm}: {name} has no control port that it inherits, so no commands can be run in its guest: run it on a \
-             terminal, with `cargo xtask vm`"
+            "{vm}: {name} cannot inherit a control port, so no commands can be run in its guest: run the VM on a terminal, \
+             with `cargo xtask vm`"
         );
         ensure!(
             self.cpu_models || config.cpu == Cpu::Best,
-            "{vm}: {name} has the host's CPU only: leave `cpu` out"
+            "{vm}: {name} offers the host's CPU only: leave `cpu` out"
         );
-        ensure!(self.iommus || config.iommu.is_none(), "{vm}: {name} has no IOMMU that is supported here");
+        ensure!(self.iommus || config.iommu.is_none(), "{vm}: no IOMMU of {name} is supported here");
         Ok(())
     }
 }
