@@ -5,28 +5,29 @@ pub(crate) mod config;
 pub(crate) mod cpu;
 pub(crate) mod frontend;
 pub(crate) mod iommu;
+mod log;
 
-use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, anyhow, bail, ensure};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use regex::Regex;
 use vvu_init::protocol::{Action, Empty, End, Exit, Identity, Kill, Outcome, Output, Run, Spawn};
 use vvu_process::children::{self, Running};
 use vvu_process::interrupt;
+use vvu_process::text::printable;
 
 use crate::console::{Console, Found};
 use crate::control::Control;
+use crate::spawned::ending;
 use crate::watch::{Part, Watch, lock};
+use log::VmmLog;
 
-/// Bytes of the VMM's own output that an error shows.
-const VMM_TAIL: usize = 1500;
 /// How long before its deadline a command is ended in the guest, so that its output still arrives.
 const ANSWER_GRACE: Duration = Duration::from_secs(10);
 /// How long a VMM that is ending may take to end, when an error is explained.
@@ -61,35 +62,11 @@ struct State {
     vmm: Running,
     console: Console,
     control: Control,
-    logs: Logs,
-    /// Parts of lines that the VMM prints when it cannot go on although its process does.
-    failures: &'static [&'static str],
-    spawned: Spawned,
+    /// The log of the console.
+    console_log: PathBuf,
+    vmm_log: VmmLog,
     /// The VM was shut down or killed on purpose, so its end is no failure.
     over: bool,
-}
-
-/// The spawned commands of a VM.
-#[derive(Default)]
-struct Spawned {
-    /// The exit code with which each is to end. A command that is killed is removed: it may end in any way.
-    expected: BTreeMap<String, i32>,
-    /// How commands have ended, until a wait asks for it.
-    ended: BTreeMap<String, End>,
-}
-
-impl Spawned {
-    /// Records which commands have ended; fails if one did not end as expected.
-    fn check(&mut self, control: &mut Control) -> Result<()> {
-        for (name, end) in control.ended()? {
-            let expected = self.expected.remove(&name);
-            if expected.is_some_and(|code| end != End::Code(code)) {
-                bail!("the spawned command {name} ended with {}", ending(end));
-            }
-            self.ended.insert(name, end);
-        }
-        Ok(())
-    }
 }
 
 impl Vm {
@@ -112,13 +89,13 @@ impl Vm {
         let errors = OpenOptions::new().create(true).append(true).open(&logs.vmm);
         let errors = errors.with_context(|| format!("cannot write {}", logs.vmm.display()))?;
         command.stdin(OwnedFd::from(control_end)).stdout(console_end).stderr(Stdio::from(errors));
+        let vmm_log = VmmLog::follow(logs.vmm, failures)?;
         let launched = Instant::now();
         let vmm = children::spawn(command).with_context(|| format!("cannot start the VM {name}"))?;
         let id = vmm.id();
         let (console, control) = (Console::new(console)?, Control::new(control)?);
-        let spawned = Spawned::default();
-        let state =
-            State { name: name.to_owned(), vmm, console, control, logs, failures, spawned, over: false };
+        let console_log = logs.console;
+        let state = State { name: name.to_owned(), vmm, console, control, console_log, vmm_log, over: false };
         let state = Arc::new(Mutex::new(state));
         let part: Arc<Mutex<dyn Part>> = state.clone();
         watch.add(Arc::downgrade(&part));
@@ -159,10 +136,10 @@ impl Vm {
     /// Fails as every wait does, and after `deadline`.
     pub fn wait_for(&self, pattern: &Regex, deadline: Instant) -> Result<Found> {
         let mut state = self.lock();
-        let State { vmm, console, control, logs, failures, spawned, .. } = &mut *state;
+        let State { vmm, console, control, vmm_log, .. } = &mut *state;
         let found = console.wait(pattern, deadline, || {
-            alive(vmm, logs, failures)?;
-            spawned.check(control)?;
+            alive(vmm, vmm_log)?;
+            control.check()?;
             self.watch.check()
         });
         found.map_err(|error| state.explain(&error))
@@ -215,18 +192,21 @@ impl Vm {
         }
     }
 
-    /// Starts a shell command that stays. From now on its end fails every wait, unless its exit code is `expected`.
+    /// Starts a shell command that stays. Its end fails every wait of the lab, unless its exit code is `expected`.
     ///
     /// # Errors
     ///
     /// Fails as every wait does, after `deadline`, and if the guest refuses.
     pub fn spawn(&self, name: &str, command: &str, expected: i32, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
-        state.spawned.ended.remove(name);
+        // Before the request, since the command may end before the answer arrives.
+        state.control.spawned.expect(name, expected);
         let action = Action::Spawn(Spawn { name: name.to_owned(), command: command.to_owned() });
-        state.request(action, deadline, &self.watch)?;
-        state.spawned.expected.insert(name.to_owned(), expected);
-        Ok(())
+        let answer = state.request(action, deadline, &self.watch);
+        if answer.is_err() {
+            state.control.spawned.allow(name);
+        }
+        answer.map(drop)
     }
 
     /// Sends a signal to a spawned command and waits until the command has ended.
@@ -236,7 +216,7 @@ impl Vm {
     /// Fails as every wait does, after `deadline`, and if there is no such command.
     pub fn kill(&self, name: &str, signal: i32, deadline: Instant) -> Result<End> {
         let mut state = self.lock();
-        state.spawned.expected.remove(name);
+        state.control.spawned.allow(name);
         let action = Action::Kill(Kill { name: name.to_owned(), signal });
         state.request(action, deadline, &self.watch)?;
         state.wait_for_end(name, deadline, &self.watch)
@@ -258,12 +238,11 @@ impl Vm {
     /// Fails as every wait does, and after `deadline`.
     pub fn reboot(&self, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
-        state.spawned.expected.clear();
         state.control.restarting();
         state.request(Action::Reboot(Empty {}), deadline, &self.watch)?;
         state.ready(deadline, &self.watch)?;
-        // The guest may still have told the end of some commands.
-        state.spawned = Spawned::default();
+        // The guest may have told the end of some commands before it rebooted.
+        state.control.spawned.clear();
         Ok(())
     }
 
@@ -274,6 +253,9 @@ impl Vm {
     /// Fails as every wait does, and after `deadline`.
     pub fn power_off(&self, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
+        state.check()?;
+        // The guest ends its commands.
+        state.control.spawned.clear();
         state.request(Action::PowerOff(Empty {}), deadline, &self.watch)?;
         let vmm = &mut state.vmm;
         let ended =
@@ -324,50 +306,47 @@ impl Part for State {
         if self.over {
             return Ok(());
         }
-        let Self { vmm, console, control, logs, failures, spawned, .. } = self;
-        let fine =
-            console.check().and_then(|()| alive(vmm, logs, failures)).and_then(|()| spawned.check(control));
+        let Self { vmm, console, control, vmm_log, .. } = self;
+        let fine = console.check().and_then(|()| alive(vmm, vmm_log)).and_then(|()| control.check());
         fine.map_err(|error| self.explain(&error))
     }
 }
 
 impl State {
     fn ready(&mut self, deadline: Instant, watch: &Watch) -> Result<Identity> {
-        let Self { vmm, console, control, logs, failures, .. } = self;
+        let Self { vmm, console, control, vmm_log, .. } = self;
         let ready = control.ready(deadline, || {
             console.check()?;
-            alive(vmm, logs, failures)?;
+            alive(vmm, vmm_log)?;
             watch.check()
         });
         ready.cloned().map_err(|error| self.explain(&error))
     }
 
     fn wait_for_end(&mut self, name: &str, deadline: Instant, watch: &Watch) -> Result<End> {
-        let Self { vmm, console, control, logs, failures, spawned, .. } = self;
+        let Self { vmm, console, control, vmm_log, .. } = self;
         let end = loop {
-            if let Err(error) = spawned.check(control) {
-                break Err(error);
-            }
-            if let Some(end) = spawned.ended.remove(name) {
+            if let Some(end) = control.spawned.take_end(name) {
                 break Ok(end);
             }
             let waited = control.wait(deadline, || {
                 console.check()?;
-                alive(vmm, logs, failures)?;
+                alive(vmm, vmm_log)?;
                 watch.check()
             });
             if let Err(error) = waited {
-                break Err(error.context(format!("{name} has not ended")));
+                let late = Instant::now() >= deadline;
+                break Err(if late { error.context(format!("{name} has not ended")) } else { error });
             }
         };
         end.map_err(|error| self.explain(&error))
     }
 
     fn request(&mut self, action: Action, deadline: Instant, watch: &Watch) -> Result<Outcome> {
-        let Self { vmm, console, control, logs, failures, .. } = self;
+        let Self { vmm, console, control, vmm_log, .. } = self;
         let outcome = control.request(action, deadline, || {
             console.check()?;
-            alive(vmm, logs, failures)?;
+            alive(vmm, vmm_log)?;
             watch.check()
         });
         outcome.map_err(|error| self.explain(&error))
@@ -382,7 +361,7 @@ impl State {
         // The end of a port is mostly seen before that of the process behind it.
         if let Ok(Some(status)) = self.vmm.wait_timeout(END_LIMIT) {
             text.push_str(&format!("\nthe VMM ended with {status}"));
-            let said = tail(&self.logs.vmm);
+            let said = self.vmm_log.tail();
             if !said.is_empty() {
                 text.push_str(&format!(" and said:\n| {}", said.replace('\n', "\n| ")));
             }
@@ -393,29 +372,22 @@ impl State {
         } else {
             text.push_str(&format!("\nlast lines of its console:\n| {}", lines.join("\n| ")));
         }
-        text.push_str(&format!("\nmore in {} and {}", self.logs.console.display(), self.logs.vmm.display()));
+        text.push_str(&format!(
+            "\nmore in {} and {}",
+            self.console_log.display(),
+            self.vmm_log.path().display()
+        ));
         anyhow!(text)
     }
 }
 
 /// Fails if the VMM has ended or says that it cannot go on.
-fn alive(vmm: &mut Running, logs: &Logs, failures: &[&str]) -> Result<()> {
+fn alive(vmm: &mut Running, log: &mut VmmLog) -> Result<()> {
     if let Some(status) = vmm.wait_timeout(Duration::ZERO).context("cannot wait for the VMM")? {
-        bail!("the VMM ended ({status}) before its time");
+        let reset = if status.success() { ": the guest reset itself or powered off" } else { "" };
+        bail!("the VMM ended ({status}) before its time{reset}");
     }
-    let said = tail(&logs.vmm);
-    let failure = failures.iter().find_map(|failure| said.lines().find(|line| line.contains(failure)));
-    ensure!(failure.is_none(), "the VMM cannot go on: {}", failure.unwrap_or_default());
-    Ok(())
-}
-
-/// How a command ended, as part of a message.
-#[must_use]
-pub fn ending(end: End) -> String {
-    match end {
-        End::Code(code) => format!("exit code {code}"),
-        End::Signal(signal) => format!("signal {signal}"),
-    }
+    log.check()
 }
 
 /// What a command printed, as part of a message.
@@ -423,17 +395,10 @@ pub fn ending(end: End) -> String {
 pub fn printed(output: &Output) -> String {
     let mut text = String::new();
     for (name, content) in [("stdout", &output.stdout), ("stderr", &output.stderr)] {
-        let content = content.trim_end();
+        let content = printable(content.trim_end());
         if !content.is_empty() {
             text.push_str(&format!("\n{name}:\n| {}", content.replace('\n', "\n| ")));
         }
     }
     text
-}
-
-/// The end of a small log; empty if it cannot be read.
-fn tail(path: &Path) -> String {
-    let bytes = fs::read(path).unwrap_or_default();
-    let start = bytes.len().saturating_sub(VMM_TAIL);
-    String::from_utf8_lossy(&bytes[start..]).trim().to_owned()
 }
