@@ -1,37 +1,41 @@
-//! Command lines for the shell, and the script that starts a run's VMs by hand.
+//! `replay.sh`: the script that starts the proxies and VMs of a run by hand.
 
 use std::fmt::Write;
 
 use crate::format::Step;
 use vvu_testvm::facts::{command_line, quoted};
 
-/// A process of a run and how to start it in a terminal.
+/// A process of a run, which the script starts in a terminal.
 #[derive(Debug, Clone)]
 pub struct Part {
     /// `device`, `sibling`, or the vvu device's name for its proxy.
     pub name: String,
     /// Its program and arguments.
     pub words: Vec<String>,
-    /// What was done in it, with all placeholders filled in.
+    /// The steps that were carried out in it, as text for people.
     pub steps: Vec<String>,
 }
 
-/// A script that starts each part in a terminal of its own. `socket_dir` may be gone by then.
+/// A script that starts each part in a terminal of its own and, without an argument, prints how. It makes `socket_dir`,
+/// which the run may have removed.
 pub fn replay_script(run: &str, socket_dir: &str, parts: &[Part]) -> String {
-    let mut usage =
-        format!("Starts by hand what the run {run} started; each in a terminal of its own, in this order:\n");
+    let title = format!("Starts by hand what the run {run} started; each in a terminal of its own, in this order:");
+    let mut usage = format!("    printf '%s\\n' {}\n", quoted(&title));
     let mut cases = String::new();
     for Part { name, words, steps } in parts {
-        let _ = writeln!(usage, "\n    $0 {name}");
+        let name = quoted(name);
+        let _ = writeln!(usage, "    printf '\\n    %s %s\\n' \"$0\" {name}");
         for step in steps {
-            let _ = writeln!(usage, "        {step}");
+            // The text of a scenario is data to the shell, whatever is in it.
+            let step = quoted(&step.replace('\n', "\n        "));
+            let _ = writeln!(usage, "    printf '        %s\\n' {step}");
         }
-        let _ = writeln!(cases, "{})\n    exec {}\n    ;;", quoted(name), command_line(words));
+        let _ = writeln!(cases, "{name})\n    exec {}\n    ;;", command_line(words));
     }
     let dir = quoted(socket_dir);
     format!(
-        "#!/bin/sh\n# {run}: run without an argument for help.\nset -eu\n[ -d {dir} ] || mkdir -m 700 {dir}\n\
-         case \"${{1:-}}\" in\n{cases}*)\n    sed \"s|\\$0|$0|\" <<'END'\n{usage}END\n    ;;\nesac\n"
+        "#!/bin/sh\n# Run it without an argument for help.\nset -eu\n[ -d {dir} ] || mkdir -m 700 {dir}\n\
+         case \"${{1:-}}\" in\n{cases}*)\n{usage}    ;;\nesac\n"
     )
 }
 
@@ -44,5 +48,26 @@ pub fn by_hand(step: &Step) -> String {
         Step::PowerOff(_) => "# poweroff".to_owned(),
         Step::Reboot(_) => "# reboot".to_owned(),
         step => format!("({step})"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn the_text_of_a_scenario_is_printed_and_not_run() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let evil = "# true\nEND\ntouch $PWD/ran\n`touch ran` $(touch ran) 'it''s' %s \\n\ncat <<'END'".to_owned();
+        let part = Part { name: "device".to_owned(), words: vec!["true".to_owned()], steps: vec![evil.clone()] };
+        let script = replay_script("run", &dir.path().display().to_string(), &[part]);
+        let output = Command::new("sh").args(["-c", &script, "replay.sh"]).current_dir(dir.path()).output();
+        let output = output.expect("sh starts");
+        assert!(output.status.success(), "{output:?}");
+        assert!(!dir.path().join("ran").exists(), "the scenario's text was run");
+        let printed = String::from_utf8(output.stdout).expect("UTF-8");
+        assert!(printed.contains(&evil.replace('\n', "\n        ")), "{printed}");
+        assert!(printed.contains("\n    replay.sh device\n"), "{printed}");
     }
 }
