@@ -7,8 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use vvu_init::protocol::{Action, Answer, End, Event, Identity, MAX_ANSWER, Message, Outcome, Request, line};
+use vvu_init::protocol::{Action, Answer, Event, Identity, MAX_ANSWER, Message, Outcome, Request, line};
 
+use crate::spawned::Spawned;
 use crate::watch::PERIOD;
 
 /// A guest that reads nothing for this long is stuck.
@@ -22,7 +23,8 @@ pub(crate) struct Control {
     messages: Receiver<Result<Message>>,
     last_id: u64,
     ready: Option<Identity>,
-    ended: Vec<(String, End)>,
+    /// The commands that the guest was asked to spawn.
+    pub(crate) spawned: Spawned,
 }
 
 impl Control {
@@ -32,7 +34,7 @@ impl Control {
         let reader = stream.try_clone().context("cannot clone the control port")?;
         let (sender, messages) = sync_channel(BACKLOG);
         thread::spawn(move || read(reader, &sender));
-        Ok(Self { stream, messages, last_id: 0, ready: None, ended: Vec::new() })
+        Ok(Self { stream, messages, last_id: 0, ready: None, spawned: Spawned::default() })
     }
 
     /// Waits until the guest serves requests.
@@ -52,12 +54,13 @@ impl Control {
         self.ready.as_ref().context("the guest is not ready")
     }
 
-    /// Expects the guest to get ready again.
+    /// Expects the guest to get ready again; its spawned commands end.
     pub(crate) fn restarting(&mut self) {
         self.ready = None;
+        self.spawned.clear();
     }
 
-    /// Waits until the guest sends an event, such as those that [`Control::ended`] returns.
+    /// Waits until the guest sends a message, such as the end of a spawned command.
     ///
     /// # Errors
     ///
@@ -93,12 +96,16 @@ impl Control {
         }
     }
 
-    /// The spawned commands that have ended since the last call, and how they ended.
-    pub(crate) fn ended(&mut self) -> Result<Vec<(String, End)>> {
+    /// Fails if the guest has restarted unasked or a spawned command has ended unexpectedly.
+    ///
+    /// # Errors
+    ///
+    /// Fails as well if the guest sends nonsense.
+    pub(crate) fn check(&mut self) -> Result<()> {
         while let Ok(message) = self.messages.try_recv() {
-            self.sort(message?);
+            self.sort(message?)?;
         }
-        Ok(std::mem::take(&mut self.ended))
+        Ok(())
     }
 
     /// Waits for one message and returns it if it is an answer.
@@ -110,7 +117,7 @@ impl Control {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.messages.recv_timeout(PERIOD.min(left)) {
-                Ok(message) => return Ok(self.sort(message?)),
+                Ok(message) => return self.sort(message?),
                 Err(RecvTimeoutError::Disconnected) => bail!("the control port ended"),
                 Err(RecvTimeoutError::Timeout) => {
                     check()?;
@@ -122,15 +129,21 @@ impl Control {
         }
     }
 
-    fn sort(&mut self, message: Message) -> Option<Answer> {
+    fn sort(&mut self, message: Message) -> Result<Option<Answer>> {
         match message {
-            Message::Answer(answer) => return Some(answer),
-            Message::Event(Event::Ready(identity)) => self.ready = Some(identity),
-            Message::Event(Event::Exited { name, end }) => self.ended.push((name, end)),
-            // The request gets no answer, so its wait ends at its deadline; the guest explains on its console.
-            Message::Event(Event::BadRequest { .. }) => {}
+            Message::Answer(answer) => return Ok(Some(answer)),
+            Message::Event(Event::Ready(identity)) => {
+                if self.ready.replace(identity).is_some() {
+                    let gone = self.spawned.clear();
+                    let gone =
+                        if gone.is_empty() { String::new() } else { format!("; {} gone with it", gone.join(", ")) };
+                    bail!("the guest was restarted, although nobody asked for it{gone}");
+                }
+            }
+            Message::Event(Event::Exited { name, end }) => self.spawned.record(name, end)?,
+            Message::Event(Event::BadRequest { error }) => bail!("the guest could not read a request: {error}"),
         }
-        None
+        Ok(None)
     }
 }
 
@@ -166,7 +179,7 @@ fn excerpt(line: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vvu_init::protocol::{Empty, Exit, Output};
+    use vvu_init::protocol::{Empty, End, Exit, Output};
 
     fn far() -> Instant {
         Instant::now() + Duration::from_secs(20)
@@ -208,9 +221,46 @@ mod tests {
         assert_eq!(control.ready(far(), || Ok(())).expect("ready").kernel, "6.12");
         let outcome = control.request(Action::Hello(Empty {}), far(), || Ok(())).expect("answered");
         assert!(matches!(outcome, Outcome::Exit(Exit { end: End::Code(3), .. })));
-        assert_eq!(control.ended().expect("readable"), [("backend".to_owned(), End::Signal(9))]);
+        control.check().expect("as expected");
+        assert_eq!(control.spawned.take_end("backend"), Some(End::Signal(9)));
         let error = control.request(Action::Hello(Empty {}), far(), || Ok(())).expect_err("refused");
         assert_eq!(error.to_string(), "the guest refused: no");
+    }
+
+    #[test]
+    fn a_restart_that_nobody_asked_for_ends_the_wait_and_names_what_is_gone() {
+        let ready = || Message::Event(Event::Ready(Identity { kernel: "6.12".into(), init: "0.1".into() }));
+        let mut control = guest(move |mut stream, mut reader| {
+            send(&mut stream, &ready());
+            next(&mut reader);
+            // The answer to the request never comes.
+            send(&mut stream, &ready());
+            next(&mut reader);
+            send(&mut stream, &ready());
+            next(&mut reader);
+        });
+        control.ready(far(), || Ok(())).expect("ready");
+        control.spawned.expect("keeper", 0);
+        let mut request = || control.request(Action::Hello(Empty {}), far(), || Ok(()));
+        let error = request().expect_err("restarted").to_string();
+        assert_eq!(error, "the guest was restarted, although nobody asked for it; keeper gone with it");
+        let error = request().expect_err("restarted again").to_string();
+        assert_eq!(error, "the guest was restarted, although nobody asked for it");
+        control.restarting();
+        assert!(control.ready(Instant::now(), || Ok(())).is_err(), "not ready yet");
+    }
+
+    #[test]
+    fn the_end_of_a_spawned_command_ends_a_wait_for_an_answer() {
+        let mut control = guest(|mut stream, mut reader| {
+            next(&mut reader);
+            let end = End::Code(1);
+            send(&mut stream, &Message::Event(Event::Exited { name: "backend".into(), end }));
+            next(&mut reader);
+        });
+        control.spawned.expect("backend", 0);
+        let error = control.request(Action::Hello(Empty {}), far(), || Ok(())).expect_err("ended");
+        assert_eq!(error.to_string(), "the spawned command backend ended with exit code 1");
     }
 
     #[test]

@@ -57,6 +57,7 @@ mod process;
 mod proxy;
 mod rundir;
 mod setup;
+mod spawned;
 mod vm;
 mod vmm;
 mod watch;
@@ -75,5 +76,6 @@ pub use vm::frontend::{
     BlockFrontend, Features, Frontend, FsFrontend, MAX_QUEUES, NetFrontend, PlainFrontend,
 };
 pub use vm::iommu::Iommu;
-pub use vm::{Vm, ending, printed};
+pub use spawned::ending;
+pub use vm::{Vm, printed};
 pub use vmm::{Capabilities, Vmm};

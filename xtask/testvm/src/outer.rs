@@ -19,7 +19,8 @@ use crate::obtain::SetupOptions;
 use crate::prepared;
 use crate::vm::config::{Boot, Config};
 use crate::vm::cpu::Cpu;
-use crate::vm::{Vm, ending, printed};
+use crate::spawned::ending;
+use crate::vm::{Vm, printed};
 
 /// Adds KVM to the guest kernel.
 const FRAGMENT: &str = "kvm";

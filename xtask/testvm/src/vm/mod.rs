@@ -6,7 +6,6 @@ pub(crate) mod cpu;
 pub(crate) mod frontend;
 pub(crate) mod iommu;
 
-use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -23,6 +22,7 @@ use vvu_process::interrupt;
 
 use crate::console::{Console, Found};
 use crate::control::Control;
+use crate::spawned::ending;
 use crate::watch::{Part, Watch, lock};
 
 /// Bytes of the VMM's own output that an error shows.
@@ -64,32 +64,8 @@ struct State {
     logs: Logs,
     /// Parts of lines that the VMM prints when it cannot go on although its process does.
     failures: &'static [&'static str],
-    spawned: Spawned,
     /// The VM was shut down or killed on purpose, so its end is no failure.
     over: bool,
-}
-
-/// The spawned commands of a VM.
-#[derive(Default)]
-struct Spawned {
-    /// The exit code with which each is to end. A command that is killed is removed: it may end in any way.
-    expected: BTreeMap<String, i32>,
-    /// How commands have ended, until a wait asks for it.
-    ended: BTreeMap<String, End>,
-}
-
-impl Spawned {
-    /// Records which commands have ended; fails if one did not end as expected.
-    fn check(&mut self, control: &mut Control) -> Result<()> {
-        for (name, end) in control.ended()? {
-            let expected = self.expected.remove(&name);
-            if expected.is_some_and(|code| end != End::Code(code)) {
-                bail!("the spawned command {name} ended with {}", ending(end));
-            }
-            self.ended.insert(name, end);
-        }
-        Ok(())
-    }
 }
 
 impl Vm {
@@ -116,9 +92,8 @@ impl Vm {
         let vmm = children::spawn(command).with_context(|| format!("cannot start the VM {name}"))?;
         let id = vmm.id();
         let (console, control) = (Console::new(console)?, Control::new(control)?);
-        let spawned = Spawned::default();
         let state =
-            State { name: name.to_owned(), vmm, console, control, logs, failures, spawned, over: false };
+            State { name: name.to_owned(), vmm, console, control, logs, failures, over: false };
         let state = Arc::new(Mutex::new(state));
         let part: Arc<Mutex<dyn Part>> = state.clone();
         watch.add(Arc::downgrade(&part));
@@ -159,10 +134,10 @@ impl Vm {
     /// Fails as every wait does, and after `deadline`.
     pub fn wait_for(&self, pattern: &Regex, deadline: Instant) -> Result<Found> {
         let mut state = self.lock();
-        let State { vmm, console, control, logs, failures, spawned, .. } = &mut *state;
+        let State { vmm, console, control, logs, failures, .. } = &mut *state;
         let found = console.wait(pattern, deadline, || {
             alive(vmm, logs, failures)?;
-            spawned.check(control)?;
+            control.check()?;
             self.watch.check()
         });
         found.map_err(|error| state.explain(&error))
@@ -215,18 +190,21 @@ impl Vm {
         }
     }
 
-    /// Starts a shell command that stays. From now on its end fails every wait, unless its exit code is `expected`.
+    /// Starts a shell command that stays. Its end fails every wait of the lab, unless its exit code is `expected`.
     ///
     /// # Errors
     ///
     /// Fails as every wait does, after `deadline`, and if the guest refuses.
     pub fn spawn(&self, name: &str, command: &str, expected: i32, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
-        state.spawned.ended.remove(name);
+        // Before the request, since the command may end before the answer arrives.
+        state.control.spawned.expect(name, expected);
         let action = Action::Spawn(Spawn { name: name.to_owned(), command: command.to_owned() });
-        state.request(action, deadline, &self.watch)?;
-        state.spawned.expected.insert(name.to_owned(), expected);
-        Ok(())
+        let answer = state.request(action, deadline, &self.watch);
+        if answer.is_err() {
+            state.control.spawned.allow(name);
+        }
+        answer.map(drop)
     }
 
     /// Sends a signal to a spawned command and waits until the command has ended.
@@ -236,7 +214,7 @@ impl Vm {
     /// Fails as every wait does, after `deadline`, and if there is no such command.
     pub fn kill(&self, name: &str, signal: i32, deadline: Instant) -> Result<End> {
         let mut state = self.lock();
-        state.spawned.expected.remove(name);
+        state.control.spawned.allow(name);
         let action = Action::Kill(Kill { name: name.to_owned(), signal });
         state.request(action, deadline, &self.watch)?;
         state.wait_for_end(name, deadline, &self.watch)
@@ -258,12 +236,11 @@ impl Vm {
     /// Fails as every wait does, and after `deadline`.
     pub fn reboot(&self, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
-        state.spawned.expected.clear();
         state.control.restarting();
         state.request(Action::Reboot(Empty {}), deadline, &self.watch)?;
         state.ready(deadline, &self.watch)?;
-        // The guest may still have told the end of some commands.
-        state.spawned = Spawned::default();
+        // The guest may have told the end of some commands before it rebooted.
+        state.control.spawned.clear();
         Ok(())
     }
 
@@ -274,6 +251,9 @@ impl Vm {
     /// Fails as every wait does, and after `deadline`.
     pub fn power_off(&self, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
+        state.check()?;
+        // The guest ends its commands.
+        state.control.spawned.clear();
         state.request(Action::PowerOff(Empty {}), deadline, &self.watch)?;
         let vmm = &mut state.vmm;
         let ended =
@@ -324,9 +304,9 @@ impl Part for State {
         if self.over {
             return Ok(());
         }
-        let Self { vmm, console, control, logs, failures, spawned, .. } = self;
+        let Self { vmm, console, control, logs, failures, .. } = self;
         let fine =
-            console.check().and_then(|()| alive(vmm, logs, failures)).and_then(|()| spawned.check(control));
+            console.check().and_then(|()| alive(vmm, logs, failures)).and_then(|()| control.check());
         fine.map_err(|error| self.explain(&error))
     }
 }
@@ -339,16 +319,13 @@ impl State {
             alive(vmm, logs, failures)?;
             watch.check()
         });
-        ready.cloned().map_err(|error| self.explain(&error))
+        ready.map_err(|error| self.explain(&error))
     }
 
     fn wait_for_end(&mut self, name: &str, deadline: Instant, watch: &Watch) -> Result<End> {
-        let Self { vmm, console, control, logs, failures, spawned, .. } = self;
+        let Self { vmm, console, control, logs, failures, .. } = self;
         let end = loop {
-            if let Err(error) = spawned.check(control) {
-                break Err(error);
-            }
-            if let Some(end) = spawned.ended.remove(name) {
+            if let Some(end) = control.spawned.take_end(name) {
                 break Ok(end);
             }
             let waited = control.wait(deadline, || {
@@ -357,7 +334,8 @@ impl State {
                 watch.check()
             });
             if let Err(error) = waited {
-                break Err(error.context(format!("{name} has not ended")));
+                let late = Instant::now() >= deadline;
+                break Err(if late { error.context(format!("{name} has not ended")) } else { error });
             }
         };
         end.map_err(|error| self.explain(&error))
@@ -401,21 +379,13 @@ impl State {
 /// Fails if the VMM has ended or says that it cannot go on.
 fn alive(vmm: &mut Running, logs: &Logs, failures: &[&str]) -> Result<()> {
     if let Some(status) = vmm.wait_timeout(Duration::ZERO).context("cannot wait for the VMM")? {
-        bail!("the VMM ended ({status}) before its time");
+        let reset = if status.success() { ": the guest reset itself or powered off" } else { "" };
+        bail!("the VMM ended ({status}) before its time{reset}");
     }
     let said = tail(&logs.vmm);
     let failure = failures.iter().find_map(|failure| said.lines().find(|line| line.contains(failure)));
     ensure!(failure.is_none(), "the VMM cannot go on: {}", failure.unwrap_or_default());
     Ok(())
-}
-
-/// How a command ended, as part of a message.
-#[must_use]
-pub fn ending(end: End) -> String {
-    match end {
-        End::Code(code) => format!("exit code {code}"),
-        End::Signal(signal) => format!("signal {signal}"),
-    }
 }
 
 /// What a command printed, as part of a message.
