@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -106,7 +106,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     })
     .context("cannot make the vvu device")?;
     if let Some(path) = &args.trace {
-        let file = fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        let file = trace_file(path).with_context(|| format!("cannot write {}", path.display()))?;
         device.set_trace(Trace::new(file));
     }
     let server = Server::new(vfio_user.listener().try_clone()?, stop)?;
@@ -196,9 +196,23 @@ impl FromStr for Size {
     }
 }
 
+/// Makes the file for the trace. Only its owner may read it, since messages can hold keys of sessions.
+fn trace_file(path: &Path) -> io::Result<fs::File> {
+    fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn only_its_owner_may_read_a_trace() {
+        let dir = tempfile::tempdir().expect("directory");
+        let file = trace_file(&dir.path().join("trace")).expect("made");
+        let mode = file.metadata().expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
 
     #[test]
     fn sizes_have_units_and_whole_pages() {
