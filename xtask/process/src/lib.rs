@@ -4,3 +4,4 @@ pub mod children;
 pub mod interrupt;
 pub mod logged;
 pub mod progress;
+pub mod text;

@@ -14,12 +14,13 @@ use rexpect::error::Error as ExpectError;
 use rexpect::reader::Options;
 use rexpect::session::{ReadUntil, StreamSession};
 use vvu_init::protocol::{RUN_ECHO, SPAWN_ECHO};
+use vvu_process::text::printable;
 
 use crate::watch::PERIOD;
 
 /// Patterns that no healthy guest prints.
 const FAILURES: &str =
-    r"Kernel panic|BUG: |Oops: |general protection fault|Out of memory|emulation failure|vvu-init: failed";
+    r"Kernel panic|BUG: |Oops: |general protection fault|Out of memory|emulation failure|vvu-init: failed|Initramfs unpacking failed";
 /// Beginning of a line, up to a failure, that no spawned command has printed: those begin with `[NAME]`.
 const GUESTS_OWN: &str = r"^(?:[^\[\n][^\n]*)?";
 /// Beginning of a kernel message with its time, up to a failure. It may stand in the middle of another line.
@@ -152,7 +153,7 @@ impl State {
 /// The line that a wait found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
-    /// The line, without its end.
+    /// The line, without its end and with control characters replaced.
     pub line: String,
     /// The first capture group of the pattern; without one, the whole match.
     pub value: String,
@@ -190,7 +191,7 @@ impl Console {
                 let captures = pattern.captures(line).context("a line that matched matches no more")?;
                 let value = captures.get(1).or_else(|| captures.get(0)).map_or("", |value| value.as_str());
                 let start = captures.get(0).map_or(0, |found| found.start());
-                return Ok(Found { line: line[start..].to_owned(), value: value.to_owned() });
+                return Ok(Found { line: printable(&line[start..]), value: value.to_owned() });
             }
             check()?;
             let now = Instant::now();
@@ -209,7 +210,7 @@ impl Console {
     pub(crate) fn check(&mut self) -> Result<()> {
         let failures = self.failures.clone();
         match self.session.exp_any(vec![ReadUntil::Regex(failures)]) {
-            Ok((_, failure)) => Err(anyhow!("the guest failed: {}", failure.trim())),
+            Ok((_, failure)) => Err(anyhow!("the guest failed: {}", printable(failure.trim()))),
             Err(ExpectError::Timeout { .. } | ExpectError::EOF { .. }) => Ok(()),
             Err(error) => Err(error).context("cannot read the console"),
         }
@@ -219,14 +220,14 @@ impl Console {
     pub(crate) fn tail(&self) -> Vec<String> {
         let state = self.shared.lock();
         let partial = (!state.line.is_empty()).then(|| state.line.clone());
-        state.lines.iter().cloned().chain(partial).collect()
+        state.lines.iter().cloned().chain(partial).map(|line| printable(&line)).collect()
     }
 
     /// The match of `line` in what has arrived, or `None` if it has not arrived yet.
     fn poll(&mut self, line: &Regex) -> Result<Option<String>> {
         let needles = vec![ReadUntil::Regex(self.failures.clone()), ReadUntil::Regex(line.clone())];
         match self.session.exp_any(needles) {
-            Ok((_, text)) if self.failures.is_match(&text) => bail!("the guest failed: {}", text.trim()),
+            Ok((_, text)) if self.failures.is_match(&text) => bail!("the guest failed: {}", printable(text.trim())),
             Ok((_, text)) => Ok(Some(text)),
             Err(ExpectError::Timeout { .. }) => Ok(None),
             Err(ExpectError::EOF { .. }) => bail!("the console ended"),
@@ -322,6 +323,15 @@ mod tests {
             let shown = error.strip_prefix("the guest failed: ").expect("a failure");
             assert!(line.ends_with(shown), "{error}");
         }
+    }
+
+    #[test]
+    fn escape_sequences_of_a_guest_do_not_reach_the_terminal() {
+        let (mut console, mut guest) = console();
+        guest.write_all(b"\x1b]0;title\x07ready\r\n\x1b[2Jmore\n").expect("written");
+        assert_eq!(wait(&mut console, ".*ready").expect("found").line, r"\u{1b}]0;title\u{7}ready");
+        wait(&mut console, "more").expect("found");
+        assert_eq!(console.tail(), [r"\u{1b}]0;title\u{7}ready", r"\u{1b}[2Jmore"]);
     }
 
     #[test]

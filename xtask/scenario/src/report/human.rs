@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use vvu_process::text::printable;
 use vvu_testvm::facts::Outcome;
 
 use super::record::{CheckResult, Report};
@@ -71,7 +72,8 @@ fn line(text: &mut String, line: std::fmt::Arguments<'_>) {
 
 /// The last line of `evidence`, which tells most, cut to the width.
 fn shortened(evidence: &str) -> String {
-    let last = evidence.trim().lines().next_back().unwrap_or_default();
+    let evidence = printable(evidence.trim());
+    let last = evidence.lines().next_back().unwrap_or_default();
     if last.chars().count() <= EVIDENCE_WIDTH {
         return last.to_owned();
     }
@@ -81,5 +83,5 @@ fn shortened(evidence: &str) -> String {
 
 /// All of `evidence`, its further lines set in.
 fn indented(evidence: &str) -> String {
-    evidence.trim().replace('\n', "\n        ")
+    printable(evidence.trim()).replace('\n', "\n        ")
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use vvu_process::interrupt;
+use vvu_process::text::printable;
 use vvu_testvm::RunDir;
 use vvu_testvm::facts::Outcome;
 
@@ -21,7 +22,7 @@ const REPORT: &str = "report.json";
 pub fn publish(report: &Report, run: &RunDir, json: bool) -> Result<()> {
     run.write(REPORT, serde_json::to_vec_pretty(report).context("cannot write the report")?)?;
     if let Some(error) = &report.error {
-        eprintln!("error: {error}");
+        eprintln!("error: {}", printable(error));
     }
     tell(&format!("{}{}\n", table(report), run.path().display()), json);
     if report.result == Outcome::Pass {

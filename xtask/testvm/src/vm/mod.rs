@@ -5,28 +5,29 @@ pub(crate) mod config;
 pub(crate) mod cpu;
 pub(crate) mod frontend;
 pub(crate) mod iommu;
+mod log;
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, anyhow, bail, ensure};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use regex::Regex;
 use vvu_init::protocol::{Action, Empty, End, Exit, Identity, Kill, Outcome, Output, Run, Spawn};
 use vvu_process::children::{self, Running};
 use vvu_process::interrupt;
+use vvu_process::text::printable;
 
 use crate::console::{Console, Found};
 use crate::control::Control;
 use crate::spawned::ending;
 use crate::watch::{Part, Watch, lock};
+use log::VmmLog;
 
-/// Bytes of the VMM's own output that an error shows.
-const VMM_TAIL: usize = 1500;
 /// How long before its deadline a command is ended in the guest, so that its output still arrives.
 const ANSWER_GRACE: Duration = Duration::from_secs(10);
 /// How long a VMM that is ending may take to end, when an error is explained.
@@ -61,9 +62,9 @@ struct State {
     vmm: Running,
     console: Console,
     control: Control,
-    logs: Logs,
-    /// Parts of lines that the VMM prints when it cannot go on although its process does.
-    failures: &'static [&'static str],
+    /// The log of the console.
+    console_log: PathBuf,
+    vmm_log: VmmLog,
     /// The VM was shut down or killed on purpose, so its end is no failure.
     over: bool,
 }
@@ -88,12 +89,14 @@ impl Vm {
         let errors = OpenOptions::new().create(true).append(true).open(&logs.vmm);
         let errors = errors.with_context(|| format!("cannot write {}", logs.vmm.display()))?;
         command.stdin(OwnedFd::from(control_end)).stdout(console_end).stderr(Stdio::from(errors));
+        let vmm_log = VmmLog::follow(logs.vmm, failures)?;
         let launched = Instant::now();
         let vmm = children::spawn(command).with_context(|| format!("cannot start the VM {name}"))?;
         let id = vmm.id();
         let (console, control) = (Console::new(console)?, Control::new(control)?);
+        let console_log = logs.console;
         let state =
-            State { name: name.to_owned(), vmm, console, control, logs, failures, over: false };
+            State { name: name.to_owned(), vmm, console, control, console_log, vmm_log, over: false };
         let state = Arc::new(Mutex::new(state));
         let part: Arc<Mutex<dyn Part>> = state.clone();
         watch.add(Arc::downgrade(&part));
@@ -134,9 +137,9 @@ impl Vm {
     /// Fails as every wait does, and after `deadline`.
     pub fn wait_for(&self, pattern: &Regex, deadline: Instant) -> Result<Found> {
         let mut state = self.lock();
-        let State { vmm, console, control, logs, failures, .. } = &mut *state;
+        let State { vmm, console, control, vmm_log, .. } = &mut *state;
         let found = console.wait(pattern, deadline, || {
-            alive(vmm, logs, failures)?;
+            alive(vmm, vmm_log)?;
             control.check()?;
             self.watch.check()
         });
@@ -304,33 +307,33 @@ impl Part for State {
         if self.over {
             return Ok(());
         }
-        let Self { vmm, console, control, logs, failures, .. } = self;
+        let Self { vmm, console, control, vmm_log, .. } = self;
         let fine =
-            console.check().and_then(|()| alive(vmm, logs, failures)).and_then(|()| control.check());
+            console.check().and_then(|()| alive(vmm, vmm_log)).and_then(|()| control.check());
         fine.map_err(|error| self.explain(&error))
     }
 }
 
 impl State {
     fn ready(&mut self, deadline: Instant, watch: &Watch) -> Result<Identity> {
-        let Self { vmm, console, control, logs, failures, .. } = self;
+        let Self { vmm, console, control, vmm_log, .. } = self;
         let ready = control.ready(deadline, || {
             console.check()?;
-            alive(vmm, logs, failures)?;
+            alive(vmm, vmm_log)?;
             watch.check()
         });
-        ready.map_err(|error| self.explain(&error))
+        ready.cloned().map_err(|error| self.explain(&error))
     }
 
     fn wait_for_end(&mut self, name: &str, deadline: Instant, watch: &Watch) -> Result<End> {
-        let Self { vmm, console, control, logs, failures, .. } = self;
+        let Self { vmm, console, control, vmm_log, .. } = self;
         let end = loop {
             if let Some(end) = control.spawned.take_end(name) {
                 break Ok(end);
             }
             let waited = control.wait(deadline, || {
                 console.check()?;
-                alive(vmm, logs, failures)?;
+                alive(vmm, vmm_log)?;
                 watch.check()
             });
             if let Err(error) = waited {
@@ -342,10 +345,10 @@ impl State {
     }
 
     fn request(&mut self, action: Action, deadline: Instant, watch: &Watch) -> Result<Outcome> {
-        let Self { vmm, console, control, logs, failures, .. } = self;
+        let Self { vmm, console, control, vmm_log, .. } = self;
         let outcome = control.request(action, deadline, || {
             console.check()?;
-            alive(vmm, logs, failures)?;
+            alive(vmm, vmm_log)?;
             watch.check()
         });
         outcome.map_err(|error| self.explain(&error))
@@ -360,7 +363,7 @@ impl State {
         // The end of a port is mostly seen before that of the process behind it.
         if let Ok(Some(status)) = self.vmm.wait_timeout(END_LIMIT) {
             text.push_str(&format!("\nthe VMM ended with {status}"));
-            let said = tail(&self.logs.vmm);
+            let said = self.vmm_log.tail();
             if !said.is_empty() {
                 text.push_str(&format!(" and said:\n| {}", said.replace('\n', "\n| ")));
             }
@@ -371,21 +374,18 @@ impl State {
         } else {
             text.push_str(&format!("\nlast lines of its console:\n| {}", lines.join("\n| ")));
         }
-        text.push_str(&format!("\nmore in {} and {}", self.logs.console.display(), self.logs.vmm.display()));
+        text.push_str(&format!("\nmore in {} and {}", self.console_log.display(), self.vmm_log.path().display()));
         anyhow!(text)
     }
 }
 
 /// Fails if the VMM has ended or says that it cannot go on.
-fn alive(vmm: &mut Running, logs: &Logs, failures: &[&str]) -> Result<()> {
+fn alive(vmm: &mut Running, log: &mut VmmLog) -> Result<()> {
     if let Some(status) = vmm.wait_timeout(Duration::ZERO).context("cannot wait for the VMM")? {
         let reset = if status.success() { ": the guest reset itself or powered off" } else { "" };
         bail!("the VMM ended ({status}) before its time{reset}");
     }
-    let said = tail(&logs.vmm);
-    let failure = failures.iter().find_map(|failure| said.lines().find(|line| line.contains(failure)));
-    ensure!(failure.is_none(), "the VMM cannot go on: {}", failure.unwrap_or_default());
-    Ok(())
+    log.check()
 }
 
 /// What a command printed, as part of a message.
@@ -393,17 +393,10 @@ fn alive(vmm: &mut Running, logs: &Logs, failures: &[&str]) -> Result<()> {
 pub fn printed(output: &Output) -> String {
     let mut text = String::new();
     for (name, content) in [("stdout", &output.stdout), ("stderr", &output.stderr)] {
-        let content = content.trim_end();
+        let content = printable(content.trim_end());
         if !content.is_empty() {
             text.push_str(&format!("\n{name}:\n| {}", content.replace('\n', "\n| ")));
         }
     }
     text
-}
-
-/// The end of a small log; empty if it cannot be read.
-fn tail(path: &Path) -> String {
-    let bytes = fs::read(path).unwrap_or_default();
-    let start = bytes.len().saturating_sub(VMM_TAIL);
-    String::from_utf8_lossy(&bytes[start..]).trim().to_owned()
 }
