@@ -1,6 +1,6 @@
 //! The run directory: the files that a run leaves for a person to look at.
 
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -22,11 +22,13 @@ pub const MAX_SOCKET_PATH: usize = 107;
 /// Longest file name that a run puts into its socket directory.
 const MAX_SOCKET_NAME: usize = 40;
 
-/// The directory of one run, `<scenario>-<UTC time>`.
+/// The directory of one run, `<scenario>-<UTC time>`. It is locked as long as this value exists.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
     id: String,
+    /// Holds the lock. A part of another run has none of its own.
+    _lock: Option<File>,
     /// It lies within another run directory, which is kept or removed as a whole.
     part: bool,
 }
@@ -53,9 +55,11 @@ impl RunDir {
             path = parent.join(format!("{stem}-{number}"));
             number += 1;
         }
+        let locked = File::open(&path).and_then(|dir| dir.lock().map(|()| dir));
+        let lock = locked.with_context(|| format!("cannot lock {}", path.display()))?;
         point_latest(&parent, &path)?;
         let id = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Self { path, id, part: false })
+        Ok(Self { path, id, _lock: Some(lock), part: false })
     }
 
     /// Makes a directory within this one, for a run that is part of this run.
@@ -66,7 +70,7 @@ impl RunDir {
     pub fn part(&self, name: &str) -> Result<Self> {
         let path = self.path.join(name);
         fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(Self { path, id: format!("{}-{name}", self.id), part: true })
+        Ok(Self { path, id: format!("{}-{name}", self.id), _lock: None, part: true })
     }
 
     /// Its absolute path.
@@ -121,12 +125,15 @@ impl RunDir {
             .flatten()
             .flatten()
             .map(|entry| entry.path())
-            .filter(|path| !path.is_symlink() && has_passed(&path.join(file), scenario))
+            .filter(|path| *path != self.path && !path.is_symlink() && has_passed(&path.join(file), scenario))
             .collect();
         // The time in the name orders them.
         passed.sort();
+        // The directory of this run is the newest, whatever the clock says.
+        let others = usize::from(has_passed(&self.path.join(file), scenario));
+        let aged = (others..).zip(passed.iter().rev()).filter(|(_, path)| !is_locked(path));
         // Another run may be removing the same directories; what stays is removed next time.
-        for (age, path) in passed.iter().rev().enumerate() {
+        for (age, path) in aged {
             if age >= KEPT {
                 let _ = fs::remove_dir_all(path);
             } else if age >= KEPT_WITH_IMAGES {
@@ -142,6 +149,11 @@ fn remove_images(run: &Path) {
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// Whether a run that is alive has locked its directory.
+pub(crate) fn is_locked(run: &Path) -> bool {
+    File::open(run).is_ok_and(|dir| matches!(dir.try_lock(), Err(TryLockError::WouldBlock)))
 }
 
 /// What every kind of report contains.
@@ -286,6 +298,25 @@ mod tests {
         assert!(!exists("block-200001000") && !exists("block-200001001") && exists("block-200001002"));
         assert!(!exists("block-200001009/device.cpio") && exists("block-200001010/device.cpio"));
         assert!(exists("block-1999/device.cpio") && exists("block-large-1999/device.cpio"));
+    }
+
+    #[test]
+    fn neither_this_run_nor_a_live_one_is_pruned_when_the_clock_jumps_back() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let report = serde_json::json!({"scenario": "block", "result": Outcome::Pass}).to_string();
+        let now = RunDir::create(parent.path(), "block").expect("a run directory");
+        let live = RunDir::create(parent.path(), "block").expect("a run directory");
+        for run in [&now, &live] {
+            run.write("report.json", &report).expect("written");
+        }
+        for number in 0..KEPT {
+            let later = parent.path().join(format!("block-9000010{number:02}"));
+            fs::create_dir(&later).expect("made");
+            fs::write(later.join("report.json"), &report).expect("written");
+        }
+        now.prune("block", "report.json");
+        assert!(now.path().exists() && live.path().exists());
+        assert!(!parent.path().join("block-900001000").exists(), "the oldest of the others goes");
     }
 
     #[test]
