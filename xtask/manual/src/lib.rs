@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use vvu_artifacts::image::{DiskImage, OverlayEntry, Pattern, with_overlay};
 use vvu_process::interrupt;
 use vvu_process::progress::Progress;
-use vvu_testvm::memory::ensure_free;
+use vvu_testvm::memory::{ensure_files_fit, ensure_free};
 use vvu_testvm::{
     Addr, Boot, Frontend, Iommu, Lab, Needs, ProxyConfig, RunDir, Setup, SetupOptions, Slot, VmConfig, runs,
 };
@@ -174,7 +174,7 @@ pub fn main(role: &Role) -> Result<ExitCode> {
 
 fn device(options: &DeviceOptions) -> Result<ExitCode> {
     if let Some(disk) = &options.disk {
-        disk.image()?;
+        ensure_files_fit("device", options.common.memory, disk.image()?.size)?;
     }
     let (setup, run) = set_up("vm-device", &options.common)?;
     let lab = Lab::new(&run, &setup)?;

@@ -12,6 +12,7 @@ use vvu_process::children;
 
 use crate::facts::command_line;
 use crate::leftover::{self, RUN_VARIABLE};
+use crate::memory;
 use crate::process::{Process, Ready};
 use crate::proxy::ProxyConfig;
 use crate::rundir::{RunDir, SocketDir};
@@ -235,6 +236,9 @@ impl<'a> Lab<'a> {
 
     /// The command that starts a VM; its words are written to the run directory.
     fn command(&self, config: &Config, boot: Boot<'_>, serial: Serial<'_>) -> Result<Command> {
+        let initramfs = boot.initramfs;
+        let size = initramfs.metadata().with_context(|| format!("cannot read {}", initramfs.display()))?.len();
+        memory::ensure_files_fit(&config.name, config.memory_mib, size)?;
         let vmm = self.setup.vmm(config.vmm.as_deref())?;
         let arguments = vmm.arguments(config, self.setup.accelerator.kind, boot, serial)?;
         self.note(&config.name, vmm.argv_prefix().iter().chain(&arguments))?;

@@ -40,6 +40,22 @@ pub fn needed_mib(ram_mib: u64, vms: usize) -> u64 {
     ram_mib.saturating_add(RESERVE_MIB).saturating_add(QEMU_MIB.saturating_mul(vms as u64))
 }
 
+/// Fails if a VM cannot hold the files of its initramfs: they go to a file system that takes at most half of its RAM.
+///
+/// # Errors
+///
+/// The message names the VM, the size of the files and what to change.
+pub fn ensure_files_fit(vm: &str, memory_mib: u64, file_bytes: u64) -> Result<()> {
+    let (files, room) = (file_bytes.div_ceil(1 << 20), memory_mib / 2);
+    ensure!(
+        files <= room,
+        "VM {vm}: its files and disks have {files} MiB, but with {memory_mib} MiB of RAM it can hold {room} MiB; \
+         raise its memory to {} MiB or make them smaller",
+        files.saturating_mul(2)
+    );
+    Ok(())
+}
+
 fn check(ram_mib: u64, vms: usize, available_mib: u64) -> Result<()> {
     let wanted = needed_mib(ram_mib, vms);
     ensure!(
@@ -114,5 +130,13 @@ mod tests {
         assert_eq!(room(), Some(3696));
         write(&parent, "memory.max", &mib(8100));
         assert_eq!(room(), Some(100));
+    }
+
+    #[test]
+    fn files_that_do_not_fit_into_half_of_the_ram_are_refused_with_the_remedy() {
+        ensure_files_fit("device", 512, 256 << 20).expect("fits");
+        let error = ensure_files_fit("device", 512, (256 << 20) + 1).expect_err("too large").to_string();
+        assert!(error.contains("VM device") && error.contains("257 MiB") && error.contains("514 MiB"), "{error}");
+        ensure_files_fit("device", 512, u64::MAX).expect_err("no overflow");
     }
 }
