@@ -108,7 +108,10 @@ fn a_sibling_without_its_device_vm_and_a_bad_disk_are_refused() {
     };
     refused(&["sibling", "--vhost-user-blk", "s"], &["s.mem", "start the device VM first", "--vvu-proxy"]);
     refused(&["device", "--vvu-proxy", "s", "--disk", "none"], &["--disk none", "No such file"]);
-    refused(&["device", "--vvu-proxy", "s", "-m", "512", "--disk", "300M"], &["VM device", "300 MiB", "600 MiB"]);
+    refused(
+        &["device", "--vvu-proxy", "s", "-m", "512", "--disk", "300M"],
+        &["VM device", "300 MiB", "600 MiB"],
+    );
     refused(&["device", "--vvu-proxy", "s,addr=1"], &["00:10.0"]);
     refused(&["device", "--vvu-proxy", "s", "-m", "99999999"], &["too little memory"]);
     assert!(!dir.path().join("target").exists(), "a run directory was made");

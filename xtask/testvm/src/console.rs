@@ -19,8 +19,7 @@ use vvu_process::text::printable;
 use crate::watch::PERIOD;
 
 /// Patterns that no healthy guest prints.
-const FAILURES: &str =
-    r"Kernel panic|BUG: |Oops: |general protection fault|Out of memory|emulation failure|vvu-init: failed|Initramfs unpacking failed";
+const FAILURES: &str = r"Kernel panic|BUG: |Oops: |general protection fault|Out of memory|emulation failure|vvu-init: failed|Initramfs unpacking failed";
 /// Beginning of a line, up to a failure, that no spawned command has printed: those begin with `[NAME]`.
 const GUESTS_OWN: &str = r"^(?:[^\[\n][^\n]*)?";
 /// Beginning of a kernel message with its time, up to a failure. It may stand in the middle of another line.
@@ -227,7 +226,9 @@ impl Console {
     fn poll(&mut self, line: &Regex) -> Result<Option<String>> {
         let needles = vec![ReadUntil::Regex(self.failures.clone()), ReadUntil::Regex(line.clone())];
         match self.session.exp_any(needles) {
-            Ok((_, text)) if self.failures.is_match(&text) => bail!("the guest failed: {}", printable(text.trim())),
+            Ok((_, text)) if self.failures.is_match(&text) => {
+                bail!("the guest failed: {}", printable(text.trim()))
+            }
             Ok((_, text)) => Ok(Some(text)),
             Err(ExpectError::Timeout { .. }) => Ok(None),
             Err(ExpectError::EOF { .. }) => bail!("the console ended"),

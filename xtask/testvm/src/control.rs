@@ -135,13 +135,18 @@ impl Control {
             Message::Event(Event::Ready(identity)) => {
                 if self.ready.replace(identity).is_some() {
                     let gone = self.spawned.clear();
-                    let gone =
-                        if gone.is_empty() { String::new() } else { format!("; {} gone with it", gone.join(", ")) };
+                    let gone = if gone.is_empty() {
+                        String::new()
+                    } else {
+                        format!("; {} gone with it", gone.join(", "))
+                    };
                     bail!("the guest was restarted, although nobody asked for it{gone}");
                 }
             }
             Message::Event(Event::Exited { name, end }) => self.spawned.record(name, end)?,
-            Message::Event(Event::BadRequest { error }) => bail!("the guest could not read a request: {error}"),
+            Message::Event(Event::BadRequest { error }) => {
+                bail!("the guest could not read a request: {error}")
+            }
         }
         Ok(None)
     }

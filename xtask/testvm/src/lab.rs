@@ -237,7 +237,8 @@ impl<'a> Lab<'a> {
     /// The command that starts a VM; its words are written to the run directory.
     fn command(&self, config: &Config, boot: Boot<'_>, serial: Serial<'_>) -> Result<Command> {
         let initramfs = boot.initramfs;
-        let size = initramfs.metadata().with_context(|| format!("cannot read {}", initramfs.display()))?.len();
+        let size =
+            initramfs.metadata().with_context(|| format!("cannot read {}", initramfs.display()))?.len();
         memory::ensure_files_fit(&config.name, config.memory_mib, size)?;
         let vmm = self.setup.vmm(config.vmm.as_deref())?;
         let arguments = vmm.arguments(config, self.setup.accelerator.kind, boot, serial)?;

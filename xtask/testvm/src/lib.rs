@@ -69,6 +69,7 @@ pub use process::{Process, Ready};
 pub use proxy::ProxyConfig;
 pub use rundir::{MAX_SOCKET_PATH, RunDir, SocketDir, runs};
 pub use setup::{KernelId, Needs, Setup};
+pub use spawned::ending;
 pub use vm::addr::{Addr, Slot};
 pub use vm::config::{Boot, Config as VmConfig, Device, Serial};
 pub use vm::cpu::{Cpu, CpuLevel};
@@ -76,6 +77,5 @@ pub use vm::frontend::{
     BlockFrontend, Features, Frontend, FsFrontend, MAX_QUEUES, NetFrontend, PlainFrontend,
 };
 pub use vm::iommu::Iommu;
-pub use spawned::ending;
 pub use vm::{Vm, printed};
 pub use vmm::{Capabilities, Vmm};

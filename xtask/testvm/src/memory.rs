@@ -88,7 +88,8 @@ fn room_of(group: &Path) -> Option<u64> {
     let used: u64 = read("memory.current")?.trim().parse().ok()?;
     // The kernel drops pages of the page cache before it fails an allocation. Shared memory is not among them.
     let stat = read("memory.stat").unwrap_or_default();
-    let entry = |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+    let entry =
+        |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
     let cache = ["inactive_file ", "active_file "].into_iter().filter_map(entry).sum();
     Some(limit.saturating_sub(used.saturating_sub(cache)) >> 20)
 }
@@ -120,7 +121,8 @@ mod tests {
         write(&group, "memory.max", &mib(4096));
         write(&group, "memory.current", &mib(3900));
         assert_eq!(room(), Some(196));
-        let stat = format!("anon 1\nfile {}\ninactive_file {}\nactive_file {}\n", mib(3800), mib(3000), mib(500));
+        let stat =
+            format!("anon 1\nfile {}\ninactive_file {}\nactive_file {}\n", mib(3800), mib(3000), mib(500));
         write(&group, "memory.stat", &stat);
         assert_eq!(room(), Some(3696));
 
@@ -136,7 +138,10 @@ mod tests {
     fn files_that_do_not_fit_into_half_of_the_ram_are_refused_with_the_remedy() {
         ensure_files_fit("device", 512, 256 << 20).expect("fits");
         let error = ensure_files_fit("device", 512, (256 << 20) + 1).expect_err("too large").to_string();
-        assert!(error.contains("VM device") && error.contains("257 MiB") && error.contains("514 MiB"), "{error}");
+        assert!(
+            error.contains("VM device") && error.contains("257 MiB") && error.contains("514 MiB"),
+            "{error}"
+        );
         ensure_files_fit("device", 512, u64::MAX).expect_err("no overflow");
     }
 }

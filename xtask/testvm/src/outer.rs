@@ -17,9 +17,9 @@ use crate::facts;
 use crate::lab::Lab;
 use crate::obtain::SetupOptions;
 use crate::prepared;
+use crate::spawned::ending;
 use crate::vm::config::{Boot, Config};
 use crate::vm::cpu::Cpu;
-use crate::spawned::ending;
 use crate::vm::{Vm, printed};
 
 /// Adds KVM to the guest kernel.

@@ -19,7 +19,8 @@ pub struct Part {
 /// A script that starts each part in a terminal of its own and, without an argument, prints how. It makes `socket_dir`,
 /// which the run may have removed.
 pub fn replay_script(run: &str, socket_dir: &str, parts: &[Part]) -> String {
-    let title = format!("Starts by hand what the run {run} started; each in a terminal of its own, in this order:");
+    let title =
+        format!("Starts by hand what the run {run} started; each in a terminal of its own, in this order:");
     let mut usage = format!("    printf '%s\\n' {}\n", quoted(&title));
     let mut cases = String::new();
     for Part { name, words, steps } in parts {
@@ -59,8 +60,10 @@ mod tests {
     #[test]
     fn the_text_of_a_scenario_is_printed_and_not_run() {
         let dir = tempfile::tempdir().expect("a directory");
-        let evil = "# true\nEND\ntouch $PWD/ran\n`touch ran` $(touch ran) 'it''s' %s \\n\ncat <<'END'".to_owned();
-        let part = Part { name: "device".to_owned(), words: vec!["true".to_owned()], steps: vec![evil.clone()] };
+        let evil =
+            "# true\nEND\ntouch $PWD/ran\n`touch ran` $(touch ran) 'it''s' %s \\n\ncat <<'END'".to_owned();
+        let part =
+            Part { name: "device".to_owned(), words: vec!["true".to_owned()], steps: vec![evil.clone()] };
         let script = replay_script("run", &dir.path().display().to_string(), &[part]);
         let output = Command::new("sh").args(["-c", &script, "replay.sh"]).current_dir(dir.path()).output();
         let output = output.expect("sh starts");

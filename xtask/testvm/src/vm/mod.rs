@@ -95,8 +95,7 @@ impl Vm {
         let id = vmm.id();
         let (console, control) = (Console::new(console)?, Control::new(control)?);
         let console_log = logs.console;
-        let state =
-            State { name: name.to_owned(), vmm, console, control, console_log, vmm_log, over: false };
+        let state = State { name: name.to_owned(), vmm, console, control, console_log, vmm_log, over: false };
         let state = Arc::new(Mutex::new(state));
         let part: Arc<Mutex<dyn Part>> = state.clone();
         watch.add(Arc::downgrade(&part));
@@ -308,8 +307,7 @@ impl Part for State {
             return Ok(());
         }
         let Self { vmm, console, control, vmm_log, .. } = self;
-        let fine =
-            console.check().and_then(|()| alive(vmm, vmm_log)).and_then(|()| control.check());
+        let fine = console.check().and_then(|()| alive(vmm, vmm_log)).and_then(|()| control.check());
         fine.map_err(|error| self.explain(&error))
     }
 }
@@ -374,7 +372,11 @@ impl State {
         } else {
             text.push_str(&format!("\nlast lines of its console:\n| {}", lines.join("\n| ")));
         }
-        text.push_str(&format!("\nmore in {} and {}", self.console_log.display(), self.vmm_log.path().display()));
+        text.push_str(&format!(
+            "\nmore in {} and {}",
+            self.console_log.display(),
+            self.vmm_log.path().display()
+        ));
         anyhow!(text)
     }
 }
