@@ -130,7 +130,8 @@ impl RunDir {
         // The time in the name orders them.
         passed.sort();
         // The directory of this run is the newest, whatever the clock says.
-        let aged = (1..).zip(passed.iter().rev()).filter(|(_, path)| !is_locked(path));
+        let others = usize::from(has_passed(&self.path.join(file), scenario));
+        let aged = (others..).zip(passed.iter().rev()).filter(|(_, path)| !is_locked(path));
         // Another run may be removing the same directories; what stays is removed next time.
         for (age, path) in aged {
             if age >= KEPT {

@@ -89,7 +89,7 @@ impl Cache {
         Ok(cache)
     }
 
-    /// A directory for files that are no entries, such as logs. Its users lock it with [`Cache::lock`].
+    /// A directory for files that are no entries, such as logs. A user locks it while it writes.
     ///
     /// # Errors
     ///
