@@ -1,7 +1,7 @@
 //! Child processes that never outlive the process that started them.
 //!
 //! Every child leads a process group of its own, and the kernel kills it when this process dies. A process-wide list
-//! holds the groups that are alive, since a signal concerns the whole process: [`kill_all`], which only the signal
+//! holds the groups that are alive, since a signal concerns the whole process: `kill_all`, which only the signal
 //! handler of [`crate::interrupt`] calls, ends all of them. A program that never calls
 //! [`interrupt::listen`](crate::interrupt::listen) keeps the default effect of signals and never sees the list closed.
 
