@@ -10,8 +10,8 @@ use vvu_process::progress::Progress;
 use vvu_testvm::outer::NestedSetup;
 use vvu_testvm::{Setup, SetupOptions};
 
-use crate::format;
-use crate::matrix::{Coverage, Matrix};
+use crate::format::{self, Matrix};
+use crate::matrix::Coverage;
 
 /// Names the xtask program to the scenario tests.
 const XTASK: &str = "VVU_XTASK";

@@ -10,7 +10,7 @@ use vvu_artifacts::versions::Versions;
 
 use vvu_testvm::{Addr, MAX_QUEUES};
 
-use super::{DiskSpec, Scenario, VmSpec};
+use super::scenario::{DiskSpec, Scenario, VmSpec};
 
 /// Largest generated disk in MiB.
 const MAX_DISK_MIB: u64 = 64 << 10;

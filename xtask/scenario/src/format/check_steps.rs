@@ -5,10 +5,12 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, ensure};
 
 use super::check::check_name;
+use super::placed::Placed;
+use super::scenario::{DiskFacts, ROUND, Scenario};
 use super::step::{
-    ConsoleStep, KillStep, ProxyStep, RepeatStep, RunStep, SpawnStep, TraceStep, VmStep, WaitStep,
+    ConsoleStep, KillStep, ProxyStep, RepeatStep, RunStep, SpawnStep, Step, TraceStep, VmStep, WaitStep,
 };
-use super::{DiskFacts, Placed, ROUND, Scenario, Step, Values};
+use super::text::Values;
 
 /// Most rounds of a repeat.
 const MAX_ROUNDS: u32 = 1000;

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
-use super::{Scenario, is_old, upgraded};
+use super::scenario::Scenario;
+use super::upgrade::upgraded;
+use super::version::is_old;
 
 impl Scenario {
     /// Reads and checks a scenario file. A file of the old format is read as well, with a note on standard error.

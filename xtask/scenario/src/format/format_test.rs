@@ -2,7 +2,7 @@ use super::step::{ExpectedResult, RunStep};
 use super::*;
 use anyhow::Result;
 use std::path::Path;
-use vvu_testvm::Slot;
+use vvu_testvm::{Addr, Slot};
 
 const MINIMAL: &str = r#"{
     "name": "one", "description": "d",

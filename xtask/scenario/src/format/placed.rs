@@ -1,6 +1,7 @@
 //! The steps in the order in which they are carried out, the rounds of repeats one after the other.
 
-use super::{Scenario, Step};
+use super::scenario::Scenario;
+use super::step::Step;
 
 /// A step in its place.
 #[derive(Debug, Clone)]

@@ -4,8 +4,9 @@ use anyhow::Result;
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, Schema};
 
-use super::{Scenario, to_text};
-use crate::matrix::Matrix;
+use super::layout::to_text;
+use super::matrix::Matrix;
+use super::scenario::Scenario;
 
 /// A JSON Schema that is checked in.
 pub struct SchemaFile {

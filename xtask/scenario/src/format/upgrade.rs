@@ -13,31 +13,18 @@ use vvu_testvm::{
     Addr, BlockFrontend, CpuLevel, Features, Frontend, FsFrontend, Iommu, NetFrontend, PlainFrontend,
 };
 
+use super::layout::to_text;
+use super::matrix::Matrix;
+use super::scenario::{DiskSpec, Scenario, VmSpec, VvuSpec};
 use super::step::{
     ConsoleStep, ExpectedExit, ExpectedResult, KillStep, Milestone, ProxyStep, RepeatStep, RunStep, Signal,
-    SpawnStep, TraceStep, VmStep, VmWaitStep, WaitStep,
+    SpawnStep, Step, TraceStep, VmStep, VmWaitStep, WaitStep,
 };
-use super::{DiskSpec, Scenario, Step, VmSpec, VvuSpec, to_text};
-use crate::matrix::Matrix;
 
 /// The check whose time the report gave, as it now gives that of the milestone `disk-visible`.
 const DISK_VISIBLE: &str = "vda-appears";
 /// Default name of a spawned command.
 const SPAWNED: &str = "spawned";
-
-/// Whether `file`, the JSON of a scenario or a matrix, has steps in the old format.
-#[must_use]
-pub fn is_old(file: &Value) -> bool {
-    let choices = file["axes"].as_array().into_iter().flatten().filter_map(|axis| axis["values"].as_array());
-    choices.flatten().any(is_old) || old_steps(&file["steps"])
-}
-
-fn old_steps(steps: &Value) -> bool {
-    steps.as_array().into_iter().flatten().any(|step| {
-        let on_host = ["kill_proxy", "start_proxy", "trace"].iter().any(|action| step[action].is_string());
-        step.get("vm").is_some() || on_host || old_steps(&step["repeat"]["steps"])
-    })
-}
 
 /// Turns the text of a scenario or matrix file of the old format into one of the current format.
 ///
@@ -264,8 +251,8 @@ impl OldVvu {
     fn upgraded(self) -> Result<VvuSpec> {
         let queues = self.queues.unwrap_or(1);
         Ok(VvuSpec {
-            device_vm: self.device_vm.unwrap_or_else(super::device),
-            sibling_vm: self.sibling_vm.unwrap_or_else(super::sibling),
+            device_vm: self.device_vm.unwrap_or_else(super::scenario::device),
+            sibling_vm: self.sibling_vm.unwrap_or_else(super::scenario::sibling),
             addr: self.addr,
             queues: None,
             reconnect_ms: self.reconnect_ms,

@@ -3,6 +3,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::*;
+use crate::format::is_old;
 
 /// A scenario that uses every key of the old format but `file` and `overlay`.
 const EVERYTHING: &str = include_str!("../../tests/old/everything.json");

@@ -1,6 +1,6 @@
 //! `cargo xtask e2e SCENARIO --matrix`: runs variants of a scenario, which are made from data, and reports on all.
 
-mod axes;
+mod cells;
 mod cover;
 mod junit;
 mod page;
@@ -15,11 +15,10 @@ use vvu_process::progress::Progress;
 use vvu_testvm::facts::Outcome;
 use vvu_testvm::{RunDir, runs};
 
-pub use axes::Matrix;
 pub use cover::Coverage;
 use results::{AxisNames, CellResult, Results};
 
-use crate::format::Scenario;
+use crate::format::{Matrix, Scenario};
 use crate::report::{exit_code, tell, worst};
 use crate::run::{RunOptions, run_all};
 

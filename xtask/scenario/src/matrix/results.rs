@@ -4,8 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::axes::{Axis, Impossible};
-use crate::format::Scenario;
+use crate::format::{Axis, Impossible, Scenario};
 use crate::report::{Report, verdict};
 use vvu_process::progress::StageTime;
 use vvu_testvm::facts::Outcome;
