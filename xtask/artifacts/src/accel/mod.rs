@@ -4,6 +4,7 @@
 //! ordinary kernel. So KVM counts only if it takes a piece of 64-bit kernel code through its steps at the speed of
 //! the host.
 
+mod finding;
 mod guest;
 mod probe;
 
@@ -19,6 +20,8 @@ use serde::{Deserialize, Serialize};
 
 use vvu_process::children;
 
+use finding::{Finding, LEAST_SPEED};
+
 /// First argument of the process in which the probe runs; see [`serve_probe`].
 pub const PROBE_COMMAND: &str = "accel-probe";
 
@@ -27,9 +30,6 @@ const DEADLINE: Duration = Duration::from_secs(3);
 
 /// Time that a killed probe has to exit; after it the probe is left to the kernel.
 const DYING: Duration = Duration::from_secs(1);
-
-/// Least speed of a usable KVM as a fraction of the host's: hardware has about 1, emulation below 0.1.
-const LEAST_SPEED: f64 = 0.5;
 
 /// Start of the reason for a KVM that is used without proof.
 pub const UNPROVEN: &str = "asked for by --accel kvm, although";
@@ -78,20 +78,6 @@ pub struct Evidence {
     pub speed: Option<f64>,
     /// The fault, if there was one.
     pub failure: Option<String>,
-}
-
-/// A line that the probe writes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Finding {
-    /// The probe begins this step; the steps before it have passed.
-    Trying(String),
-    /// The guest's speed as a fraction of the host's.
-    Speed(f64),
-    /// All steps have passed.
-    Passed,
-    /// The probe cannot go on, for this reason.
-    Failed(String),
 }
 
 impl fmt::Display for Kind {

@@ -9,8 +9,8 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
+use super::finding::{Finding, LEAST_SPEED};
 use super::guest::{self, Memory};
-use super::{Finding, LEAST_SPEED};
 
 /// Shortest time of a loop that is precise enough to be measured.
 const LONG_ENOUGH: Duration = Duration::from_millis(5);

@@ -1,5 +1,6 @@
 //! Tests of the whole cache: damage, runs at once, dead runs.
 
+use std::io;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::bail;

@@ -9,7 +9,8 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{list, sha256_file};
+use super::key::sha256_file;
+use super::tree::list;
 
 /// The manifest's name in an entry.
 pub(super) const MANIFEST: &str = "manifest.json";

@@ -7,11 +7,11 @@
 
 mod key;
 mod manifest;
+mod tree;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, TryLockError};
-use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -22,6 +22,7 @@ use anyhow::{Context, Result, ensure};
 
 pub(crate) use self::key::{Key, hex, sha256_file};
 use self::manifest::{FILES, MANIFEST, scan, verify, write_manifest};
+use self::tree::{list, remove, size};
 use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 
@@ -356,35 +357,6 @@ fn make_dir(path: &Path) -> Result<()> {
         .mode(0o700)
         .create(path)
         .with_context(|| format!("cannot make the directory {}", path.display()))
-}
-
-fn list(dir: &Path) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(dir).and_then(|entries| {
-        entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()
-    });
-    let mut paths = entries.with_context(|| format!("cannot list {}", dir.display()))?;
-    paths.sort();
-    Ok(paths)
-}
-
-fn remove(path: &Path) -> Result<()> {
-    let result = match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.with_context(|| format!("cannot remove {}", path.display())),
-    }
-}
-
-fn size(path: &Path) -> Result<u64> {
-    let meta = fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
-    if !meta.is_dir() {
-        return Ok(meta.len());
-    }
-    list(path)?.iter().map(|path| size(path)).sum()
 }
 
 #[cfg(test)]

@@ -14,8 +14,8 @@ use vvu_artifacts::accel::Kind;
 use vvu_artifacts::machine::Machine;
 
 use super::cmdline::cmdline;
+use super::interface::{Capabilities, Vmm, check_devices};
 use super::words::Words;
-use super::{Capabilities, Vmm, check_devices};
 use crate::vm::config::{Boot, Config, Device, Serial};
 use crate::vm::frontend::Frontend;
 

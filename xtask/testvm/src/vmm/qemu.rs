@@ -10,8 +10,8 @@ use vvu_artifacts::machine::Machine;
 use vvu_artifacts::qemu::Qemu;
 
 use super::cmdline::cmdline;
+use super::interface::{Capabilities, Vmm, check_devices};
 use super::words::Words;
-use super::{Capabilities, Vmm, check_devices};
 use crate::vm::addr::Slot;
 use crate::vm::config::{Boot, Config, Device, Serial};
 use crate::vm::cpu::Cpu;
