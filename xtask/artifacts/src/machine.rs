@@ -47,7 +47,7 @@ pub struct Debian {
 /// How a kernel for a machine is built and recognised.
 #[derive(Debug, PartialEq, Eq)]
 pub struct KernelBuild {
-    /// Its folder below `arch` in the source.
+    /// Folder below `arch` in the source.
     pub folder: &'static str,
     /// A pattern for tar of the folders below `arch` that a build does not read.
     pub foreign_folders: &'static str,

@@ -40,7 +40,7 @@ pub(crate) struct Results {
     pub setup_stages: Vec<StageTime>,
     /// The figures.
     pub results: Vec<Metric>,
-    /// What was not measured, and why.
+    /// Measurements that were left out, with the reasons.
     pub skipped: Vec<Skipped>,
 }
 

@@ -1,4 +1,4 @@
-//! What processes use of the host.
+//! The host's resources that processes use.
 
 use std::fs;
 use std::iter::Sum;

@@ -1,4 +1,4 @@
-//! The requirements: what was seen, what follows from it, and what to do.
+//! The checks of all requirements. Each gives the evidence, the consequence and the remedy.
 
 use vvu_artifacts::accel::Kind;
 use vvu_artifacts::kernel;
@@ -72,7 +72,7 @@ pub(super) fn target_triple(host: &Host) -> &'static str {
     profile(host).rust_target
 }
 
-/// Whether Rust has the standard library for [`target_triple`].
+/// Returns true if Rust has the standard library for [`target_triple`].
 pub(super) fn has_target(host: &Host) -> bool {
     let dir = host.answer("rustc", &["--print", "target-libdir", "--target", target_triple(host)]);
     dir.is_some_and(|dir| std::path::Path::new(&dir).is_dir())
@@ -95,7 +95,7 @@ fn target(host: &Host) -> Requirement {
     )
 }
 
-/// Whether `cargo nextest` runs.
+/// Returns true if `cargo nextest` runs.
 pub(super) fn has_nextest(host: &Host) -> bool {
     host.answer("cargo-nextest", &["nextest", "--version"]).is_some()
 }

@@ -29,15 +29,15 @@ pub(super) struct Host {
     pub(super) root: PathBuf,
     /// The processor's architecture, as Rust names it.
     pub(super) arch: &'static str,
-    /// Whether apt can install packages without a password.
+    /// apt can install packages without a password.
     pub(super) installs: bool,
     /// Memory that is available, in MiB.
     pub(super) free_mib: Result<u64>,
     /// The accelerator that would run the VMs.
     pub(super) accelerator: Result<Accelerator>,
-    /// Whether this user may open /dev/kvm; `None` if it does not exist.
+    /// This user may open /dev/kvm; `None` if it does not exist.
     pub(super) kvm_opens: Option<bool>,
-    /// Whether shared memory without a name can be made.
+    /// The error of memfd_create, if this machine cannot make shared memory without a name.
     pub(super) memfd: Result<()>,
     /// Resource limits that are too low, each with the value that is wanted.
     pub(super) low_limits: Vec<String>,
@@ -49,13 +49,13 @@ pub(super) struct Host {
 
 /// A directory that runs write to. It need not exist.
 pub(super) struct Place<T> {
-    /// Its path.
+    /// Absolute path of the directory.
     pub(super) path: PathBuf,
-    /// Whether it can be written or made.
+    /// The directory can be written, or made if it does not exist.
     pub(super) writable: bool,
-    /// Free space on its file system in MiB.
+    /// Free space on the file system in MiB.
     pub(super) free_mib: u64,
-    /// Its content.
+    /// Entries of the cache; nothing for other directories.
     pub(super) content: T,
 }
 
@@ -96,7 +96,7 @@ impl Host {
         self.programs.iter().map(|dir| dir.join(name)).find(|path| path.is_file())
     }
 
-    /// Whether the file by which a package is recognised exists.
+    /// Returns true if the file by which a package is recognised exists.
     pub(super) fn has(&self, brings: Brings) -> bool {
         match brings {
             Brings::Program(name) => self.program(name).is_some(),

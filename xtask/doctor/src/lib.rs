@@ -118,4 +118,5 @@ fn text(requirements: &[Requirement], status: Status) -> String {
 }
 
 #[cfg(test)]
+#[path = "doctor_test.rs"]
 mod tests;

@@ -5,15 +5,15 @@ use serde::Serialize;
 /// Something that a run needs or is better with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Requirement {
-    /// Its name, which does not change.
+    /// Stable name for scripts.
     pub(super) id: String,
     /// How far it is met.
     pub(super) status: Status,
-    /// What was seen.
+    /// The state of the machine that decides about the requirement.
     pub(super) evidence: String,
-    /// What does not work, or works less well; `None` if it is met.
+    /// The feature that is missing or slow; `None` if the requirement is met.
     pub(super) consequence: Option<String>,
-    /// What to do about it; `None` if it is met or nothing can be done.
+    /// The remedy; `None` if the requirement is met or nothing can be done.
     pub(super) fix: Option<String>,
 }
 

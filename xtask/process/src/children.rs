@@ -45,7 +45,7 @@ pub(crate) fn kill_all() {
     }
 }
 
-/// Whether [`kill_all`] ran.
+/// Returns true once [`kill_all`] ran.
 pub(crate) fn all_killed() -> bool {
     registry().closed
 }

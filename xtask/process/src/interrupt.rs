@@ -40,7 +40,7 @@ pub fn listen() -> Result<()> {
     Ok(())
 }
 
-/// Whether a process ignores `signal`, by its /proc/PID/status.
+/// Returns true if the process whose /proc/PID/status is `status` ignores `signal`.
 fn ignored(status: &str, signal: i32) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     // Bit 0 is signal 1.
@@ -48,7 +48,7 @@ fn ignored(status: &str, signal: i32) -> bool {
         .is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
-/// Whether a signal has arrived. A child that failed was then interrupted, not broken.
+/// Returns true once a signal has arrived. A child that fails after that was interrupted; it has no fault of its own.
 #[must_use]
 pub fn requested() -> bool {
     children::all_killed()

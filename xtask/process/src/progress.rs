@@ -1,4 +1,4 @@
-//! What a person sees while a task works, on stderr only.
+//! Shows a person on stderr how far a task is.
 //!
 //! On a terminal one line is rewritten in place; elsewhere a plain line appears each second. Every stage ends with
 //! a line of its own that stays, and its time is kept for the report.
@@ -22,7 +22,7 @@ pub struct StageTime {
     /// When it began, in seconds since this program did.
     #[serde(default)]
     pub began: f64,
-    /// Its duration.
+    /// Duration in seconds.
     pub seconds: f64,
 }
 
@@ -51,7 +51,7 @@ struct State {
     next_id: u64,
     begun: Instant,
     frame: usize,
-    /// Whether a line that must be erased before anything else is printed stands on the terminal.
+    /// The terminal shows a line that must be erased before anything else is printed.
     live: bool,
     last_output: Instant,
     closing: bool,

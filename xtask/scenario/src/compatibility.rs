@@ -15,7 +15,7 @@ use vvu_testvm::runs;
 
 const BEGIN: &str = "<!-- begin: cargo xtask compatibility -->\n";
 const END: &str = "<!-- end -->";
-/// What the last run of a scenario showed.
+/// A row of the table: the last run of a scenario.
 struct Row {
     scenario: String,
     backends: String,
@@ -23,7 +23,7 @@ struct Row {
     result: String,
 }
 
-/// What the traces of a run contain.
+/// Summary of the traces of a run.
 #[derive(Default)]
 struct Traced {
     /// Requests, with a note on those of the back-end and on refused ones.

@@ -10,7 +10,7 @@ pub mod run;
 pub mod test;
 pub mod tool;
 
-/// Whether `text` is a valid scenario file of the current or the old format; for the fuzz target.
+/// Returns true if `text` is a valid scenario file of the current or the old format; for the fuzz target.
 #[cfg(fuzzing)]
 #[must_use]
 pub fn is_scenario(text: &str) -> bool {

@@ -15,7 +15,7 @@ use vvu_testvm::{Lab, RunDir, Setup, SetupOptions, memory, runs};
 use crate::format::{self, Scenario};
 use crate::report::{Check, Report, publish};
 
-/// Where the scenario is in the outer VM.
+/// Path of the scenario in the outer VM.
 const SCENARIO: &str = "/prepared/scenario.json";
 /// How long the run inside may take.
 const RUN_LIMIT: Duration = Duration::from_secs(900);

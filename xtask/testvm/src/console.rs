@@ -74,7 +74,7 @@ struct Tap<R> {
 struct LineStart(Vec<u8>);
 
 impl LineStart {
-    /// Whether `byte`, the next one of the console, is part of a repeated command.
+    /// Returns true if `byte`, the next one of the console, is part of a repeated command.
     fn is_echo(&mut self, byte: u8) -> bool {
         if byte == b'\n' {
             self.0.clear();

@@ -1,4 +1,4 @@
-//! What a report says of the things a run used, and how a run went.
+//! Facts for reports: the VMM, kernel and accelerator of a run, and its outcome.
 
 use std::path::PathBuf;
 
@@ -8,15 +8,15 @@ use vvu_process::progress::StageTime;
 /// The VM in which a nested run took place.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Outer {
-    /// What ran its code.
+    /// The accelerator of the outer VM.
     pub accelerator: Accelerator,
     /// The QEMU used.
     pub qemu: Qemu,
-    /// Its kernel, which has KVM.
+    /// The kernel of the outer VM, which has KVM.
     pub kernel: Kernel,
-    /// What took how long outside, in the order it ended.
+    /// Stages outside the outer VM, in the order in which they ended.
     pub stages: Vec<StageTime>,
-    /// The whole run.
+    /// Duration of the whole run in seconds.
     pub seconds: f64,
 }
 
@@ -35,7 +35,7 @@ pub enum Outcome {
     Interrupted,
 }
 
-/// What ran the VMs' code.
+/// The accelerator that ran the VMs.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Accelerator {
     /// `kvm` or `tcg`.
@@ -53,18 +53,18 @@ impl From<&vvu_artifacts::accel::Accelerator> for Accelerator {
 /// The QEMU used.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Qemu {
-    /// Its binary.
+    /// Path of the program.
     pub path: PathBuf,
-    /// As it tells it.
+    /// Version that the program reports.
     pub version: String,
 }
 
 /// The guest kernel used.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Kernel {
-    /// Its release, such as `6.12.117`.
+    /// Release, such as `6.12.117`.
     pub version: String,
-    /// SHA-256 of its resolved configuration.
+    /// SHA-256 of the resolved configuration.
     pub config_digest: String,
 }
 

@@ -21,9 +21,9 @@ use crate::vm::config::{Boot, Config, Serial};
 use crate::vm::{Logs, Vm};
 use crate::watch::{Watch, lock};
 
-/// What `vvu proxy` prints once both sockets listen.
+/// Line that `vvu proxy` prints once both sockets listen.
 const PROXY_READY: &str = "^vvu: proxy ready$";
-/// How long a proxy may take until it listens, and a guest until the first line of its init, at native speed.
+/// Time at native speed within which a proxy must listen and a guest must print the first line of its init.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// The longest deadline.
 const MAX_LIMIT: Duration = Duration::from_secs(86_400);

@@ -24,7 +24,7 @@ use crate::vm::{Vm, printed};
 
 /// Adds KVM to the guest kernel.
 const FRAGMENT: &str = "kvm";
-/// Where the set-up is in the outer VM.
+/// Directory of the set-up in the outer VM.
 const PLACE: &str = "/prepared";
 /// The target directory of the run inside.
 const TARGET: &str = "/run/target";
@@ -37,7 +37,7 @@ const BOOT_LIMIT: Duration = Duration::from_secs(20);
 /// How long it may take to fetch a file, at native speed.
 const FETCH_LIMIT: Duration = Duration::from_secs(10);
 
-/// What a nested run needs in addition to the usual set-up.
+/// The set-up that a nested run needs in addition to the usual one.
 pub struct NestedSetup {
     /// The QEMU that runs inside.
     qemu_root: PathBuf,

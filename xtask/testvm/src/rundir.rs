@@ -73,13 +73,13 @@ impl RunDir {
         Ok(Self { path, id: format!("{}-{name}", self.id), _lock: None, part: true })
     }
 
-    /// Its absolute path.
+    /// The absolute path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its name, which no other run has.
+    /// The name, which no other run has.
     #[must_use]
     pub fn id(&self) -> String {
         self.id.clone()
@@ -151,12 +151,12 @@ fn remove_images(run: &Path) {
     }
 }
 
-/// Whether a run that is alive has locked its directory.
+/// Returns true if a live run has locked the directory `run`.
 pub(crate) fn is_locked(run: &Path) -> bool {
     File::open(run).is_ok_and(|dir| matches!(dir.try_lock(), Err(TryLockError::WouldBlock)))
 }
 
-/// What every kind of report contains.
+/// The keys that every kind of report has.
 #[derive(Deserialize)]
 struct Verdict {
     scenario: String,
@@ -225,7 +225,7 @@ impl SocketDir {
         )
     }
 
-    /// Its path.
+    /// The path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

@@ -1,4 +1,4 @@
-//! What VMs need before they can start: QEMU, kernel, programs, base image, accelerator.
+//! The set-up of VMs: QEMU, kernel, programs, base image, accelerator.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -36,7 +36,7 @@ impl KernelId {
     }
 }
 
-/// What some VMs need in addition to what all VMs need.
+/// Needs of some VMs in addition to those of all VMs.
 #[derive(Debug, Clone, Default)]
 pub struct Needs {
     /// The kernels; if there is none, the plain one.

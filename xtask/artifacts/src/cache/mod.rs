@@ -327,7 +327,7 @@ fn is_unused(entry: &Path) -> bool {
 /// The lock of an entry or of its temporary directory, if no run holds it or uses the entry.
 fn try_lock_unused(path: &Path) -> Result<Option<File>> {
     let lock = try_lock(path, "lock")?;
-    // Whoever begins to use the entry holds the first lock, so the second need not be kept.
+    // A process that begins to use the entry holds the first lock, so the second need not be kept.
     let unused = lock.is_some() && try_lock(path, "used.lock")?.is_some();
     Ok(lock.filter(|_| unused))
 }

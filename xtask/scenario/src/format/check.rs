@@ -1,4 +1,4 @@
-//! What VMs, vvu devices and disks must fulfil beyond their format. Every complaint begins with the JSON path of the place.
+//! Checks VMs, vvu devices and disks beyond their format. Every message begins with the JSON path of the place.
 
 use std::collections::BTreeSet;
 
@@ -19,7 +19,7 @@ const MAX_DISK_MIB: u64 = 64 << 10;
 const DISK_ROOM: u64 = 3;
 /// RAM in MiB that a VM needs beside its disks: the kernel, and three times the initramfs without disks.
 const SYSTEM_MIB: u64 = 64;
-/// What a name may be; names become file names and placeholders.
+/// Description of a valid name. Names become file names and placeholders.
 const NAME: &str = "lower-case letters, digits, - and _, at most 32, first a letter";
 
 impl Scenario {
@@ -165,7 +165,7 @@ impl DiskSpec {
     ///
     /// # Errors
     ///
-    /// Its file cannot be looked at.
+    /// The metadata of the file cannot be read.
     pub fn bytes(&self) -> Result<u64> {
         match &self.file {
             None => Ok(self.size_mib.unwrap_or_default() << 20),

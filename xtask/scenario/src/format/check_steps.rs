@@ -1,4 +1,4 @@
-//! What the steps of a scenario must fulfil beyond their format. Every complaint begins with the JSON path of the place.
+//! Checks the steps of a scenario beyond their format. Every message begins with the JSON path of the place.
 
 use std::collections::BTreeSet;
 
@@ -40,7 +40,7 @@ fn check_repeat(repeat: &RepeatStep) -> Result<()> {
     Ok(())
 }
 
-/// What is known before a step. The check walks through the steps as a run does.
+/// The state before a step. The check walks through the steps as a run does.
 struct State<'a> {
     scenario: &'a Scenario,
     values: Values,

@@ -61,7 +61,7 @@ fn inline(json: &str) -> String {
     if json.starts_with('{') { format!("{{ {parts} }}") } else { format!("[{parts}]") }
 }
 
-/// What an object or a list has between its commas; none of another value.
+/// The parts of an object or a list between its commas; `None` for another value.
 fn parts(json: &str) -> Option<Vec<&str>> {
     if !json.starts_with(['{', '[']) {
         return None;

@@ -118,7 +118,7 @@ impl Matrix {
         Ok(())
     }
 
-    /// Whether the cell has all of `values`, which go by the name of their axis.
+    /// Returns true if the cell has all of `values`, whose keys are names of axes.
     pub(crate) fn all_in(&self, values: &BTreeMap<String, String>, cell: &[usize]) -> bool {
         let named = self.axes.iter().zip(self.choices(cell));
         named.filter(|(axis, choice)| values.get(&axis.name) == Some(&choice.name)).count() == values.len()

@@ -1,4 +1,4 @@
-//! What a scenario expects of the vhost-user messages that a vvu device has carried.
+//! Expectations on the vhost-user messages that a vvu device has carried.
 
 use anyhow::{Context, Result, bail, ensure};
 use schemars::JsonSchema;
@@ -162,7 +162,7 @@ impl ExpectedMessage {
         Ok(())
     }
 
-    /// Whether `message`, a line of a trace, is as expected.
+    /// Returns true if `message`, a line of a trace, is as expected.
     fn matches(&self, message: &Value) -> bool {
         let is = |key: &str, want: Value| want.is_null() || message[key] == want;
         let named = |name: &str, features: &Value| match features["names"].as_array() {
@@ -219,7 +219,7 @@ fn number(value: &Value) -> Option<u64> {
     u64::from_str_radix(value.as_str()?.strip_prefix("0x")?, 16).ok()
 }
 
-/// Whether all that `want` names is in `got`.
+/// Returns true if `got` has everything that `want` names.
 fn within(want: &Value, got: &Value) -> bool {
     match (want, got) {
         (Value::Object(want), Value::Object(got)) => {

@@ -53,13 +53,13 @@ impl Scenario {
         self.steps.iter().enumerate().flat_map(placed).collect()
     }
 
-    /// Whether a step starts the VM `vm`, which else runs from the beginning.
+    /// Returns true if a step starts the VM `vm`. A VM that no step starts runs from the beginning.
     #[must_use]
     pub fn starts(&self, vm: &str) -> bool {
         self.unrolled(1).iter().any(|placed| matches!(placed.step, Step::Start(start) if start.vm == vm))
     }
 
-    /// Whether a step reboots the VM `vm`.
+    /// Returns true if a step reboots the VM `vm`.
     #[must_use]
     pub fn reboots(&self, vm: &str) -> bool {
         self.unrolled(1).iter().any(|placed| matches!(placed.step, Step::Reboot(reboot) if reboot.vm == vm))

@@ -285,7 +285,7 @@ impl ExpectedExit {
 }
 
 impl Signal {
-    /// Its number on Linux.
+    /// The number on Linux.
     #[must_use]
     pub fn number(self) -> i32 {
         match self {
@@ -346,7 +346,7 @@ impl Step {
         }
     }
 
-    /// What the scenario has reached once the step is done.
+    /// The milestone that the scenario has reached once the step is done.
     #[must_use]
     pub fn milestone(&self) -> Option<Milestone> {
         match self {
@@ -362,7 +362,7 @@ impl Step {
         given.unwrap_or(default)
     }
 
-    /// Whether the scenario allows the step no time at all.
+    /// Returns true if the scenario allows the step no time at all.
     pub(super) fn has_no_time(&self) -> bool {
         self.timeouts().0 == Some(0)
     }
@@ -384,7 +384,7 @@ impl Step {
         (*given, default)
     }
 
-    /// Whether the step takes away by force what others rely on.
+    /// Returns true if the step kills a process on which others rely.
     #[must_use]
     pub fn is_fault(&self) -> bool {
         matches!(self, Step::Kill(_) | Step::Reboot(_) | Step::KillVm(_) | Step::KillProxy(_))

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-/// Whether `file`, the JSON of a scenario or a matrix, has steps in the old format.
+/// Returns true if `file`, the JSON of a scenario or a matrix, has steps in the old format.
 #[must_use]
 pub fn is_old(file: &Value) -> bool {
     let choices = file["axes"].as_array().into_iter().flatten().filter_map(|axis| axis["values"].as_array());

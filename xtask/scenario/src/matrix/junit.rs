@@ -47,7 +47,7 @@ fn status(cell: &CellResult) -> TestCaseStatus {
     status
 }
 
-/// What failed, in a line and at length.
+/// The failure, in one line and at length.
 fn why(report: &Report) -> (String, String) {
     let failed = report.checks.iter().filter(|check| check.result == CheckResult::Fail);
     let failed: Vec<_> = failed.map(|check| (check.name.as_str(), check.evidence.as_str())).collect();

@@ -158,7 +158,7 @@ fn timelines(results: &Results) -> Markup {
     }
 }
 
-/// Where a time axis of `longest` seconds has marks, in whole seconds.
+/// The positions of the marks on a time axis of `longest` seconds, in whole seconds.
 fn marks(longest: f64) -> Vec<u32> {
     let steps = [1_u32, 2, 5, 10, 20, 30, 60, 120, 300, 600];
     let step = steps.into_iter().find(|step| longest / f64::from(*step) <= MARKS).unwrap_or(3600);

@@ -1,4 +1,4 @@
-//! What came of a matrix: `matrix.json`, and a table of it.
+//! The results of a matrix: `matrix.json`, and a table of it.
 
 use std::fmt::Write;
 
@@ -20,11 +20,11 @@ pub(super) struct Results {
     pub(super) coverage: String,
     /// The whole run.
     pub(super) seconds: f64,
-    /// What was varied.
+    /// The axes that were varied.
     pub(super) axes: Vec<AxisNames>,
     /// Values that do not occur together, and why.
     pub(super) impossible: Vec<Impossible>,
-    /// What took how long before the first cell.
+    /// Stages of the set-up, before the first cell.
     pub(super) set_up: Vec<StageTime>,
     /// The cells in the order they ran.
     pub(super) cells: Vec<CellResult>,
@@ -33,9 +33,9 @@ pub(super) struct Results {
 /// An axis.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct AxisNames {
-    /// What it is.
+    /// Name of the axis.
     pub(super) name: String,
-    /// Its values; the first is the default.
+    /// Names of the values; the first is the default.
     pub(super) values: Vec<String>,
 }
 
@@ -44,9 +44,9 @@ pub(super) struct AxisNames {
 pub(super) struct CellResult {
     /// Name of its scenario, and of its directory beside the report.
     pub(super) name: String,
-    /// Its value of each axis.
+    /// Name of the cell's value on each axis.
     pub(super) values: Vec<String>,
-    /// Its report without the stages of the set-up; `null` if it was not run.
+    /// The report on the cell without the stages of the set-up; `null` if it was not run.
     pub(super) report: Option<Report>,
 }
 
@@ -73,7 +73,7 @@ impl CellResult {
         self.result().map_or("not run", verdict)
     }
 
-    /// What it took by itself: from the begin of its first stage to the end of its last.
+    /// Seconds from the begin of the first stage of the cell to the end of the last.
     pub(super) fn seconds(&self) -> Option<f64> {
         let stages = &self.report.as_ref()?.stages;
         let end = stages.iter().map(|stage| stage.began + stage.seconds).fold(f64::NAN, f64::max);

@@ -1,4 +1,4 @@
-//! The report for people: a table of checks, then where to look.
+//! The report for people: a table of the checks and one line of totals.
 
 use std::fmt::Write;
 
@@ -7,10 +7,10 @@ use vvu_testvm::facts::Outcome;
 
 use super::record::{CheckResult, Report};
 
-/// Evidence is cut to this many characters; all of it is in `report.json`.
+/// Longest evidence of a passed check, in characters. `report.json` has all of it.
 const EVIDENCE_WIDTH: usize = 96;
 
-/// The checks with their evidence and one line of sums.
+/// Formats a report: each check with its evidence, then one line of totals.
 pub fn table(report: &Report) -> String {
     let width = report.checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
     let mut text = String::new();
@@ -42,7 +42,7 @@ pub fn table(report: &Report) -> String {
     text
 }
 
-/// Several scenarios, each in a line, and their sum.
+/// Formats the reports of several scenarios: one line for each, then one for all.
 pub fn summary(reports: &[Report]) -> String {
     let width = reports.iter().map(|report| report.scenario.len()).max().unwrap_or(0);
     let mut text = String::from("\n");
@@ -55,7 +55,7 @@ pub fn summary(reports: &[Report]) -> String {
     text
 }
 
-/// An outcome in words.
+/// The words for an outcome in a table.
 pub fn verdict(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Pass => "passed",
@@ -70,7 +70,7 @@ fn line(text: &mut String, line: std::fmt::Arguments<'_>) {
     let _ = writeln!(text, "{line}");
 }
 
-/// The last line of `evidence`, which tells most, cut to the width.
+/// The last line of `evidence`, cut to [`EVIDENCE_WIDTH`]. Programs print their result last.
 fn shortened(evidence: &str) -> String {
     let evidence = printable(evidence.trim());
     let last = evidence.lines().next_back().unwrap_or_default();
@@ -81,7 +81,7 @@ fn shortened(evidence: &str) -> String {
     format!("{cut} …")
 }
 
-/// All of `evidence`, its further lines set in.
+/// All of `evidence`, with its lines after the first indented.
 fn indented(evidence: &str) -> String {
     printable(evidence.trim()).replace('\n', "\n        ")
 }

@@ -11,4 +11,5 @@ pub use record::{Check, CheckResult, Report, Reports, Totals, worst};
 pub use replay::{Part, by_hand, replay_script};
 
 #[cfg(test)]
+#[path = "report_test.rs"]
 mod tests;

@@ -1,4 +1,4 @@
-//! Where reports go: the run directory, the terminal, the exit code.
+//! Publishes reports: in the run directory, on the terminal and as the exit code.
 
 use std::process::ExitCode;
 

@@ -44,11 +44,11 @@ pub struct Report {
 /// A check of a scenario.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Check {
-    /// Its name in the scenario.
+    /// Name of the check in the scenario.
     pub name: String,
-    /// Its result.
+    /// Result of the check.
     pub result: CheckResult,
-    /// What was seen, or why the check failed.
+    /// The output or value that the check saw, or the reason for its failure.
     pub evidence: String,
 }
 

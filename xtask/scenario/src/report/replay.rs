@@ -10,7 +10,7 @@ use vvu_testvm::facts::{command_line, quoted};
 pub struct Part {
     /// `device`, `sibling`, or the vvu device's name for its proxy.
     pub name: String,
-    /// Its program and arguments.
+    /// Program and arguments of the process.
     pub words: Vec<String>,
     /// The steps that were carried out in it, as text for people.
     pub steps: Vec<String>,

@@ -1,4 +1,4 @@
-//! Starts and ends what a scenario's steps run on.
+//! Starts and ends the VMs and proxies of a scenario.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,15 +14,15 @@ use super::steps::{Measurements, Running};
 use crate::format::{Placed, Scenario, Values};
 use crate::report::{self, Part};
 
-/// Everything that is settled before the first process starts.
+/// Starts the VMs and proxies of a scenario as its plan says.
 pub(super) struct Launcher<'a> {
-    /// Starts VMs and proxies.
+    /// The lab in which the VMs and proxies run.
     pub(super) lab: &'a Lab<'a>,
-    /// The guests' kernel.
+    /// Kernel of all guests.
     pub(super) kernel: &'a Kernel,
-    /// Addresses and paths.
+    /// Configuration of each VM and proxy.
     pub(super) plan: &'a Plan,
-    /// The guests' images.
+    /// Initramfs of each guest that needs one of its own.
     pub(super) images: &'a Images,
 }
 
@@ -47,7 +47,7 @@ impl<'a> Launcher<'a> {
         Ok(running)
     }
 
-    /// Kills the VMs and stops the proxies, which must end without an error; then nothing may be left.
+    /// Kills the VMs and stops the proxies. Fails if a proxy exits with an error, or a process or file is left over.
     pub(super) fn end(&self, running: Running<'_>) -> Result<String> {
         let Running { vms, proxies, .. } = running;
         drop(vms);
@@ -73,7 +73,7 @@ impl<'a> Launcher<'a> {
             let words = proxy.words(&self.lab.setup().binaries.vvu);
             parts.push(Part { name: name.clone(), words, steps: Vec::new() });
         }
-        // In the order in which the scenario uses them.
+        // The script starts VMs in the order in which the scenario uses them.
         let mut names: Vec<&String> = scenario.vms.keys().collect();
         let steps = scenario.unrolled(1);
         let in_vm = |placed: &Placed<'_>, name: &str| placed.step.vm() == Some(name);
@@ -109,7 +109,7 @@ impl<'a> Launcher<'a> {
         Boot { kernel: &self.kernel.vmlinux, initramfs }
     }
 
-    /// The messages of a vvu device so far.
+    /// Reads the vhost-user messages that a vvu device has carried so far, one JSON object a line.
     fn trace(&self, name: &str) -> Result<String> {
         let path = self.plan.proxies.get(name).and_then(|config| config.trace.as_deref());
         let path = path.with_context(|| format!("{name:?} has no trace"))?;

@@ -1,4 +1,4 @@
-//! What a VM's CPUs can do.
+//! CPU models of VMs.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ pub enum CpuLevel {
 }
 
 impl CpuLevel {
-    /// Its name in scenarios and machine profiles.
+    /// The name in scenarios and machine profiles.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {

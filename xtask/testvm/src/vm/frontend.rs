@@ -224,7 +224,7 @@ impl Frontend {
     }
 }
 
-/// Whether `text` can be a name or a value in a list of the form `name=value,...`.
+/// Returns true if `text` can be a name or a value in a list of the form `name=value,...`.
 fn plain(text: &str) -> bool {
     !text.is_empty() && !text.contains([',', '=', '\n', '\0'])
 }

@@ -22,7 +22,7 @@ pub enum Iommu {
 }
 
 impl Iommu {
-    /// Its name in scenarios, on the command line and in machine profiles.
+    /// The name in scenarios, on the command line and in machine profiles.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {

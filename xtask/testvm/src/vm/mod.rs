@@ -33,7 +33,7 @@ const ANSWER_GRACE: Duration = Duration::from_secs(10);
 /// How long a VMM that is ending may take to end, when an error is explained.
 const END_LIMIT: Duration = Duration::from_millis(500);
 
-/// Where a VM's output goes.
+/// Files that take a VM's output.
 #[derive(Debug, Clone)]
 pub(crate) struct Logs {
     /// The console, written by the VMM.
@@ -390,7 +390,7 @@ fn alive(vmm: &mut Running, log: &mut VmmLog) -> Result<()> {
     log.check()
 }
 
-/// What a command printed, as part of a message.
+/// Formats the output of a command as part of a message.
 #[must_use]
 pub fn printed(output: &Output) -> String {
     let mut text = String::new();
