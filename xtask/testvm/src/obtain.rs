@@ -20,13 +20,13 @@ use crate::vmm;
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct SetupOptions {
     /// QEMU to use instead of the system's or Debian's
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "VMs")]
     pub qemu: Option<PathBuf>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "a doc comment on flattened options would become a help text")]
     pub kernel: KernelOptions,
     /// Accelerator that runs the VMs
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, help_heading = "VMs")]
     pub accel: accel::Request,
     /// Directory that holds everything, as --nested lays it out
     #[arg(long, hide = true, value_name = "DIR", conflicts_with_all = ["qemu", "file", "source", "fragments"])]

@@ -52,13 +52,13 @@ const FACTS: &str = "kernel.json";
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct KernelOptions {
     /// Run this vmlinux or bzImage instead of building one
-    #[arg(long = "kernel", value_name = "FILE", conflicts_with = "source")]
+    #[arg(long = "kernel", value_name = "FILE", conflicts_with = "source", help_heading = "Kernel")]
     pub file: Option<PathBuf>,
     /// Build from this tree or tarball instead of the distribution's source package
-    #[arg(long = "kernel-source", value_name = "DIR|TARBALL")]
+    #[arg(long = "kernel-source", value_name = "DIR|TARBALL", help_heading = "Kernel")]
     pub source: Option<PathBuf>,
     /// Add a configuration fragment: a name under guest-images/kernel, or a file
-    #[arg(long = "kernel-fragment", value_name = "NAME|FILE")]
+    #[arg(long = "kernel-fragment", value_name = "NAME|FILE", help_heading = "Kernel")]
     pub fragments: Vec<String>,
     /// The source's name in `guest-images/versions.json`, if a scenario names one.
     #[arg(skip)]
