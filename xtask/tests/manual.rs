@@ -69,7 +69,7 @@ fn the_manual_works_in_two_terminals() {
     let deadline = Instant::now() + Duration::from_secs(280);
     while !dir.path().join("vvu.sock.mem").exists() {
         if Instant::now() > deadline || device.try_wait().expect("looked at").is_some() {
-            // Its own end closes its output.
+            // Reading the output ends only when the program has ended.
             let _ = device.kill();
             panic!("no proxy: {}", text(&device.wait_with_output().expect("ended").stderr));
         }

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 /// Milliseconds that a wait for a terminal's output may take.
 const LIMIT_MS: u64 = 60_000;
-/// What no healthy guest prints.
+/// A pattern that no healthy guest prints.
 const FAILURE: &str = "Kernel panic|Oops: |vvu-init: failed|not found|No such";
 
 /// A part of the run in a pseudo-terminal.

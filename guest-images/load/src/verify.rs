@@ -14,7 +14,7 @@ const REQUESTS_PER_SYNC: u64 = 64;
 /// Faults that are described in full, in each thread.
 const FAULTS_SHOWN: u64 = 8;
 
-/// The result.
+/// Counts of what the load wrote and verified.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) blocks_written: u64,

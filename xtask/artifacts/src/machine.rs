@@ -71,7 +71,7 @@ pub enum KernelFormat {
 /// QEMU's names for a machine.
 #[derive(Debug, PartialEq, Eq)]
 pub struct QemuNames {
-    /// The program.
+    /// Name of the program.
     pub program: &'static str,
     /// The value of `-machine`, without its memory.
     pub machine: &'static str,

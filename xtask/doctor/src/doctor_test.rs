@@ -60,7 +60,7 @@ fn ready(dir: &Path) -> Host {
     }
 }
 
-/// What is not met, by id.
+/// The requirements that are not met: the id and status of each.
 fn unmet(host: &Host) -> Vec<(String, Status)> {
     let unmet = checks::all(host).into_iter().filter(|requirement| requirement.status != Status::Ok);
     unmet

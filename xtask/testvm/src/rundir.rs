@@ -225,7 +225,7 @@ impl SocketDir {
         )
     }
 
-    /// The path.
+    /// Path of the directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

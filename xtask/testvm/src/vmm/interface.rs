@@ -15,10 +15,10 @@ use crate::vm::cpu::Cpu;
 
 /// A VMM that can be started.
 pub trait Vmm: fmt::Debug + Send + Sync {
-    /// The name, such as `QEMU`.
+    /// Name for messages, such as `QEMU`.
     fn name(&self) -> &'static str;
 
-    /// The program.
+    /// Path of the program.
     fn program(&self) -> &Path;
 
     /// The version that the program reports, such as `11.1.3`.
