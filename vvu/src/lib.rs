@@ -18,6 +18,8 @@ pub mod listening_socket;
 pub mod message_socket;
 
 #[cfg(test)]
+mod express_model;
+#[cfg(test)]
 mod rig;
 mod serve;
 

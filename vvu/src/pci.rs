@@ -168,12 +168,58 @@ pub trait PciDevice: Send + Sync {
     /// [`DeviceError`].
     fn enable_msix(&self, vectors: &[&Event]) -> Result<(), DeviceError>;
 
-    /// Makes each further signal of `event` write the le16 `value` at `offset` of BAR `bar`, without a thread of
-    /// the caller.
+    /// Makes each further signal of `event` ring `doorbell`, without a thread of the caller.
     ///
     /// # Errors
     /// [`DeviceError`].
-    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &Event) -> Result<(), DeviceError>;
+    fn bind_doorbell(&self, doorbell: Doorbell, event: &Event) -> Result<(), DeviceError>;
+
+    /// Undoes [`bind_doorbell`](Self::bind_doorbell). Each signal from before the call rings `doorbell`, or another
+    /// doorbell that its event is bound to.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    fn unbind_doorbell(&self, doorbell: Doorbell) -> Result<(), DeviceError>;
+}
+
+/// A register write that rings a doorbell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Doorbell {
+    /// Number of the BAR.
+    pub bar: u8,
+    /// Offset in the BAR.
+    pub offset: u64,
+    /// What is written.
+    pub value: DoorbellValue,
+}
+
+/// A number that is written to a doorbell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DoorbellValue {
+    /// An le16.
+    Le16(u16),
+    /// An le32.
+    Le32(u32),
+}
+
+impl Doorbell {
+    /// Returns the number of bytes that are written.
+    #[must_use]
+    pub(crate) fn width(self) -> usize {
+        match self.value {
+            DoorbellValue::Le16(_) => 2,
+            DoorbellValue::Le32(_) => 4,
+        }
+    }
+
+    /// Writes to the doorbell with `write`, which gets region, offset and bytes.
+    pub(crate) fn ring<T>(self, write: impl FnOnce(Region, u64, &[u8]) -> T) -> T {
+        let region = Region::Bar(self.bar);
+        match self.value {
+            DoorbellValue::Le16(value) => write(region, self.offset, &value.to_le_bytes()),
+            DoorbellValue::Le32(value) => write(region, self.offset, &value.to_le_bytes()),
+        }
+    }
 }
 
 /// Returns the index of a region in VFIO and vfio-user.

@@ -61,6 +61,13 @@ fn filter() -> anyhow::Result<BpfProgram> {
     // abort(3) signals the process itself, in whichever thread.
     let own = argument(0, SeccompCmpOp::Eq, std::process::id().cast_signed())?;
     rules.insert(libc::SYS_tgkill, vec![own]);
+    // It compares two descriptors of this process, and nothing else.
+    let pid = std::process::id().cast_signed();
+    let own = [(0, pid), (1, pid), (2, KCMP_FILE)].into_iter().map(|(index, value)| {
+        let value = u64::from(value.cast_unsigned());
+        SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+    });
+    rules.insert(libc::SYS_kcmp, vec![SeccompRule::new(own.collect::<Result<_, _>>()?)?]);
     let arch = std::env::consts::ARCH.try_into()?;
     let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, arch)?;
     Ok(filter.try_into()?)
@@ -129,6 +136,9 @@ const ALLOWED_BY_ARCH: &[c_long] = &[];
 /// Commands of `fcntl`. The standard library's debug builds use `F_GETFD` before each `close`.
 const FCNTL_ALLOWED: &[c_int] =
     &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC, libc::F_GET_SEALS];
+
+/// What `kcmp` may compare: whether two descriptors are one open file.
+const KCMP_FILE: c_int = 0;
 
 /// Makes a refused system call end the process with a message.
 fn explain_refusals() -> std::io::Result<()> {

@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
 use crate::bridge::{BackendSocket, Bridge, BridgeError, Options, Retry};
+use crate::driver::express::find::{self, FindError};
 use crate::driver::sysfs::PciSysfs;
 use crate::driver::vfio::{VfioDevice, VfioOpenError};
 use crate::driver::{Driver, DriverError};
@@ -62,13 +63,20 @@ pub enum ServeError<E: Debug + Display> {
 }
 
 /// Opens the vvu device `bdf` of this machine through VFIO and brings it up. The device has to be bound to vfio-pci:
-/// `vvu bind BDF` does that.
+/// `vvu bind BDF` does that. If the machine has an express device for it that is bound as well, the driver uses it.
 ///
 /// # Errors
 /// [`OpenError`].
 pub fn open_vfio(bdf: Bdf) -> Result<Driver<VfioDevice>, OpenError> {
-    let device = VfioDevice::open(PciSysfs::default(), bdf)?;
-    Driver::new(device).map_err(|source| OpenError::Driver { bdf, source })
+    let sysfs = PciSysfs::default();
+    let device = VfioDevice::open(sysfs.clone(), bdf)?;
+    let mut driver = Driver::new(device).map_err(|source| OpenError::Driver { bdf, source })?;
+    match find::attach(&sysfs, bdf, &mut driver) {
+        Ok(express) => log::info!("{bdf} notifies the sibling through the express device {express}"),
+        Err(error @ FindError::Absent) => log::info!("{bdf} notifies the sibling through the proxy: {error}"),
+        Err(error) => log::warn!("{bdf} notifies the sibling through the proxy: {error}"),
+    }
+    Ok(driver)
 }
 
 /// Serves a device: `backend` gets one connected vhost-user stream after the other, each for one front-end, and

@@ -15,8 +15,15 @@ use vvu::driver::{Driver, Incoming};
 use vvu::event::wait_readable;
 use vvu::message_socket::{Message, MessageSocket};
 use vvu::spec::addr::{BarOffset, QueueIndex, SiblingGpa, SiblingVa};
+use vvu::spec::express::PeerId;
+use vvu::spec::express::page::Entry;
 use vvu::spec::vhost_user::{FrontendReq, Header, MemoryRegion, memory_table_to_bytes};
 use vvu::vfio_user::client::VfioUserDevice;
+
+#[path = "common/ivshmem.rs"]
+mod ivshmem;
+
+use ivshmem::Ivshmem;
 
 /// Bounds every wait, so that a failure ends.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -43,7 +50,7 @@ impl Proxy {
         let dir = tempfile::tempdir().expect("directory");
         let mut child = command
             .args(["-v", "proxy", "--memory-size", "4M", "--memory-link", "memory"])
-            .args(["--vfio-user", "vmm", "--vhost-user", "sibling"])
+            .args(["--vfio-user", "vmm", "--vhost-user", "sibling", "--express", "express"])
             .args(options)
             .current_dir(dir.path())
             .stdout(Stdio::piped())
@@ -114,7 +121,7 @@ impl Proxy {
     }
 
     fn assert_no_names(&self, text: &str) {
-        for name in ["memory", "vmm", "sibling"] {
+        for name in ["memory", "vmm", "sibling", "express"] {
             assert!(fs::symlink_metadata(self.path(name)).is_err(), "{name} is left: {text}");
         }
     }
@@ -156,6 +163,7 @@ fn converse(proxy: &Proxy) {
     };
     let region = MemoryRegion { gpa: SiblingGpa(0), size: MEMORY, va: SiblingVa(0), offset: BarOffset(0) };
     let (kick, call) = (event(), event());
+    let mut vmm = Ivshmem::new(UnixStream::connect(proxy.path("express")).expect("connect"));
     let dup = |fd: &OwnedFd| vec![fd.try_clone().expect("dup")];
     let (channel, _theirs) = UnixStream::pair().expect("pair");
     let inflight = [&[0; 16][..], &[1, 0, 0, 1, 0, 0, 0, 0]].concat();
@@ -163,6 +171,8 @@ fn converse(proxy: &Proxy) {
     for (message, fds) in [
         (request(FrontendReq::SET_MEM_TABLE, &memory_table_to_bytes(&[region])), vec![memory()]),
         (request(FrontendReq::SET_VRING_KICK, &[0; 8]), dup(&kick)),
+        (request(FrontendReq::SET_VRING_CALL, &[0; 8]), dup(&call)),
+        (request(FrontendReq::SET_VRING_CALL, &[0; 8]), vec![event()]),
         (request(FrontendReq::SET_VRING_CALL, &[0; 8]), dup(&call)),
         (request(FrontendReq::SET_BACKEND_REQ_FD, &[]), vec![channel.into()]),
         (request(FrontendReq::GET_INFLIGHT_FD, &inflight), vec![]),
@@ -182,6 +192,7 @@ fn converse(proxy: &Proxy) {
         assert_eq!(message.bytes.len(), want);
         last = Some(message.header);
     }
+    express(&mut vmm, &call);
     let mut reply = inflight;
     reply[..8].copy_from_slice(&0x1000u64.to_le_bytes());
     let reply = Message::new(last.expect("a message").reply(24), &reply);
@@ -193,6 +204,26 @@ fn converse(proxy: &Proxy) {
     wait(driver.kick(QueueIndex(0)).expect("queue"));
     driver.call(QueueIndex(0)).expect("queue").signal();
     wait(&call);
+}
+
+/// The guest signals the call eventfd of queue 0 through the express device.
+fn express(vmm: &mut Ivshmem, call: &OwnedFd) {
+    vmm.handle_all();
+    let peer = PeerId::new(1).expect("a peer");
+    assert_eq!(vmm.peers(), (vec![1, 2], 2), "the same eventfd is the same peer");
+    vmm.ring(peer.confirm());
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let mut registered = [0; 4];
+        vmm.read(Entry::registered_offset(QueueIndex(0)), &mut registered);
+        if u32::from_le_bytes(registered) == peer.call() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the proxy does not hear the confirmation");
+        std::thread::yield_now();
+    }
+    vmm.ring(peer.call());
+    wait(call);
 }
 
 fn frontend_reply(frontend: &mut MessageSocket) -> Message {

@@ -128,6 +128,7 @@ impl Queue {
     /// Takes the next request, if the driver has made one available.
     pub(super) fn take(&mut self) -> Result<Option<Taken>, Broken> {
         let Some(head) = self.ring.pop(&self.memory)? else { return Ok(None) };
+        self.window.request_came();
         if let Some(tracker) = &mut self.tracker {
             tracker.begin(head)?;
         }

@@ -90,6 +90,9 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
             // The link is read before the queue, which then has all that a front-end sent before it left.
             left |= (self.driver.rx_event().drain() > 0 || woken == Woken::Idle) && self.link_is_down()?;
             self.driver.tx_event().drain();
+            if woken == Woken::Idle || self.driver.next_check().is_some() {
+                self.driver.check_calls()?;
+            }
             more = match self.pump() {
                 Ok(more) => more,
                 Err(Halt::Session(end)) => return Ok(end),
@@ -124,7 +127,8 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
                 fds.push(PollFd::new(socket, events));
             }
         }
-        let time = if more { Duration::ZERO } else { CHECK_INTERVAL };
+        let idle = self.driver.next_check().unwrap_or(CHECK_INTERVAL).min(CHECK_INTERVAL);
+        let time = if more { Duration::ZERO } else { idle };
         let ready = wait_any(&mut fds, Some(Instant::now() + time)).map_err(BridgeError::wait)?;
         let stopped = fds[..until.len()].iter().any(|fd| !fd.revents().is_empty());
         Ok(match ready {

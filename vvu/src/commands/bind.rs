@@ -1,7 +1,8 @@
-//! `vvu bind`: binds the vvu device to vfio-pci.
+//! `vvu bind`: binds the vvu device, and its express device if there is one, to vfio-pci.
 
 use std::time::Duration;
 
+use vvu::driver::express::find::{self, FindError};
 use vvu::driver::sysfs::PciSysfs;
 use vvu::spec::addr::Bdf;
 
@@ -17,7 +18,17 @@ pub(crate) struct Args {
 
 /// Binds the device. A device that is bound already stays as it is.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let ready = PciSysfs::default().bind(args.bdf, PATIENCE)?;
+    let sysfs = PciSysfs::default();
+    let ready = sysfs.bind(args.bdf, PATIENCE)?;
     log::info!("{} is bound to vfio-pci, IOMMU group {}", args.bdf, ready.group);
+    let express = find::vvu_uuid(&sysfs, args.bdf).and_then(|uuid| find::find(&sysfs, uuid));
+    match express {
+        Ok(express) => {
+            let ready = sysfs.bind_express(express, PATIENCE)?;
+            log::info!("its express device {express} is bound to vfio-pci, IOMMU group {}", ready.group);
+        }
+        Err(error @ FindError::Absent) => log::info!("{}: {error}", args.bdf),
+        Err(error) => log::warn!("{} goes without an express device: {error}", args.bdf),
+    }
     Ok(())
 }

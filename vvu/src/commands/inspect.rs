@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use vvu::driver::bar_view::BarView;
+use vvu::driver::express::find;
 use vvu::driver::inspect::{self, InspectError};
 use vvu::driver::sysfs::PciSysfs;
 use vvu::driver::vfio::{VfioDevice, VfioOpenError};
@@ -25,15 +26,33 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let sysfs = PciSysfs::default();
     let space = sysfs.config_space(args.vfio)?;
     let mut text = inspect::config_space(&space)?;
-    text += &match VfioDevice::open(sysfs.clone(), args.vfio) {
+    let opened = VfioDevice::open(sysfs.clone(), args.vfio);
+    text += &match &opened {
         Ok(device) => {
-            let registers = inspect::registers(&device)?;
+            let registers = inspect::registers(device)?;
             format!("registers, after the reset that opening the device through VFIO brings:\n{registers}")
         }
         Err(VfioOpenError::Busy { .. }) => registers_in_use(&space, &sysfs.resource(args.vfio, REGISTER_BAR)),
         Err(error) => format!("registers cannot be read: {error}\n"),
     };
+    let uuid = match &opened {
+        Ok(device) => inspect::uuid(device).map_err(|error| error.to_string()),
+        Err(_) => find::vvu_uuid(&sysfs, args.vfio).map_err(|error| error.to_string()),
+    };
+    text += &express(&sysfs, uuid);
     io::stdout().write_all(text.as_bytes()).context("cannot write to standard output")
+}
+
+/// Names the express device of the vvu device with this UUID.
+fn express(sysfs: &PciSysfs, uuid: Result<[u8; 16], String>) -> String {
+    let express = uuid.and_then(|uuid| find::find(sysfs, uuid).map_err(|error| error.to_string()));
+    match express {
+        Ok(express) => {
+            let driver = sysfs.driver(express).unwrap_or_else(|| "no driver".to_owned());
+            format!("express device: {express}, bound to {driver}\n")
+        }
+        Err(error) => format!("express device: none found: {error}\n"),
+    }
 }
 
 /// Describes the registers of a device in use, or says why the kernel does not show them.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
+use rustix::rand::{GetRandomFlags, getrandom};
 use uuid::Uuid;
 use vvu::PROXY_READY;
 use vvu::device::{DeviceConfig, SiblingMemory, Trace, VvuDevice};
@@ -27,6 +28,10 @@ pub(crate) struct Args {
     /// Socket that the sibling's vhost-user front-end connects to.
     #[arg(long, value_name = "PATH")]
     vhost_user: PathBuf,
+    /// Socket that the device VM's VMM connects to for notifications without the proxy (QEMU's ivshmem-doorbell
+    /// device).
+    #[arg(long, value_name = "PATH")]
+    express: Option<PathBuf>,
     #[command(flatten)]
     memory: Memory,
     /// Write every vhost-user message to this file, as JSON; vvu trace prints it.
@@ -35,9 +40,9 @@ pub(crate) struct Args {
     /// Number of vhost queues that the device can carry.
     #[arg(long, value_name = "N", default_value_t = 16)]
     queues: u16,
-    /// UUID that identifies the device to its driver.
-    #[arg(long, value_name = "UUID", default_value_t = Uuid::nil())]
-    uuid: Uuid,
+    /// UUID that identifies the device to its driver [default: random with --express, else all zeroes]
+    #[arg(long, value_name = "UUID")]
+    uuid: Option<Uuid>,
     /// Whether to refuse system calls and file access that a running proxy does not need.
     #[arg(long, value_enum, default_value_t = Sandbox::On)]
     sandbox: Sandbox,
@@ -92,19 +97,39 @@ impl Memory {
     }
 }
 
+impl Args {
+    /// The UUID of the device. The guest finds the express device by it, so two devices must not share one.
+    fn uuid(&self) -> anyhow::Result<Uuid> {
+        match (self.uuid, &self.express) {
+            (Some(uuid), _) => Ok(uuid),
+            (None, None) => Ok(Uuid::nil()),
+            (None, Some(_)) => {
+                let mut bytes = [0; 16];
+                getrandom(&mut bytes, GetRandomFlags::empty())
+                    .context("cannot get random bytes for a UUID")?;
+                Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
+            }
+        }
+    }
+}
+
 /// Serves the device until a signal asks the process to end.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = stop::on_signal().context("cannot catch signals")?;
     let (memory, link) = args.memory.open()?;
     let vhost_user = ListeningSocket::bind(&args.vhost_user)?;
     let vfio_user = ListeningSocket::bind(&args.vfio_user)?;
+    let express = args.express.as_deref().map(ListeningSocket::bind).transpose()?;
     let mut device = VvuDevice::new(DeviceConfig {
         memory,
         listener: vhost_user.listener().try_clone()?,
         queues: args.queues,
-        uuid: args.uuid.into_bytes(),
+        uuid: args.uuid()?.into_bytes(),
     })
     .context("cannot make the vvu device")?;
+    if let Some(socket) = &express {
+        device.serve_express(socket.listener().try_clone()?).context("cannot serve the express device")?;
+    }
     if let Some(path) = &args.trace {
         let file = trace_file(path).with_context(|| format!("cannot write {}", path.display()))?;
         device.set_trace(Trace::new(file));
@@ -119,12 +144,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Sandbox::On => {
             let mut names = vec![args.vhost_user.as_path(), &args.vfio_user];
             names.extend(args.memory.memory_link.as_deref());
+            names.extend(args.express.as_deref());
             let remover = NameRemover::start(&names)
                 .context("cannot start the process that removes the proxy's names at its end")?;
             let served = sandbox::enter().context("cannot enter the sandbox").and_then(|()| serve());
             remover.remove();
             // Their destructors would remove the names once more, which the sandbox forbids.
-            std::mem::forget((vhost_user, vfio_user, link));
+            std::mem::forget((vhost_user, vfio_user, express, link));
             served
         }
         Sandbox::Off => {

@@ -15,6 +15,7 @@ use rustix::time::{
 };
 
 use crate::spec::addr::QueueIndex;
+use crate::spec::express::PeerId;
 
 /// Most events that one call of [`Events::take`] returns.
 const BATCH: usize = 64;
@@ -32,12 +33,19 @@ pub(crate) enum Source {
     Again,
     /// The front-end kicked a queue.
     Kick(QueueIndex),
+    /// The VMM of the express device connected, hung up, or takes more messages.
+    Express,
+    /// The guest confirmed a peer of the express device.
+    Confirmation(PeerId),
 }
 
 impl Source {
     const LISTENER: u64 = 1 << 16;
     const SOCKET: u64 = 2 << 16;
     const AGAIN: u64 = 3 << 16;
+    const EXPRESS: u64 = 4 << 16;
+    /// The number of the peer is added.
+    const CONFIRMATION: u64 = 5 << 16;
 
     fn to_data(self) -> u64 {
         match self {
@@ -45,15 +53,19 @@ impl Source {
             Self::Socket => Self::SOCKET,
             Self::Again => Self::AGAIN,
             Self::Kick(QueueIndex(index)) => u64::from(index),
+            Self::Express => Self::EXPRESS,
+            Self::Confirmation(peer) => Self::CONFIRMATION | u64::from(peer.get()),
         }
     }
 
     fn from_data(data: u64) -> Self {
+        let peer = || PeerId::new(u16::try_from(data ^ Self::CONFIRMATION).ok()?).map(Self::Confirmation);
         match (data, u16::try_from(data)) {
             (_, Ok(index)) => Self::Kick(QueueIndex(index)),
             (Self::LISTENER, _) => Self::Listener,
             (Self::AGAIN, _) => Self::Again,
-            _ => Self::Socket,
+            (Self::EXPRESS, _) => Self::Express,
+            _ => peer().unwrap_or(Self::Socket),
         }
     }
 }
@@ -81,7 +93,7 @@ impl Events {
     /// open, so [`remove`](Self::remove) it before closing it.
     pub(crate) fn add(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
         let mut flags = EventFlags::ET | EventFlags::IN;
-        if source == Source::Socket {
+        if matches!(source, Source::Socket | Source::Express) {
             flags |= EventFlags::OUT | EventFlags::RDHUP;
         }
         epoll::add(&self.epoll, fd, EventData::new_u64(source.to_data()), flags)
@@ -134,5 +146,20 @@ impl Events {
 impl AsFd for Events {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_survive_the_kernel() {
+        let peers = [1, 2, 0x7fff].map(|id| Source::Confirmation(PeerId::new(id).expect("a peer")));
+        let kicks = [0, 127, u16::MAX].map(|index| Source::Kick(QueueIndex(index)));
+        let others = [Source::Listener, Source::Socket, Source::Again, Source::Express];
+        for source in peers.into_iter().chain(kicks).chain(others) {
+            assert_eq!(Source::from_data(source.to_data()), source);
+        }
     }
 }

@@ -17,6 +17,7 @@ mod closer;
 mod common_config;
 mod config_space;
 mod events;
+pub(crate) mod express;
 mod frontend_connection;
 mod link;
 mod message_queues;

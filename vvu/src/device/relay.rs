@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use super::Host;
 use super::closer::Closer;
 use super::events::{Events, Source};
+use super::express::Express;
 use super::frontend_connection::{ConnectionError, FrontendConnection, Received};
 use super::link::{Link, LinkEvent, LinkState, Transition};
 use super::message_queues::{DriverQueues, Placed, QueueError};
@@ -16,6 +17,7 @@ use super::sibling_memory::SiblingMemory;
 use super::treatment::Treatment;
 use super::vrings::{Eventfd, Notification, Vrings};
 use crate::spec::addr::QueueIndex;
+use crate::spec::express::PeerId;
 
 /// The front-end's side of a device.
 #[derive(Debug)]
@@ -24,6 +26,7 @@ pub(super) struct Relay {
     pub(super) vrings: Vrings,
     reconnects: Reconnects,
     link: Link,
+    express: Option<Express>,
 }
 
 /// What one step of the relay did.
@@ -59,7 +62,34 @@ impl Relay {
         let closer = Closer::new(events.again_event())?;
         let resources = Resources { memory, queues, events, closer, trace: None };
         let vrings = Vrings::new(queues)?;
-        Ok(Self { resources, vrings, reconnects: Reconnects::new(listener), link: Link::default() })
+        let reconnects = Reconnects::new(listener);
+        Ok(Self { resources, vrings, reconnects, link: Link::default(), express: None })
+    }
+
+    /// Serves the express device of the device with this `uuid` to the VMMs that connect to `listener`.
+    ///
+    /// # Errors
+    /// As [`Express::new`].
+    pub(super) fn serve_express(&mut self, listener: UnixListener, uuid: [u8; 16]) -> std::io::Result<()> {
+        self.express = Some(Express::new(listener, uuid, &self.resources)?);
+        Ok(())
+    }
+
+    /// Deals with an event of the express device's VMM.
+    pub(super) fn process_express(&mut self) {
+        let Some(express) = &mut self.express else { return };
+        if express.process(&self.resources) {
+            for (queue, call) in self.vrings.calls() {
+                express.set_call(&self.resources, queue, Some(call));
+            }
+        }
+    }
+
+    /// The guest confirmed a peer of the express device.
+    pub(super) fn confirm(&mut self, peer: PeerId) {
+        if let Some(express) = &mut self.express {
+            express.confirm(&self.resources, peer);
+        }
     }
 
     /// The state of the link.
@@ -122,6 +152,9 @@ impl Relay {
     fn disconnect(&mut self, connection: FrontendConnection) {
         for kick in self.vrings.disconnect() {
             self.resources.events.remove(&kick);
+        }
+        if let Some(express) = &mut self.express {
+            express.clear(&self.resources);
         }
         connection.hang_up(&self.resources);
     }
@@ -236,6 +269,9 @@ impl Relay {
     /// Replaces an eventfd of a queue. The device no longer watches the old kick eventfd, which the
     /// front-end may still have open.
     fn replace(&mut self, index: QueueIndex, which: Notification, eventfd: Option<Eventfd>) {
+        if let (Notification::Call, Some(express)) = (which, &mut self.express) {
+            express.set_call(&self.resources, index, eventfd.as_ref());
+        }
         if let (Some(old), Notification::Kick) = (self.vrings.set(index, which, eventfd), which) {
             self.resources.events.remove(&old);
         }

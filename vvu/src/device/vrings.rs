@@ -42,6 +42,17 @@ impl Eventfd {
         }
         Ok(())
     }
+
+    /// Makes a second handle of the same eventfd.
+    pub(crate) fn try_clone(&self) -> Result<Self, Errno> {
+        rustix::io::fcntl_dupfd_cloexec(&self.0, 0).map(Self)
+    }
+}
+
+impl From<Eventfd> for OwnedFd {
+    fn from(eventfd: Eventfd) -> Self {
+        eventfd.0
+    }
 }
 
 impl AsFd for Eventfd {
@@ -106,6 +117,12 @@ impl Vrings {
             Notification::Err => &mut vring.err,
         };
         std::mem::replace(slot, fd)
+    }
+
+    /// Returns the call eventfds that are set.
+    pub(crate) fn calls(&self) -> impl Iterator<Item = (QueueIndex, &Eventfd)> {
+        let queues = (0..).map(QueueIndex).zip(&self.vrings);
+        queues.filter_map(|(queue, vring)| Some((queue, vring.call.as_ref()?)))
     }
 
     /// Removes the front-end's eventfds and returns the kick eventfds. The guest's vectors stay.

@@ -84,6 +84,14 @@ impl VvuDevice {
         self.relay.resources.trace = Some(trace);
     }
 
+    /// Serves the express device to the VMMs that connect to `listener`, one at a time.
+    ///
+    /// # Errors
+    /// When the kernel cannot poll the listener, or has no memory or file descriptor left.
+    pub fn serve_express(&mut self, listener: UnixListener) -> io::Result<()> {
+        self.relay.serve_express(listener, self.uuid)
+    }
+
     /// Bytes of `region`: a power of two for a BAR, 0 for a BAR that does not exist.
     #[must_use]
     pub fn region_size(&self, region: Region) -> u64 {
@@ -296,7 +304,7 @@ impl VvuDevice {
     /// Handles the events that have happened: connections, messages, kicks. Does not wait, and returns
     /// after a bounded number of messages.
     pub fn process<H: Host>(&mut self, host: &H) {
-        let mut pump = false;
+        let (mut pump, mut express) = (false, false);
         for source in self.relay.resources.events.take() {
             match source {
                 Source::Kick(queue) => {
@@ -304,8 +312,14 @@ impl VvuDevice {
                         host.signal(vector);
                     }
                 }
-                Source::Listener | Source::Socket | Source::Again => pump = true,
+                Source::Listener | Source::Socket => pump = true,
+                Source::Express => express = true,
+                Source::Again => (pump, express) = (true, true),
+                Source::Confirmation(peer) => self.relay.confirm(peer),
             }
+        }
+        if express {
+            self.relay.process_express();
         }
         if pump {
             self.pump(host);

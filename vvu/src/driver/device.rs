@@ -1,16 +1,21 @@
 //! The driver of a vvu device that is up: sends and receives its messages, watches its link.
 
+use std::time::Duration;
+
 use crate::event::Event;
 
 use super::bring_up::{BringUp, MessageQueue, Prepared, QUEUES_MAX};
+use super::calls::Calls;
+use super::doorbells::Doorbells;
 use super::error::DriverError;
+use super::express::{ExpressDevice, ExpressError};
 use super::layout::Layout;
 use super::queue::QueueError;
-use super::registers::Registers;
+use super::registers::{self, Registers};
 use crate::message_socket::Message;
-use crate::pci::{BarFile, PciDevice};
+use crate::pci::{BarFile, DeviceError, PciDevice};
 use crate::spec::addr::QueueIndex;
-use crate::spec::pci::{SHARED_MEMORY_BAR, Structure};
+use crate::spec::pci::SHARED_MEMORY_BAR;
 use crate::spec::vhost_user::{HEADER_SIZE, Header};
 use crate::spec::virtio::{RX_QUEUE, TX_QUEUE, common, device_config, status};
 
@@ -43,7 +48,7 @@ pub struct Driver<D: PciDevice> {
     /// The device has yet to be notified of receive buffers that it got back.
     rx_posted: bool,
     kicks: Vec<Event>,
-    calls: Vec<Option<Event>>,
+    calls: Calls,
     errs: Vec<Option<Event>>,
     /// Doorbell of the first vhost queue's errors.
     err_base: u16,
@@ -57,8 +62,8 @@ impl<D: PciDevice> Driver<D> {
     pub fn new(device: D) -> Result<Self, DriverError> {
         let layout = Layout::probe(&device)?;
         let Prepared { rx, tx, kicks, err_base } = BringUp { device: &device, layout: &layout }.prepare()?;
-        let unbound = || kicks.iter().map(|_| None).collect();
-        let (calls, errs) = (unbound(), unbound());
+        let errs: Vec<_> = kicks.iter().map(|_| None).collect();
+        let calls = Calls::new(u16::try_from(errs.len()).unwrap_or(QUEUES_MAX));
         let mut driver = Self { device, layout, rx, tx, rx_posted: false, kicks, calls, errs, err_base };
         driver.registers().start()?;
         driver.rx.queue.post_all().map_err(rx_error)?;
@@ -110,14 +115,56 @@ impl<D: PciDevice> Driver<D> {
         self.kicks.get(usize::from(index.0)).ok_or(self.no_queue(index))
     }
 
-    /// Returns the event whose signals interrupt the sibling on behalf of vhost queue `index`.
+    /// Returns the event whose signals interrupt the sibling on behalf of vhost queue `index`. Call this for each
+    /// `SET_VRING_CALL` with an eventfd before the back-end gets the message: from then on, signals reach the eventfd that
+    /// the front-end set.
     ///
     /// # Errors
     /// [`DriverError::QueueIndex`], [`DriverError::Device`].
     pub fn call(&mut self, index: QueueIndex) -> Result<&Event, DriverError> {
         let missing = self.no_queue(index);
-        let call = self.calls.get_mut(usize::from(index.0)).ok_or(missing)?;
-        bind(&self.device, &self.layout, index.0, call)
+        let doorbells = Doorbells { device: &self.device, layout: &self.layout };
+        self.calls.renew(&doorbells, index)?.ok_or(missing)
+    }
+
+    /// Uses `device` as the express device of this vvu device: calls reach the front-end without the proxy.
+    ///
+    /// # Errors
+    /// [`ExpressError`]; calls then go through the proxy as before.
+    pub fn use_express(&mut self, device: Box<dyn PciDevice>) -> Result<(), ExpressError> {
+        let uuid = self.uuid()?;
+        self.calls.set_express(ExpressDevice::new(device, uuid, self.queues())?);
+        Ok(())
+    }
+
+    /// Whether there is an express device that works.
+    #[must_use]
+    pub fn has_express(&self) -> bool {
+        self.calls.has_express()
+    }
+
+    /// Checks whether calls can take a better way to the front-end, or have to take another one. To be called when
+    /// nothing else happens, at the latest after [`next_check`](Self::next_check).
+    ///
+    /// # Errors
+    /// [`DriverError::Device`].
+    pub fn check_calls(&mut self) -> Result<(), DriverError> {
+        self.calls.check(&Doorbells { device: &self.device, layout: &self.layout })
+    }
+
+    /// Returns when [`check_calls`](Self::check_calls) has something to do, `None` if there is no hurry.
+    #[must_use]
+    pub fn next_check(&self) -> Option<Duration> {
+        self.calls.next_check()
+    }
+
+    /// Reads the UUID of the device.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn uuid(&self) -> Result<[u8; 16], DeviceError> {
+        let config = self.registers().device_config();
+        registers::uuid(|at| config.read32(at))
     }
 
     /// Returns the event whose signals report an error of vhost queue `index` to the sibling's VMM.
@@ -127,7 +174,16 @@ impl<D: PciDevice> Driver<D> {
     pub fn err(&mut self, index: QueueIndex) -> Result<&Event, DriverError> {
         let missing = self.no_queue(index);
         let err = self.errs.get_mut(usize::from(index.0)).ok_or(missing)?;
-        bind(&self.device, &self.layout, self.err_base + index.0, err)
+        let event = match err.take() {
+            Some(event) => event,
+            None => {
+                let event = Event::new().map_err(DriverError::Event)?;
+                let doorbells = Doorbells { device: &self.device, layout: &self.layout };
+                doorbells.bind(self.err_base + index.0, &event)?;
+                event
+            }
+        };
+        Ok(err.insert(event))
     }
 
     fn no_queue(&self, index: QueueIndex) -> DriverError {
@@ -237,24 +293,4 @@ fn rx_error(source: QueueError) -> DriverError {
 
 fn tx_error(source: QueueError) -> DriverError {
     DriverError::Queue { queue: "transmit", source }
-}
-
-/// Returns the event in `slot`, which is bound to doorbell `index` on its first use.
-fn bind<'s, D: PciDevice>(
-    device: &D,
-    layout: &Layout,
-    index: u16,
-    slot: &'s mut Option<Event>,
-) -> Result<&'s Event, DriverError> {
-    let event = match slot.take() {
-        Some(event) => event,
-        None => {
-            let event = Event::new().map_err(DriverError::Event)?;
-            let Structure { bar, offset, .. } = layout.doorbells;
-            let offset = offset + u64::from(index) * u64::from(layout.doorbell_multiplier);
-            device.bind_doorbell(bar, offset, index, &event)?;
-            event
-        }
-    };
-    Ok(slot.insert(event))
 }

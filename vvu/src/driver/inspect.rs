@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::bar_view::BarView;
 use super::layout::{self, Capability, Layout, LayoutError, MsixCap, VirtioCap, get16, get32};
-use super::registers::Registers;
+use super::registers::{self, Registers};
 use crate::pci::{DeviceError, PciDevice};
 use crate::spec::pci::{CONFIG_SPACE_SIZE, cap_id, cfg_type, config, msix, virtio_cap};
 use crate::spec::virtio::{DEVICE_ID, QUEUE_COUNT, common, device_config, feature, status};
@@ -136,12 +136,19 @@ pub fn registers_in_use(
     Ok(format!("device status: {status}\n{}", device_configuration(read)?))
 }
 
+/// Reads the UUID of a vvu device.
+///
+/// # Errors
+/// [`InspectError`].
+pub fn uuid<D: PciDevice>(device: &D) -> Result<[u8; 16], InspectError> {
+    let layout = Layout::probe(device)?;
+    let config = Registers { device, at: layout.device };
+    Ok(registers::uuid(|at| config.read32(at))?)
+}
+
 /// Describes the device configuration; `read` returns the le32 at an offset.
 fn device_configuration(read: impl Fn(u64) -> Result<u32, DeviceError>) -> Result<String, DeviceError> {
-    let mut uuid = [0; 16];
-    for (at, word) in (device_config::UUID..).step_by(4).zip(uuid.chunks_exact_mut(4)) {
-        word.copy_from_slice(&read(at)?.to_le_bytes());
-    }
+    let uuid = registers::uuid(&read)?;
     Ok(format!(
         "link: {}\nvhost queues: at most {}\nuuid: {}\n",
         link(read(device_config::STATUS)?),

@@ -13,6 +13,7 @@ pub mod vfio;
 
 pub use device::{Driver, Incoming, Link};
 pub use error::DriverError;
+pub use express::ExpressError;
 pub use layout::LayoutError;
 pub use queue::QueueError;
 
@@ -20,8 +21,11 @@ pub use queue::QueueError;
 pub use crate::message_socket::Message;
 
 mod bring_up;
+mod calls;
 mod device;
+mod doorbells;
 mod error;
+pub mod express;
 mod layout;
 mod queue;
 mod registers;

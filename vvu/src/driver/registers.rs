@@ -2,6 +2,7 @@
 
 use crate::pci::{DeviceError, PciDevice};
 use crate::spec::pci::{Region, Structure};
+use crate::spec::virtio::device_config;
 
 /// The registers of one structure of a device.
 pub(super) struct Registers<'d, D> {
@@ -63,4 +64,13 @@ impl<D: PciDevice> Registers<'_, D> {
         self.write(offset, &[a, b, c, d])?;
         self.write(offset + 4, &[e, f, g, h])
     }
+}
+
+/// Reads the UUID of a vvu device, whose device configuration `read` reads by le32.
+pub(super) fn uuid<E>(read: impl Fn(u64) -> Result<u32, E>) -> Result<[u8; 16], E> {
+    let mut uuid = [0; 16];
+    for (at, word) in (device_config::UUID..).step_by(4).zip(uuid.chunks_exact_mut(4)) {
+        word.copy_from_slice(&read(at)?.to_le_bytes());
+    }
+    Ok(uuid)
 }

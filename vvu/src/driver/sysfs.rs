@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use crate::spec::addr::Bdf;
+use crate::spec::express;
 use crate::spec::pci::{CONFIG_SPACE_SIZE, DEVICE_ID, VENDOR_ID};
 
 /// Interval at which to look for a file that has yet to appear.
@@ -169,6 +170,11 @@ impl PciSysfs {
     /// Any [`SysfsError`] but `NoVfioPci`, `NoGroupFile` and `Bind`.
     pub fn ready(&self, bdf: Bdf) -> Result<VfioReady, SysfsError> {
         self.check_identity(bdf)?;
+        self.vfio_ready(bdf)
+    }
+
+    /// Checks that `bdf`, whatever it is, is a device that VFIO can open.
+    pub(super) fn vfio_ready(&self, bdf: Bdf) -> Result<VfioReady, SysfsError> {
         let driver = self.driver(bdf);
         if driver.as_deref() != Some(VFIO_PCI) {
             return Err(SysfsError::NotBound { bdf, driver });
@@ -184,6 +190,18 @@ impl PciSysfs {
     /// Any [`SysfsError`] but `NotBound`.
     pub fn bind(&self, bdf: Bdf, patience: Duration) -> Result<VfioReady, SysfsError> {
         self.check_identity(bdf)?;
+        self.give_to_vfio(bdf, patience)
+    }
+
+    /// Binds the express device `bdf` to vfio-pci, as [`bind`](Self::bind) does with a vvu device.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind).
+    pub fn bind_express(&self, bdf: Bdf, patience: Duration) -> Result<VfioReady, SysfsError> {
+        self.give_to_vfio(bdf, patience)
+    }
+
+    fn give_to_vfio(&self, bdf: Bdf, patience: Duration) -> Result<VfioReady, SysfsError> {
         let driver = self.driver(bdf);
         if driver.as_deref() != Some(VFIO_PCI) {
             let vfio_pci = self.sys.join("bus/pci/drivers").join(VFIO_PCI);
@@ -281,16 +299,28 @@ impl PciSysfs {
     }
 
     fn vvu_devices(&self) -> Vec<Bdf> {
+        self.devices((VENDOR_ID, DEVICE_ID))
+    }
+
+    /// Returns the devices that are of the kind of express devices; some may serve another purpose.
+    #[must_use]
+    pub fn express_devices(&self) -> Vec<Bdf> {
+        self.devices((express::VENDOR_ID, express::DEVICE_ID))
+    }
+
+    /// Devices with these vendor and device ids.
+    fn devices(&self, ids: (u16, u16)) -> Vec<Bdf> {
         let entries = fs::read_dir(self.sys.join("bus/pci/devices")).into_iter().flatten().flatten();
         let addresses = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let mut found: Vec<_> = addresses
-            .filter(|bdf| self.identity(*bdf).is_ok_and(|id| id == (VENDOR_ID, DEVICE_ID)))
-            .collect();
+        let mut found: Vec<_> =
+            addresses.filter(|bdf| self.identity(*bdf).is_ok_and(|found| found == ids)).collect();
         found.sort_unstable();
         found
     }
 
-    fn driver(&self, bdf: Bdf) -> Option<String> {
+    /// Returns the name of the driver that the device is bound to.
+    #[must_use]
+    pub fn driver(&self, bdf: Bdf) -> Option<String> {
         link_name(&self.device(bdf).join("driver"))
     }
 

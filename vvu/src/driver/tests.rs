@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::device::VvuDevice;
-use crate::pci::PciDevice;
+use crate::pci::{DoorbellValue, PciDevice};
 use crate::rig::{Liar, LocalDevice, vvu_device};
 use crate::spec::addr::QueueIndex;
 use crate::spec::pci::{COMMON_CFG, DEVICE_CFG, Region, Structure, VECTOR_SELECT_CFG, config};
@@ -117,7 +117,8 @@ fn doorbells_are_bound_once_and_errors_follow_calls() {
     driver.call(QueueIndex(3)).expect("call again");
     driver.err(QueueIndex(3)).expect("err");
     let bound = liar.lock().doorbells.clone();
-    assert_eq!(bound, [(12, 3), (76, 19)]);
+    let bound: Vec<_> = bound.iter().map(|bound| (bound.offset, bound.value)).collect();
+    assert_eq!(bound, [(12, DoorbellValue::Le16(3)), (76, DoorbellValue::Le16(19))]);
     assert!(matches!(driver.call(QueueIndex(16)), Err(DriverError::QueueIndex { queues: 16, .. })));
     assert!(matches!(driver.kick(QueueIndex(16)), Err(DriverError::QueueIndex { .. })));
 }

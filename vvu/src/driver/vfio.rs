@@ -6,11 +6,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
-use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_DEVICE_IOEVENTFD_16, VFIO_TYPE, vfio_device_ioeventfd};
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_DEVICE_IOEVENTFD_16, VFIO_DEVICE_IOEVENTFD_32, VFIO_TYPE, vfio_device_ioeventfd,
+};
 use vfio_ioctls::{VfioContainer, VfioError};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
@@ -19,7 +21,9 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::sysfs::{PciSysfs, SysfsError, VfioReady, mapping_hint};
 use crate::event::Event;
-use crate::pci::{BarFile, DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
+use crate::pci::{
+    BarFile, DeviceError, DmaBuffer, Doorbell, DoorbellValue, PciDevice, check_access, vfio_region_index,
+};
 use crate::spec::PAGE_SIZE;
 use crate::spec::addr::{Bdf, Iova};
 use crate::spec::pci::Region;
@@ -132,7 +136,21 @@ impl VfioDevice {
     /// # Errors
     /// [`VfioOpenError`].
     pub fn open(sysfs: PciSysfs, bdf: Bdf) -> Result<Self, VfioOpenError> {
-        let VfioReady { directory, group } = sysfs.ready(bdf)?;
+        let ready = sysfs.ready(bdf)?;
+        Self::open_ready(sysfs, bdf, ready)
+    }
+
+    /// Opens the express device `bdf`.
+    ///
+    /// # Errors
+    /// [`VfioOpenError`].
+    pub(super) fn open_express(sysfs: PciSysfs, bdf: Bdf) -> Result<Self, VfioOpenError> {
+        let ready = sysfs.vfio_ready(bdf)?;
+        Self::open_ready(sysfs, bdf, ready)
+    }
+
+    fn open_ready(sysfs: PciSysfs, bdf: Bdf, ready: VfioReady) -> Result<Self, VfioOpenError> {
+        let VfioReady { directory, group } = ready;
         let reserved = sysfs.reserved(group)?;
         let failed = |error| VfioOpenError::new(bdf, group, error);
         let container = Arc::new(VfioContainer::new(None).map_err(failed)?);
@@ -175,6 +193,34 @@ impl VfioDevice {
             Ok(done) => failed(io::Error::other(format!("the kernel stopped after {done}"))),
             Err(error) => failed(error.into()),
         }
+    }
+}
+
+/// What VFIO takes instead of an eventfd to forget a doorbell.
+const NO_EVENTFD: RawFd = -1;
+
+impl VfioDevice {
+    /// Makes the kernel ring `doorbell` for the eventfd with this number from now on.
+    fn set_ioeventfd(&self, doorbell: Doorbell, eventfd: RawFd) -> Result<(), DeviceError> {
+        let (data, flags) = match doorbell.value {
+            DoorbellValue::Le16(value) => (u64::from(value), VFIO_DEVICE_IOEVENTFD_16),
+            DoorbellValue::Le32(value) => (u64::from(value), VFIO_DEVICE_IOEVENTFD_32),
+        };
+        let request = vfio_device_ioeventfd {
+            argsz: u32::try_from(size_of::<vfio_device_ioeventfd>()).unwrap_or(0),
+            flags,
+            offset: self.locate(Region::Bar(doorbell.bar), doorbell.offset, doorbell.width())?,
+            data,
+            fd: eventfd,
+            reserved: 0,
+        };
+        // SAFETY: the ioctl reads the request and nothing else of this process; the kernel holds the
+        // eventfd itself.
+        if unsafe { ioctl_with_ref(&self.device, VFIO_DEVICE_IOEVENTFD, &request) } == 0 {
+            return Ok(());
+        }
+        let source = io::Error::last_os_error();
+        Err(DeviceError::Io { what: format!("set the eventfd of {doorbell:?} of {}", self.bdf), source })
     }
 }
 
@@ -257,23 +303,12 @@ impl PciDevice for VfioDevice {
         Ok(())
     }
 
-    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &Event) -> Result<(), DeviceError> {
-        let region = Region::Bar(bar);
-        let request = vfio_device_ioeventfd {
-            argsz: u32::try_from(size_of::<vfio_device_ioeventfd>()).unwrap_or(0),
-            flags: VFIO_DEVICE_IOEVENTFD_16,
-            offset: self.locate(region, offset, size_of_val(&value))?,
-            data: value.into(),
-            fd: event.as_fd().as_raw_fd(),
-            reserved: 0,
-        };
-        // SAFETY: the ioctl reads the request and nothing else of this process; the kernel holds the
-        // eventfd itself.
-        if unsafe { ioctl_with_ref(&self.device, VFIO_DEVICE_IOEVENTFD, &request) } == 0 {
-            return Ok(());
-        }
-        let source = io::Error::last_os_error();
-        Err(DeviceError::Io { what: format!("tie an eventfd to {offset:#x} of {region:?}"), source })
+    fn bind_doorbell(&self, doorbell: Doorbell, event: &Event) -> Result<(), DeviceError> {
+        self.set_ioeventfd(doorbell, event.as_fd().as_raw_fd())
+    }
+
+    fn unbind_doorbell(&self, doorbell: Doorbell) -> Result<(), DeviceError> {
+        self.set_ioeventfd(doorbell, NO_EVENTFD)
     }
 }
 

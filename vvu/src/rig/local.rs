@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{FileOffset, MmapRegion, Permissions};
 
 use crate::event::{Event, StopToken, wait_readable};
-use crate::pci::{BarFile, DeviceError, DmaBuffer, PciDevice, PciFunction, check_access};
+use crate::pci::{BarFile, DeviceError, DmaBuffer, Doorbell, PciDevice, PciFunction, check_access};
 use crate::spec::addr::Iova;
 use crate::spec::pci::Region;
 use crate::vfio_user::client::Doorbells;
@@ -38,8 +38,8 @@ pub(crate) struct State<F> {
     pub(crate) host: VmmHost,
     /// Where BARs begin in their files.
     pub(crate) bar_offset: u64,
-    /// Bound doorbells, as (offset in the BAR, value).
-    pub(crate) doorbells: Vec<(u64, u16)>,
+    /// Doorbells in the order in which they were bound.
+    pub(crate) doorbells: Vec<Doorbell>,
     next_iova: u64,
 }
 
@@ -91,9 +91,9 @@ impl<F: PciFunction + Send + 'static> LocalDevice<F> {
         });
         let doorbells = Doorbells::new({
             let shared = shared.clone();
-            move |region, offset, value: u16| {
+            move |doorbell: Doorbell| {
                 let State { function, host, .. } = &mut *shared.lock();
-                function.write(host, region, offset, &value.to_le_bytes());
+                doorbell.ring(|region, offset, data| function.write(host, region, offset, data));
                 Ok(())
             }
         });
@@ -153,8 +153,13 @@ impl<F: PciFunction + Send + 'static> PciDevice for LocalDevice<F> {
         set.map_err(|errno| DeviceError::other("set MSI-X vectors", errno))
     }
 
-    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &Event) -> Result<(), DeviceError> {
-        self.lock().doorbells.push((offset, value));
-        self.threads.doorbells.bind(Region::Bar(bar), offset, value, event)
+    fn bind_doorbell(&self, doorbell: Doorbell, event: &Event) -> Result<(), DeviceError> {
+        self.lock().doorbells.push(doorbell);
+        self.threads.doorbells.bind(doorbell, event)
+    }
+
+    fn unbind_doorbell(&self, doorbell: Doorbell) -> Result<(), DeviceError> {
+        self.threads.doorbells.unbind(doorbell);
+        Ok(())
     }
 }

@@ -3,6 +3,7 @@
 //! This module does no I/O and has no unsafe code.
 
 pub mod addr;
+pub mod express;
 pub mod pci;
 pub mod vhost_user;
 pub mod virtio;

@@ -13,7 +13,7 @@ use vm_memory::{FileOffset, MmapRegion};
 use connection::{Connection, RegionView};
 pub(crate) use doorbells::Doorbells;
 
-use crate::pci::{BarFile, DeviceError, DmaBuffer, PciDevice, check_access, vfio_region_index};
+use crate::pci::{BarFile, DeviceError, DmaBuffer, Doorbell, PciDevice, check_access, vfio_region_index};
 use crate::spec::PAGE_SIZE;
 use crate::spec::addr::Iova;
 use crate::spec::pci::{Region, cap_id, config, msix};
@@ -58,7 +58,9 @@ impl VfioUserDevice {
         let vectors = connection.vector_count()?;
         let doorbells = Doorbells::new({
             let connection = Arc::clone(&connection);
-            move |bar, offset, value: u16| connection.write(bar, offset, &value.to_le_bytes())
+            move |doorbell: Doorbell| {
+                doorbell.ring(|region, offset, data| connection.write(region, offset, data))
+            }
         })?;
         Ok(Self { connection, regions, vectors, next_iova: Mutex::new(FIRST_IOVA), doorbells })
     }
@@ -157,8 +159,13 @@ impl PciDevice for VfioUserDevice {
         self.set_msix_enable()
     }
 
-    fn bind_doorbell(&self, bar: u8, offset: u64, value: u16, event: &Event) -> Result<(), DeviceError> {
-        self.check(Region::Bar(bar), offset, size_of_val(&value))?;
-        self.doorbells.bind(Region::Bar(bar), offset, value, event)
+    fn bind_doorbell(&self, doorbell: Doorbell, event: &Event) -> Result<(), DeviceError> {
+        self.check(Region::Bar(doorbell.bar), doorbell.offset, doorbell.width())?;
+        self.doorbells.bind(doorbell, event)
+    }
+
+    fn unbind_doorbell(&self, doorbell: Doorbell) -> Result<(), DeviceError> {
+        self.doorbells.unbind(doorbell);
+        Ok(())
     }
 }

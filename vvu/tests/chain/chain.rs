@@ -16,7 +16,7 @@ use vvu::listening_socket::ListeningSocket;
 use vvu::vfio_user::client::VfioUserDevice;
 use vvu::vfio_user::server::{Server, ServerError};
 
-use crate::common::{Backend, DEADLINE, Driver, Piece, Setup, SiblingMemory, Task};
+use crate::common::{Backend, DEADLINE, Driver, Piece, Setup, SiblingMemory, Task, Vmm};
 use crate::logs;
 
 /// The vvu proxy, as `vvu proxy` runs it.
@@ -39,11 +39,13 @@ impl Proxy {
         let listener = vhost_user.listener().try_clone().expect("descriptor");
         let config = DeviceConfig { memory: ram, listener, queues, uuid: [7; 16] };
         let mut device = VvuDevice::new(config).expect("device");
+        let express = ListeningSocket::bind(&dir.path().join("express")).expect("socket");
+        device.serve_express(express.listener().try_clone().expect("descriptor")).expect("express");
         let stop = StopToken::new().expect("token");
         let listener = vfio_user.listener().try_clone().expect("descriptor");
         let server = Server::new(listener, stop.clone()).expect("server");
         let task = Task::spawn("proxy", move || {
-            let _sockets = (vhost_user, vfio_user);
+            let _sockets = (vhost_user, vfio_user, express);
             server.serve(&mut device)
         });
         Self { dir, memory, stop, task }
@@ -64,6 +66,11 @@ impl Proxy {
         self.dir.path().join("vfio-user")
     }
 
+    /// Connects a VMM with an express device.
+    pub fn express(&self) -> Vmm {
+        Vmm::connect(&self.dir.path().join("express"))
+    }
+
     pub fn end(self) {
         self.stop.stop();
         self.task.join().expect("proxy");
@@ -80,6 +87,12 @@ pub struct Guest {
 impl Guest {
     /// Returns once a front-end can connect.
     pub fn start(proxy: &Proxy, backend: &Path, retry: Retry) -> Self {
+        Self::start_with(proxy, backend, retry, None)
+    }
+
+    /// As [`start`](Self::start), in a VM whose VMM has an express device, or none.
+    pub fn start_with(proxy: &Proxy, backend: &Path, retry: Retry, vmm: Option<&Vmm>) -> Self {
+        let express = vmm.map(Vmm::device);
         let stream = UnixStream::connect(proxy.vfio_user()).expect("proxy");
         let connection = stream.try_clone().expect("descriptor");
         let stop = StopToken::new().expect("token");
@@ -88,7 +101,10 @@ impl Guest {
         let (sender, ready) = channel();
         let task = Task::spawn("bridge", move || {
             let device = VfioUserDevice::from_stream(stream).expect("vfio-user");
-            let driver = GuestDriver::new(device).expect("vvu device");
+            let mut driver = GuestDriver::new(device).expect("vvu device");
+            if let Some(express) = express {
+                driver.use_express(express).expect("express device");
+            }
             let mut bridge = Bridge::new(driver, Options { backend: BackendSocket::Connect(socket), retry });
             bridge.run(&[stopped.as_fd()], || sender.send(()).expect("test"))
         });
@@ -125,6 +141,7 @@ pub struct Chain {
     pub proxy: Proxy,
     pub guest: Guest,
     pub backend: Backend,
+    pub vmm: Option<Vmm>,
 }
 
 /// Memory of a small sibling.
@@ -140,10 +157,26 @@ impl Chain {
     /// As [`start`](Self::start), with room for more memory than the guest sees at first.
     pub fn with_ram(ram: u64, pieces: &[Piece], content: &[u8]) -> Self {
         let proxy = Proxy::start(ram, 16);
+        Self::of(proxy, pieces, content, None)
+    }
+
+    /// As [`start`](Self::start), in a device VM with an express device.
+    pub fn express(content: &[u8]) -> Self {
+        let proxy = Proxy::start(FLAT[0].size as u64, 16);
+        let vmm = proxy.express();
+        Self::of(proxy, &FLAT, content, Some(vmm))
+    }
+
+    fn of(proxy: Proxy, pieces: &[Piece], content: &[u8], vmm: Option<Vmm>) -> Self {
         let memory = Arc::new(proxy.memory(pieces));
         let backend = Backend::start(content, |_| {});
-        let guest = Guest::start(&proxy, &backend.socket, Retry::Forever);
-        Self { memory, proxy, guest, backend }
+        let guest = Guest::start_with(&proxy, &backend.socket, Retry::Forever, vmm.as_ref());
+        Self { memory, proxy, guest, backend, vmm }
+    }
+
+    /// The VMM that has the express device.
+    pub fn vmm(&self) -> &Vmm {
+        self.vmm.as_ref().expect("an express device")
     }
 
     pub fn connect(&self, setup: Setup) -> Driver {

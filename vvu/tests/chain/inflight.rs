@@ -45,7 +45,7 @@ fn the_region_lies_behind_the_siblings_ram() {
 /// second one, and before it had written that down.
 #[test]
 fn the_next_back_end_finishes_what_is_unfinished_and_in_order() {
-    let Chain { memory, proxy, guest, mut backend } = Chain::start(&FLAT, &[0; 4096]);
+    let Chain { memory, proxy, guest, mut backend, .. } = Chain::start(&FLAT, &[0; 4096]);
     let mut driver = Driver::connect(&proxy.vhost_user(), &memory, TRACKED).expect("connection");
     driver.flush(0);
     guest.kill();

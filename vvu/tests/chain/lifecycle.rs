@@ -75,7 +75,7 @@ fn the_back_end_restarts() {
 #[test]
 fn a_bridge_that_is_not_to_wait_ends_with_its_back_end() {
     let content = pattern(5, 4096);
-    let Chain { memory, proxy, guest, mut backend } = Chain::start(&FLAT, &content);
+    let Chain { memory, proxy, guest, mut backend, .. } = Chain::start(&FLAT, &content);
     guest.end();
     let guest = Guest::start(&proxy, &backend.socket, Retry::Never);
     let mut driver = Driver::connect(&proxy.vhost_user(), &memory, Setup::default()).expect("connection");
@@ -93,7 +93,7 @@ fn a_bridge_that_is_not_to_wait_ends_with_its_back_end() {
 #[test]
 fn the_device_vm_program_restarts() {
     let content = pattern(6, 4096);
-    let Chain { memory, proxy, mut guest, mut backend } = Chain::start(&FLAT, &content);
+    let Chain { memory, proxy, mut guest, mut backend, .. } = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&memory, 4);
     for _ in 0..3 {
         let mut driver = Driver::connect_persistently(&proxy.vhost_user(), &memory, Setup::default());
@@ -114,7 +114,7 @@ fn the_device_vm_program_restarts() {
 #[test]
 fn the_device_vm_is_killed() {
     let content = pattern(7, 4096);
-    let Chain { memory, proxy, mut guest, backend } = Chain::start(&FLAT, &content);
+    let Chain { memory, proxy, mut guest, backend, .. } = Chain::start(&FLAT, &content);
     let data = Driver::buffers(&memory, 4);
     for _ in 0..3 {
         let mut driver = Driver::connect_persistently(

@@ -5,8 +5,10 @@
 
 mod backend;
 mod driver;
+mod ivshmem;
 mod memory;
 mod ring;
+mod vmm;
 
 use std::io;
 use std::sync::mpsc::{Receiver, channel};
@@ -17,6 +19,7 @@ pub use backend::Backend;
 pub use driver::{Completion, Driver, Setup, config_u16, config_u64};
 pub use memory::{Piece, SiblingMemory};
 pub use ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE};
+pub use vmm::Vmm;
 
 /// Longest time that anything here may take. Far more than it needs, and less than a runner waits.
 pub const DEADLINE: Duration = Duration::from_secs(20);

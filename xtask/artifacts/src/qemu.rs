@@ -17,6 +17,9 @@ use vvu_process::progress::{Progress, Stage};
 /// QEMU's vfio-user client, which a VM needs for a vvu device. QEMU has it since 10.1.
 pub const NEEDED_DEVICE: &str = "vfio-user-pci";
 
+/// QEMU's express device. QEMU has it since 2.6, unless it is built without.
+pub const EXPRESS_DEVICE: &str = "ivshmem-doorbell";
+
 /// A QEMU that can be started.
 #[derive(Debug, Clone)]
 pub struct Qemu {
@@ -30,6 +33,8 @@ pub struct Qemu {
     pub machine: &'static Machine,
     /// It has [`NEEDED_DEVICE`].
     pub vfio_user: bool,
+    /// It has [`EXPRESS_DEVICE`].
+    pub express: bool,
     env: Vec<(&'static str, OsString)>,
     argv: Vec<OsString>,
 }
@@ -102,10 +107,11 @@ impl Qemu {
     pub fn plain(path: PathBuf, origin: Origin) -> Result<Self> {
         let argv = vec![path.clone().into()];
         let machine = Machine::host()?;
-        let qemu =
-            Self { path, origin, version: String::new(), machine, vfio_user: false, env: Vec::new(), argv };
+        let (version, env) = (String::new(), Vec::new());
+        let qemu = Self { path, origin, version, machine, vfio_user: false, express: false, env, argv };
         let qemu = qemu.with_version()?;
-        Ok(Self { vfio_user: qemu.probe_device(NEEDED_DEVICE), ..qemu })
+        let [vfio_user, express] = [NEEDED_DEVICE, EXPRESS_DEVICE].map(|device| qemu.probe_device(device));
+        Ok(Self { vfio_user, express, ..qemu })
     }
 
     /// The root of a QEMU from Debian's packages with all that it needs, for use elsewhere with [`Qemu::from_root`].
@@ -204,7 +210,9 @@ impl Qemu {
         // Another QEMU's modules on the default module path make this one abort.
         let env = vec![("QEMU_MODULE_DIR", libraries.join("qemu").into())];
         let (origin, version) = (Origin::Unpacked, String::new());
-        Self { path, origin, version, machine, vfio_user, env, argv }.with_version()
+        // Every QEMU of Debian has it.
+        let express = true;
+        Self { path, origin, version, machine, vfio_user, express, env, argv }.with_version()
     }
 
     fn with_version(mut self) -> Result<Self> {

@@ -14,7 +14,7 @@ mod vms;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 use vvu_testvm::{KernelId, Lab, Needs, RunDir, Setup, facts, runs};
@@ -58,8 +58,7 @@ pub fn main(options: &Options) -> Result<ExitCode> {
     if let Some(baseline) = &baseline {
         results.compare(baseline);
     }
-    let json = serde_json::to_string_pretty(&results).context("cannot write the results")?;
-    run.write("bench.json", &json)?;
+    let json = results.write(&run)?;
     run.write("bench.svg", plot::svg(&results))?;
     let text = format!("{}{}\n", table::text(&results), run.path().display());
     if options.json {

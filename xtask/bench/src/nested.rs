@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use vvu_artifacts::image::OverlayEntry;
+use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 use vvu_testvm::memory::ensure_free;
 use vvu_testvm::outer::{NestedSetup, Outer, outside, proven};
@@ -17,7 +18,7 @@ use super::vms::{DISK_MIB, MEMORY_MIB};
 /// How long a variant may take to start, in addition to its tests.
 const START_LIMIT: Duration = Duration::from_secs(180);
 /// More than the number of variants.
-const VARIANTS: u32 = 5;
+const VARIANTS: u32 = 6;
 /// More than the number of tests of each variant.
 const TESTS: u32 = 6;
 
@@ -39,33 +40,56 @@ pub(super) fn measure(
     let setup = Setup::obtain(&outside(&options.setup), &Needs::programs([STORAGE_DAEMON]), progress)?;
     let nested = NestedSetup::obtain(&options.setup, progress)?;
     let lab = Lab::new(run, &setup)?;
-    let extra = setup.programs.values().cloned().map(OverlayEntry::Tree).collect();
-    let (vm, mut outer) = Outer::start(&lab, &[], &nested, extra, memory_mib, progress)?;
-
-    let stage = progress.stage("nested run");
-    let (rounds, seconds) = (options.rounds, options.seconds);
-    stage.update(format!("{rounds} rounds with KVM inside"));
-    let limit = (START_LIMIT + Duration::from_secs(seconds) * TESTS) * VARIANTS * rounds;
-    let mut words = format!("bench vms --rounds {rounds} --seconds {seconds}");
-    words.extend(options.only.iter().map(|name| format!(" --only {name}")));
-    words.extend(options.poll_us.map(|poll| format!(" --poll-us {poll}")));
-    let inner = vm.json::<Results>(&words, limit);
-    let fetched = vm.fetch_logs();
-    let inner = inner?;
-    let used = inner.accelerator.unwrap_or_default();
-    stage.done(format!("{}: {}", used.used, used.reason));
-    fetched?;
+    let extra = || setup.programs.values().cloned().map(OverlayEntry::Tree).collect();
+    let start = || Outer::start(&lab, &[], &nested, extra(), memory_mib, progress);
+    let mut running = None;
+    let mut failures = 0;
+    let mut round = 1;
+    while round <= options.rounds {
+        let (vm, outer) = match running.take() {
+            Some(running) => running,
+            None => start()?,
+        };
+        let stage = progress.stage(format!("nested round {round}"));
+        match measure_round(&vm, options, round) {
+            Ok(inner) => {
+                let used = inner.accelerator.clone().unwrap_or_default();
+                stage.done(format!("{}: {}", used.used, used.reason));
+                proven(&used)?;
+                results.add_round(round, &inner);
+                results.skipped.extend(inner.skipped);
+                results.accelerator = Some(used);
+                (results.qemu, results.kernel) = (inner.qemu, inner.kernel);
+                results.write(run)?;
+                round += 1;
+                running = Some((vm, outer));
+            }
+            // The emulated CPU resets the outer VM now and then, and all that is in it is lost: that costs one round.
+            Err(error) if failures < options.rounds && !interrupt::requested() => {
+                failures += 1;
+                results.skip(&format!("attempt {failures} at round {round}"), format!("{error:#}"));
+                stage.done("lost, once more in a new outer VM");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let (vm, mut outer) = running.context("want at least one round")?;
+    vm.fetch_logs()?;
     vm.end(progress)??;
-    proven(&used)?;
 
     outer.stages = progress.stages();
     outer.seconds = begun.elapsed().as_secs_f64();
     results.outer = Some(outer);
-    results.accelerator = Some(used);
-    results.qemu = inner.qemu;
-    results.kernel = inner.kernel;
     results.setup_stages = progress.stages();
-    results.results.extend(inner.results);
-    results.skipped.extend(inner.skipped);
     Ok(())
+}
+
+/// Measures one round in the outer VM.
+fn measure_round(vm: &Outer<'_>, options: &Options, round: u32) -> Result<Results> {
+    let seconds = options.seconds;
+    let limit = (START_LIMIT + Duration::from_secs(seconds) * TESTS) * VARIANTS;
+    let mut words = format!("bench vms --rounds 1 --first-round {round} --seconds {seconds}");
+    words.extend(options.only.iter().map(|name| format!(" --only {name}")));
+    words.extend(options.poll_us.map(|poll| format!(" --poll-us {poll}")));
+    vm.json(&words, limit)
 }

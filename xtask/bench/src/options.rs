@@ -17,11 +17,14 @@ pub struct Options {
     #[arg(long, value_name = "S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) seconds: u64,
     /// VMs: measure only these variants
-    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = ["vvu", "plain", "qsd", "qemu"])]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = ["vvu", "vvu-no-express", "plain", "qsd", "qemu"])]
     pub(crate) only: Vec<String>,
     /// VMs: the --poll-us of our back-ends, in the device VM and on the host
     #[arg(long, value_name = "N")]
     pub(crate) poll_us: Option<u32>,
+    /// VMs: number of the first round, which decides which variant goes first
+    #[arg(long, value_name = "N", default_value_t = 1, hide = true, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) first_round: u32,
     /// Compare with the JSON of an earlier run
     #[arg(long, value_name = "FILE")]
     pub(crate) baseline: Option<PathBuf>,

@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use vvu_process::progress::StageTime;
-use vvu_testvm::facts;
+use vvu_testvm::{RunDir, facts};
 
 /// Version of the JSON's keys.
 pub(crate) const FORMAT: u32 = 1;
@@ -169,6 +169,24 @@ impl Results {
         let metric = &mut self.results[index];
         metric.variants.entry(variant.to_owned()).or_default().add(round, value);
         metric.update();
+    }
+
+    /// Adds the figures of a round that was measured elsewhere, as round number `round`.
+    pub(crate) fn add_round(&mut self, round: u32, measured: &Self) {
+        for metric in &measured.results {
+            for (variant, values) in &metric.variants {
+                for value in &values.values {
+                    self.add(round, metric.key.clone(), metric.better, variant, *value);
+                }
+            }
+        }
+    }
+
+    /// Writes what there is to `bench.json` in the run directory, and returns its text.
+    pub(crate) fn write(&self, run: &RunDir) -> Result<String> {
+        let json = serde_json::to_string_pretty(self).context("cannot write the results")?;
+        run.write("bench.json", &json)?;
+        Ok(json)
     }
 
     /// Adds something that was not measured.

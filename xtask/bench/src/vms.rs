@@ -46,8 +46,10 @@ const LATENCIES: [&str; 2] = ["latency_p50_us", "latency_p99_us"];
 /// What serves the sibling's disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Variant {
-    /// `vvu device block` in the device VM.
+    /// `vvu device block` in the device VM, with the express device.
     Vvu,
+    /// The same without: all notifications take the proxy.
+    VvuNoExpress,
     /// `vvu device block` on the host.
     Plain,
     /// QEMU's storage daemon on the host.
@@ -60,6 +62,7 @@ impl Variant {
     fn name(&self) -> &'static str {
         match self {
             Self::Vvu => "vvu",
+            Self::VvuNoExpress => "vvu-no-express",
             Self::Plain => "plain",
             Self::StorageDaemon(_) => "qsd",
             Self::Qemu => "qemu",
@@ -78,7 +81,7 @@ pub(super) fn measure(
     progress: &Progress,
     results: &mut Results,
 ) -> Result<()> {
-    let mut variants = vec![Variant::Vvu, Variant::Plain, Variant::Qemu];
+    let mut variants = vec![Variant::Vvu, Variant::VvuNoExpress, Variant::Plain, Variant::Qemu];
     let path = std::env::var_os("PATH").unwrap_or_default();
     match std::env::split_paths(&path).map(|dir| dir.join(STORAGE_DAEMON)).find(|path| path.is_file()) {
         Some(program) => variants.push(Variant::StorageDaemon(program)),
@@ -88,12 +91,12 @@ pub(super) fn measure(
         variants.retain(|variant| options.only.iter().any(|name| name == variant.name()));
     }
     let comparison = Comparison::new(options, lab, progress)?;
-    for round in 1..=options.rounds {
+    for round in (options.first_round..).take(usize::try_from(options.rounds)?) {
         let bare_boot = lab.bare_boot(lab.plain()?)?.as_secs_f64();
         results.add(round, start_up("launch-to-vda"), Better::Lower, "bare-boot", bare_boot);
         // Over the rounds each variant goes first equally often.
-        variants.rotate_left(1);
-        for variant in &variants {
+        let first = usize::try_from(round)? % variants.len();
+        for variant in variants[first..].iter().chain(&variants[..first]) {
             let name = variant.name();
             let stage = progress.stage(format!("{name} {round}"));
             match comparison.variant(variant, |text| stage.update(text)) {
@@ -108,6 +111,7 @@ pub(super) fn measure(
                 Err(error) => results.skip(&format!("{name} in round {round}"), format!("{error:#}")),
             }
         }
+        results.write(lab.run())?;
     }
     lab.check_leftovers().map(drop)
 }
@@ -194,22 +198,26 @@ impl<'a> Comparison<'a> {
 
     /// Starts whatever serves the disk.
     fn serve(&self, variant: &Variant) -> Result<Served> {
-        let vvu = ProxyConfig::new(variant.name(), MEMORY_MIB, self.lab.sockets());
-        let socket = &vvu.vhost_user;
+        let mut vvu = ProxyConfig::new(variant.name(), MEMORY_MIB, self.lab.sockets());
+        let socket = vvu.vhost_user.clone();
         let device = vvu.vhost_user_device(Frontend::default());
         let log = format!("back-end-{}", variant.name());
         let back_end = match variant {
             Variant::Vvu => return self.serve_in_vm(&vvu, device),
+            Variant::VvuNoExpress => {
+                vvu.express = None;
+                return self.serve_in_vm(&vvu, device);
+            }
             Variant::Qemu => {
                 let file = self.disk_file()?.display().to_string();
                 return Ok(Served::new(Device::VirtioBlk { slot: Slot::DEFAULT, file }));
             }
             Variant::Plain => {
                 let words = self.block(&self.disk_file()?);
-                BackEnd::vvu(self.lab, &words, socket, &log)?
+                BackEnd::vvu(self.lab, &words, &socket, &log)?
             }
             Variant::StorageDaemon(program) => {
-                BackEnd::storage_daemon(self.lab, program, &self.disk_file()?, socket, &log)?
+                BackEnd::storage_daemon(self.lab, program, &self.disk_file()?, &socket, &log)?
             }
         };
         Ok(Served { back_end: Some(back_end), ..Served::new(device) })
@@ -235,7 +243,7 @@ impl<'a> Comparison<'a> {
         let proxy = self.lab.proxy(vvu)?;
         let vm = self.lab.vm(&VmConfig {
             iommu: Some(Iommu::Virtio),
-            devices: vec![vvu.vvu_device()],
+            devices: vvu.devices(),
             ..VmConfig::new("device", MEMORY_MIB)
         })?;
         vm.ready(self.lab.deadline(LIMIT))?;

@@ -16,7 +16,8 @@ use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 use vvu_testvm::memory::{ensure_files_fit, ensure_free};
 use vvu_testvm::{
-    Addr, Boot, Frontend, Iommu, Lab, Needs, ProxyConfig, RunDir, Setup, SetupOptions, Slot, VmConfig, runs,
+    Addr, Boot, Express, Frontend, Iommu, Lab, Needs, ProxyConfig, RunDir, Setup, SetupOptions, Slot,
+    VmConfig, runs,
 };
 
 /// vhost queues of the vvu device: enough for any front-end that a person tries.
@@ -42,6 +43,9 @@ pub struct DeviceOptions {
     /// RAM of the sibling in MiB
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     sibling_memory: u64,
+    /// Whether the VM has an express device, through which its guest notifies the sibling without the proxy
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    express: bool,
     /// IOMMU in front of the devices
     #[arg(long, value_enum, default_value_t = Iommu::Virtio)]
     iommu: Iommu,
@@ -179,20 +183,19 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
     let (setup, run) = set_up("vm-device", &options.common)?;
     let lab = Lab::new(&run, &setup)?;
     let VvuProxy { socket, slot } = &options.vvu_proxy;
+    let express = Slot::last_free(|free| free == *slot).context("a bus has more than one slot")?;
     let vvu = ProxyConfig {
         slot: *slot,
         vfio_user: with_suffix(socket, ".vfio"),
         vhost_user: socket.clone(),
+        express: options.express.then(|| Express { slot: express, socket: with_suffix(socket, ".express") }),
         memory_link: memory_link(socket),
         queues: QUEUES,
         ..ProxyConfig::new("vvu", options.sibling_memory, lab.sockets())
     };
     let proxy = lab.proxy(&vvu)?;
-    let config = VmConfig {
-        iommu: Some(options.iommu),
-        devices: vec![vvu.vvu_device()],
-        ..options.common.config("device")
-    };
+    let config =
+        VmConfig { iommu: Some(options.iommu), devices: vvu.devices(), ..options.common.config("device") };
     let code = options.common.run(&lab, &config, options.disk.as_ref());
     if interrupt::requested() {
         return code;

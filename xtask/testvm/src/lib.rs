@@ -22,7 +22,7 @@
 //! let proxy = lab.proxy(&vvu)?;
 //! let device = lab.vm(&VmConfig {
 //!     iommu: Some(Iommu::Virtio),
-//!     devices: vec![vvu.vvu_device()],
+//!     devices: vvu.devices(),
 //!     ..VmConfig::new("device", 512)
 //! })?;
 //! device.run("vvu bind 0000:00:10.0 && truncate -s 64M /disk.img")?;
@@ -66,7 +66,7 @@ pub use console::Found;
 pub use lab::Lab;
 pub use obtain::SetupOptions;
 pub use process::{Process, Ready};
-pub use proxy::ProxyConfig;
+pub use proxy::{Express, ProxyConfig};
 pub use rundir::{MAX_SOCKET_PATH, RunDir, SocketDir, runs};
 pub use setup::{KernelId, Needs, Setup};
 pub use spawned::ending;

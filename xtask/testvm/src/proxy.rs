@@ -18,6 +18,8 @@ pub struct ProxyConfig {
     pub vfio_user: PathBuf,
     /// The socket for the front-end.
     pub vhost_user: PathBuf,
+    /// The express device in the device VM, if there is one.
+    pub express: Option<Express>,
     /// The link to the sibling memory file.
     pub memory_link: PathBuf,
     /// The sibling's RAM in MiB if this proxy makes the memory file; `None` to use the file of another proxy.
@@ -30,6 +32,15 @@ pub struct ProxyConfig {
     pub queues: u32,
 }
 
+/// The express device of a vvu device.
+#[derive(Debug, Clone)]
+pub struct Express {
+    /// Where it is in the device VM.
+    pub slot: Slot,
+    /// The proxy's socket for it.
+    pub socket: PathBuf,
+}
+
 impl ProxyConfig {
     /// A proxy for a sibling with `memory_mib` of RAM, with one queue, whose sockets are in `sockets`.
     #[must_use]
@@ -39,6 +50,7 @@ impl ProxyConfig {
             slot: Slot::DEFAULT,
             vfio_user: sockets.socket(&format!("{name}.vfio")),
             vhost_user: sockets.socket(&format!("{name}.vhost")),
+            express: Some(Express { slot: Slot::LAST, socket: sockets.socket(&format!("{name}.express")) }),
             memory_link: sockets.socket(&format!("{name}.mem")),
             memory_mib: Some(memory_mib),
             huge_pages: false,
@@ -47,10 +59,14 @@ impl ProxyConfig {
         }
     }
 
-    /// The vvu device, for the device VM.
+    /// The vvu device and its express device, for the device VM.
     #[must_use]
-    pub fn vvu_device(&self) -> Device {
-        Device::Vvu { slot: self.slot, socket: text(&self.vfio_user) }
+    pub fn devices(&self) -> Vec<Device> {
+        let vvu = Device::Vvu { slot: self.slot, socket: text(&self.vfio_user) };
+        let express = self.express.as_ref();
+        let express =
+            express.map(|Express { slot, socket }| Device::Express { slot: *slot, socket: text(socket) });
+        [vvu].into_iter().chain(express).collect()
     }
 
     /// A device at the default address whose back-end the proxy reaches, for the sibling VM.
@@ -73,6 +89,9 @@ impl ProxyConfig {
         let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
         option("--vfio-user", text(&self.vfio_user));
         option("--vhost-user", text(&self.vhost_user));
+        if let Some(express) = &self.express {
+            option("--express", text(&express.socket));
+        }
         match self.memory_mib {
             Some(mib) => {
                 option("--memory-size", format!("{mib}M"));
@@ -94,7 +113,8 @@ impl ProxyConfig {
     #[must_use]
     pub fn transient(&self) -> Vec<PathBuf> {
         let link = self.memory_mib.is_some().then_some(&self.memory_link);
-        [&self.vfio_user, &self.vhost_user].into_iter().chain(link).cloned().collect()
+        let express = self.express.as_ref().map(|express| &express.socket);
+        [&self.vfio_user, &self.vhost_user].into_iter().chain(express).chain(link).cloned().collect()
     }
 }
 

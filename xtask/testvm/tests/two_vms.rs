@@ -27,7 +27,7 @@ fn a_disk_of_the_device_vm_appears_in_the_sibling_vm() -> anyhow::Result<()> {
 
     let vvu = ProxyConfig::new("vvu", MEMORY_MIB, lab.sockets());
     let proxy = lab.proxy(&vvu)?;
-    let device = lab.vm(&device_vm(vec![vvu.vvu_device()]))?;
+    let device = lab.vm(&device_vm(vvu.devices()))?;
     device.run("vvu bind 0000:00:10.0 && truncate -s 64M /disk.img && echo from the device > /first")?;
     device.run("dd if=/first of=/disk.img conv=notrunc")?;
     let serve = "vvu device block --vfio 0000:00:10.0 --file /disk.img";

@@ -30,13 +30,13 @@ pub struct BlockOptions {
     pub segments: u16,
     /// Serial number of at most [`SERIAL_MAX`] printable ASCII characters; by default the file name, cut to fit.
     pub serial: Option<String>,
-    /// How long to watch an empty queue for the next request before asking the driver for a notification. Zero turns
-    /// this off.
+    /// How long at most to watch an empty queue for the next request before asking the driver for a notification. The
+    /// time follows what the requests show. Zero turns this off.
     pub poll: Duration,
 }
 
 impl BlockOptions {
-    /// The defaults for the disk at `path`: writable, with as many queues as there can be and a poll window of 200 us.
+    /// The defaults for the disk at `path`: writable, with as many queues as there can be and a poll window of at most 2 ms.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
@@ -45,7 +45,7 @@ impl BlockOptions {
             queues: QUEUES_MAX,
             segments: SEGMENTS_DEFAULT,
             serial: None,
-            poll: Duration::from_micros(200),
+            poll: Duration::from_millis(2),
         }
     }
 }

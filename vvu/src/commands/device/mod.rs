@@ -65,11 +65,11 @@ struct BlockArgs {
     /// Most pieces of memory in a request; no more than the sibling's queue-size less 2 if it has indirect_desc=off
     #[arg(long, value_name = "N", default_value_t = SEGMENTS_DEFAULT, help_heading = "Performance")]
     seg_max: u16,
-    /// Watch an empty queue for so many microseconds before asking for a notification; 0 turns it off
+    /// Watch an empty queue for so many microseconds at most before asking for a notification; 0 turns it off
     #[arg(
         long,
         value_name = "N",
-        default_value_t = 200,
+        default_value_t = 2000,
         value_parser = clap::value_parser!(u32).range(..=POLL_US_MAX),
         help_heading = "Performance"
     )]

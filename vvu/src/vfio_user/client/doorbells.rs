@@ -9,8 +9,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 
-use crate::pci::DeviceError;
-use crate::spec::pci::Region;
+use crate::pci::{DeviceError, Doorbell};
 
 /// Writes registers when events are signalled, until it is dropped.
 #[derive(Debug)]
@@ -35,9 +34,7 @@ struct Bindings {
 #[derive(Debug)]
 struct Binding {
     key: u64,
-    region: Region,
-    offset: u64,
-    value: u16,
+    doorbell: Doorbell,
     event: Event,
 }
 
@@ -45,10 +42,10 @@ struct Binding {
 const STOP: u64 = 0;
 
 impl Doorbells {
-    /// Starts the thread; `write` writes a value at an offset of a region.
-    pub(crate) fn new<W>(write: W) -> Result<Self, DeviceError>
+    /// Starts the thread; `ring` rings a doorbell.
+    pub(crate) fn new<R>(ring: R) -> Result<Self, DeviceError>
     where
-        W: Fn(Region, u64, u16) -> Result<(), DeviceError> + Send + 'static,
+        R: Fn(Doorbell) -> Result<(), DeviceError> + Send + 'static,
     {
         let start = || -> std::io::Result<Self> {
             let poll = epoll::create(CreateFlags::CLOEXEC)?;
@@ -57,39 +54,31 @@ impl Doorbells {
             let shared = Arc::new(Shared { poll, stop, bindings: Mutex::default() });
             let thread = std::thread::Builder::new().name("doorbells".into()).spawn({
                 let shared = Arc::clone(&shared);
-                move || shared.run(write)
+                move || shared.run(ring)
             })?;
             Ok(Self { shared, thread: Some(thread) })
         };
         start().map_err(|source| DeviceError::Io { what: "start the doorbell thread".into(), source })
     }
 
-    /// Writes `value` at `offset` of `region` at each signal of `event`, which must not block, from now
-    /// on. An event bound before to the same write is bound no longer.
-    pub(crate) fn bind(
-        &self,
-        region: Region,
-        offset: u64,
-        value: u16,
-        event: &Event,
-    ) -> Result<(), DeviceError> {
-        let what = || format!("bind a doorbell at {offset:#x} of {region:?}");
+    /// Rings `doorbell` at each signal of `event`, which must not block, from now on. An event bound before to the same
+    /// doorbell is bound no longer.
+    pub(crate) fn bind(&self, doorbell: Doorbell, event: &Event) -> Result<(), DeviceError> {
+        let what = || format!("bind {doorbell:?}");
         let event = event.try_clone().map_err(|source| DeviceError::Io { what: what(), source })?;
         let mut bindings = self.shared.bindings();
         bindings.next_key += 1;
         let key = bindings.next_key;
         epoll::add(&self.shared.poll, &event, EventData::new_u64(key), EventFlags::IN)
             .map_err(|errno| DeviceError::Io { what: what(), source: errno.into() })?;
-        let replaced =
-            |binding: &Binding| (binding.region, binding.offset, binding.value) == (region, offset, value);
-        // The caller's handle keeps a replaced event alive, so it would stay in the poll set.
-        for binding in bindings.list.extract_if(.., |binding| replaced(binding)) {
-            if let Err(error) = epoll::delete(&self.shared.poll, &binding.event) {
-                log::debug!("cannot stop waiting for a replaced doorbell: {error}");
-            }
-        }
-        bindings.list.push(Binding { key, region, offset, value, event });
+        self.shared.remove(&mut bindings, doorbell);
+        bindings.list.push(Binding { key, doorbell, event });
         Ok(())
+    }
+
+    /// Binds no event to `doorbell` any longer.
+    pub(crate) fn unbind(&self, doorbell: Doorbell) {
+        self.shared.remove(&mut self.shared.bindings(), doorbell);
     }
 }
 
@@ -98,7 +87,16 @@ impl Shared {
         self.bindings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, write: impl Fn(Region, u64, u16) -> Result<(), DeviceError>) {
+    fn remove(&self, bindings: &mut Bindings, doorbell: Doorbell) {
+        for binding in bindings.list.extract_if(.., |binding| binding.doorbell == doorbell) {
+            // The caller's handle keeps the event alive, so it would stay in the poll set.
+            if let Err(error) = epoll::delete(&self.poll, &binding.event) {
+                log::debug!("cannot stop waiting for a doorbell's event: {error}");
+            }
+        }
+    }
+
+    fn run(&self, ring: impl Fn(Doorbell) -> Result<(), DeviceError>) {
         let mut events = Vec::with_capacity(16);
         loop {
             events.clear();
@@ -111,8 +109,8 @@ impl Shared {
                 if key == STOP {
                     return;
                 }
-                if let Some((region, offset, value)) = self.take_signal(key)
-                    && let Err(error) = write(region, offset, value)
+                if let Some(doorbell) = self.take_signal(key)
+                    && let Err(error) = ring(doorbell)
                 {
                     log::warn!("doorbell lost: {error}");
                 }
@@ -120,11 +118,11 @@ impl Shared {
         }
     }
 
-    /// Returns what the signalled binding writes; `None` if it was replaced or has no signal any more.
-    fn take_signal(&self, key: u64) -> Option<(Region, u64, u16)> {
+    /// Returns the doorbell of the signalled binding; `None` if it was replaced or has no signal any more.
+    fn take_signal(&self, key: u64) -> Option<Doorbell> {
         let bindings = self.bindings();
         let binding = bindings.list.iter().find(|binding| binding.key == key)?;
-        (binding.event.drain() > 0).then_some((binding.region, binding.offset, binding.value))
+        (binding.event.drain() > 0).then_some(binding.doorbell)
     }
 }
 

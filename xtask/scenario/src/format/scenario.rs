@@ -96,6 +96,10 @@ pub struct VvuSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 64))]
     pub queues: Option<u16>,
+    /// Whether the device VM has an express device for it, through which the guest notifies the sibling without the
+    /// proxy; a VMM that has no such device leaves it out.
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub express: bool,
     /// Milliseconds after which a front-end that lost its connection makes another one; 0: it never does.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub reconnect_ms: u32,
@@ -235,6 +239,14 @@ fn is_one(number: &u32) -> bool {
 
 fn is_zero<N: PartialEq + From<u8>>(number: &N) -> bool {
     *number == N::from(0)
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_true(flag: &bool) -> bool {
+    *flag
 }
 
 fn is_false(flag: &bool) -> bool {

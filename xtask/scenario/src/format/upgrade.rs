@@ -257,6 +257,7 @@ impl OldVvu {
             queues: None,
             reconnect_ms: self.reconnect_ms,
             frontend: self.frontend.upgraded(queues)?,
+            express: true,
             backend: None,
         })
     }

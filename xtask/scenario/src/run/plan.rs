@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use vvu_testvm::{Addr, Cpu, Device, Iommu, ProxyConfig, RunDir, Slot, SocketDir, VmConfig};
+use vvu_testvm::{Addr, Cpu, Device, Express, Iommu, ProxyConfig, RunDir, Slot, SocketDir, VmConfig};
 
 use crate::format::Scenario;
 
@@ -25,19 +25,26 @@ impl Plan {
     /// Fails if a VM has more devices than its bus has slots.
     pub(super) fn new(scenario: &Scenario, run: &RunDir, sockets: &SocketDir) -> Result<Self> {
         let slots = settle(scenario)?;
+        let express = settle_express(scenario, &slots)?;
         let mut proxies = BTreeMap::new();
         for (name, vvu) in &scenario.vvu {
             let sibling = &vvu.sibling_vm;
             let first = scenario.vvu_of_sibling(sibling).next().map_or(name.as_str(), |(first, _)| first);
             let memory_mib = scenario.vms.get(sibling).map_or(0, |vm| vm.memory_mib);
+            let fresh = ProxyConfig::new(name, memory_mib, sockets);
             let proxy = ProxyConfig {
                 slot: slots[name.as_str()],
+                express: express
+                    .get(name.as_str())
+                    .copied()
+                    .zip(fresh.express)
+                    .map(|(slot, express)| Express { slot, ..express }),
                 memory_link: sockets.socket(&format!("{first}.mem")),
                 memory_mib: (first == name).then_some(memory_mib),
                 huge_pages: scenario.vms.get(sibling).is_some_and(|vm| vm.huge_pages),
                 trace: Some(run.file(&format!("trace-{name}.jsonl"))),
                 queues: vvu.virtqueues().into(),
-                ..ProxyConfig::new(name, memory_mib, sockets)
+                ..fresh
             };
             proxies.insert(name.clone(), proxy);
         }
@@ -47,13 +54,11 @@ impl Plan {
             let front_ends: Vec<_> = scenario.vvu_of_sibling(name).collect();
             // VFIO in a device VM needs an IOMMU.
             let iommu = spec.iommu.or((!back_ends.is_empty()).then_some(Iommu::Virtio));
-            let vvu = back_ends.iter().map(|(vvu, _)| proxies[*vvu].vvu_device());
+            let own: Vec<_> = back_ends.iter().flat_map(|(vvu, _)| proxies[*vvu].devices()).collect();
             let mut siblings = Vec::new();
             for (vvu, spec) in &front_ends {
-                let taken: Vec<_> = back_ends.iter().map(|(vvu, _)| proxies[*vvu].slot).collect();
-                let slot = Slot::first_free(|slot| {
-                    taken.contains(&slot) || siblings.iter().any(|device: &Device| device.slot() == slot)
-                });
+                let slot =
+                    Slot::first_free(|slot| own.iter().chain(&siblings).any(|device| device.slot() == slot));
                 siblings.push(Device::VhostUser {
                     slot: slot.with_context(|| format!("no PCI slot of {name:?} is left for {vvu:?}"))?,
                     socket: text(&proxies[*vvu].vhost_user),
@@ -69,7 +74,7 @@ impl Plan {
                 cpu: spec.cpu.map_or(Cpu::Best, Cpu::Level),
                 memory_file: front_ends.first().map(|(vvu, _)| proxies[*vvu].memory_file()),
                 iommu,
-                devices: vvu.chain(siblings).collect(),
+                devices: own.into_iter().chain(siblings).collect(),
                 cmdline: spec.cmdline.clone(),
                 reboots: scenario.reboots(name),
             };
@@ -98,6 +103,28 @@ fn settle(scenario: &Scenario) -> Result<BTreeMap<&str, Slot>> {
             slots.insert(name, slot);
             taken.insert((vm, slot));
         }
+    }
+    Ok(slots)
+}
+
+/// Chooses a slot for the express device of each vvu device that has one: the last ones, so that all others stay where
+/// they would be without.
+fn settle_express<'s>(
+    scenario: &'s Scenario,
+    vvu_slots: &BTreeMap<&str, Slot>,
+) -> Result<BTreeMap<&'s str, Slot>> {
+    let mut slots: BTreeMap<&str, Slot> = BTreeMap::new();
+    for (name, vvu) in scenario.vvu.iter().filter(|(_, vvu)| vvu.express) {
+        let taken = |slot| {
+            let same_vm = scenario.vvu_of_device(&vvu.device_vm).map(|(other, _)| other);
+            same_vm
+                .into_iter()
+                .any(|other| vvu_slots.get(other) == Some(&slot) || slots.get(other) == Some(&slot))
+        };
+        let slot = Slot::last_free(taken).with_context(|| {
+            format!("no PCI slot of {:?} is left for the express device of {name:?}", vvu.device_vm)
+        })?;
+        slots.insert(name, slot);
     }
     Ok(slots)
 }
@@ -141,12 +168,13 @@ mod tests {
         assert_eq!(plan.vms["one"].iommu, None);
         assert_eq!(plan.vms["bare"].memory_file, None);
         assert_eq!(plan.vms["device"].iommu, Some(Iommu::Amd));
-        assert_eq!(plan.vms["device"].devices.len(), 2);
+        let slots: Vec<_> = plan.vms["device"].devices.iter().map(|device| device.slot().device()).collect();
+        assert_eq!(slots, [0x11, 0x1e, 0x10, 0x1d]);
         let socket = plan.proxies["b"].vhost_user.display().to_string();
         let frontend = Frontend::Block(BlockFrontend { queues: 2, ..BlockFrontend::default() });
         let want = Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, reconnect_ms: 0 };
         assert_eq!(plan.vms["two"].devices, [want]);
-        assert_eq!(transient(&plan), 6);
+        assert_eq!(transient(&plan), 8);
         let words = plan.proxies["a"].words(Path::new("/v/vvu")).join(" ");
         assert!(words.starts_with("/v/vvu proxy --vfio-user /"), "{words}");
         assert!(
@@ -172,6 +200,6 @@ mod tests {
         );
         let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().device()).collect();
         assert_eq!(slots, [0x10, 0x11]);
-        assert_eq!(transient(&plan), 5);
+        assert_eq!(transient(&plan), 7);
     }
 }

@@ -15,6 +15,8 @@ pub struct Slot(u8);
 impl Slot {
     /// The slot in the manual steps this project follows.
     pub const DEFAULT: Slot = Slot(0x10);
+    /// The last one that a device can have.
+    pub(crate) const LAST: Slot = Slot(*Self::FREE.end());
     /// Slots that a device can have. 0 is the host bridge, and a PC has its ISA bridge at 1f.
     const FREE: std::ops::RangeInclusive<u8> = 1..=0x1e;
 
@@ -29,6 +31,11 @@ impl Slot {
             .chain(*Self::FREE.start()..Self::DEFAULT.0)
             .map(Slot)
             .find(|slot| !taken(*slot))
+    }
+
+    /// The last slot for which `taken` says no: for a device that nobody looks for.
+    pub fn last_free(taken: impl Fn(Slot) -> bool) -> Option<Self> {
+        Self::FREE.rev().map(Slot).find(|slot| !taken(*slot))
     }
 
     /// The device number on the bus, 1 to 30.

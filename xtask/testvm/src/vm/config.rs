@@ -59,6 +59,14 @@ pub enum Device {
         /// The proxy's vfio-user socket.
         socket: String,
     },
+    /// The express device of a vvu device, through which the guest notifies the sibling without the proxy. A VMM without
+    /// such a device leaves it out.
+    Express {
+        /// Where it is.
+        slot: Slot,
+        /// The proxy's socket for it.
+        socket: String,
+    },
     /// A virtio device whose back-end is behind a vhost-user socket.
     VhostUser {
         /// The PCI address.
@@ -83,16 +91,19 @@ impl Device {
     /// The PCI address.
     pub fn slot(&self) -> Slot {
         match self {
-            Device::Vvu { slot, .. } | Device::VhostUser { slot, .. } | Device::VirtioBlk { slot, .. } => {
-                *slot
-            }
+            Device::Vvu { slot, .. }
+            | Device::Express { slot, .. }
+            | Device::VhostUser { slot, .. }
+            | Device::VirtioBlk { slot, .. } => *slot,
         }
     }
 
     /// The unix socket that it is connected to.
     pub(crate) fn socket(&self) -> Option<&str> {
         match self {
-            Device::Vvu { socket, .. } | Device::VhostUser { socket, .. } => Some(socket),
+            Device::Vvu { socket, .. }
+            | Device::Express { socket, .. }
+            | Device::VhostUser { socket, .. } => Some(socket),
             Device::VirtioBlk { .. } => None,
         }
     }

@@ -126,7 +126,7 @@ impl Vmm for CloudHypervisor {
 fn device(words: &mut Words, device: &Device) -> Result<()> {
     let slot = format!("pci_device_id={}", device.slot().device());
     match device {
-        Device::Vvu { .. } => bail!("Cloud Hypervisor cannot host a vvu device"),
+        Device::Vvu { .. } | Device::Express { .. } => bail!("Cloud Hypervisor cannot host a vvu device"),
         Device::VirtioBlk { file, .. } => {
             words.pair("--disk", format!("path={},image_type=raw,{slot}", quoted(file)?));
         }

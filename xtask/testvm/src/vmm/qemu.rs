@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 use vvu_artifacts::accel::Kind;
 use vvu_artifacts::machine::Machine;
-use vvu_artifacts::qemu::Qemu;
+use vvu_artifacts::qemu::{EXPRESS_DEVICE, Qemu};
 
 use super::cmdline::cmdline;
 use super::interface::{Capabilities, Vmm, check_devices};
@@ -67,7 +67,12 @@ impl Vmm for Qemu {
         serial: Serial<'_>,
     ) -> Result<Vec<String>> {
         self.capabilities().check(self.name(), config, accelerator, serial)?;
-        arguments(self.machine, config, accelerator, boot, serial)
+        if self.express {
+            return arguments(self.machine, config, accelerator, boot, serial);
+        }
+        let mut config = config.clone();
+        config.devices.retain(|device| !matches!(device, Device::Express { .. }));
+        arguments(self.machine, &config, accelerator, boot, serial)
     }
 }
 
@@ -177,6 +182,10 @@ fn device(words: &mut Words, number: usize, device: &Device) {
                 "x-msg-timeout": VFIO_USER_TIMEOUT_MS,
             });
             words.pair("-device", device.to_string());
+        }
+        Device::Express { socket, .. } => {
+            words.pair("-chardev", format!("socket,id=express{number},path={}", escaped(socket)));
+            words.pair("-device", format!("{EXPRESS_DEVICE},chardev=express{number},vectors=2,addr={addr}"));
         }
         Device::VhostUser { socket, frontend, reconnect_ms, .. } => {
             let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));

@@ -1,0 +1,274 @@
+use super::*;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use ivshmem::Ivshmem;
+use tempfile::TempDir;
+
+use super::super::closer::Closer;
+use super::super::events::Events;
+use super::super::sibling_memory::SiblingMemory;
+use crate::event::wait_readable;
+
+#[path = "../../tests/common/ivshmem.rs"]
+mod ivshmem;
+
+const QUEUES: u16 = 4;
+const Q0: QueueIndex = QueueIndex(0);
+const Q1: QueueIndex = QueueIndex(1);
+
+struct Rig {
+    express: Express,
+    resources: Resources,
+    /// Call eventfds were to be set again.
+    can_connect: bool,
+    dir: TempDir,
+}
+
+impl Rig {
+    fn new(queues: u16) -> Self {
+        let dir = tempfile::tempdir().expect("directory");
+        let listener = UnixListener::bind(dir.path().join("s")).expect("bind");
+        let events = Events::new().expect("events");
+        let closer = Closer::new(events.again_event()).expect("thread");
+        let memory = SiblingMemory::create(1 << 20).expect("memory");
+        let resources = Resources { memory, queues, events, closer, trace: None };
+        let express = Express::new(listener, [7; 16], &resources).expect("express");
+        Self { express, resources, can_connect: false, dir }
+    }
+
+    fn stream(&self) -> UnixStream {
+        UnixStream::connect(self.dir.path().join("s")).expect("connect")
+    }
+
+    fn process(&mut self) {
+        for source in self.resources.events.take() {
+            match source {
+                Source::Express | Source::Again => self.can_connect |= self.express.process(&self.resources),
+                Source::Confirmation(id) => self.express.confirm(&self.resources, id),
+                _ => {}
+            }
+        }
+    }
+
+    /// A device that has been greeted.
+    fn connect(&mut self) -> Ivshmem {
+        let mut vmm = Ivshmem::new(self.stream());
+        self.process();
+        let _ = vmm.handle_all();
+        vmm
+    }
+
+    fn set_call(&mut self, queue: QueueIndex, call: &Event) {
+        let call = Eventfd::new(call.try_clone().expect("clone").into());
+        self.express.set_call(&self.resources, queue, Some(&call));
+    }
+}
+
+fn event() -> Event {
+    Event::new().expect("event")
+}
+
+fn entry(vmm: &Ivshmem, queue: QueueIndex) -> Entry {
+    Entry::from_values([Entry::call_offset(queue), Entry::registered_offset(queue)].map(|offset| {
+        let mut bytes = [0; 4];
+        vmm.read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }))
+}
+
+/// Rings the confirmation of a queue's peer, as a guest driver does.
+fn confirm(rig: &mut Rig, vmm: &Ivshmem, queue: QueueIndex) {
+    vmm.ring(entry(vmm, queue).call.expect("a peer").confirm());
+    rig.process();
+}
+
+#[test]
+fn a_vmm_is_greeted_and_finds_the_page() {
+    let mut rig = Rig::new(QUEUES);
+    let vmm = rig.connect();
+    let mut bytes = [0; page::HEADER_SIZE];
+    vmm.read(0, &mut bytes);
+    assert_eq!(Header::parse(&bytes), Some(Header { queues: QUEUES, uuid: [7; 16] }));
+    assert_eq!(entry(&vmm, Q0), Entry::default());
+}
+
+#[test]
+fn the_guest_signals_the_newest_call_eventfd_once_it_is_confirmed() {
+    let mut rig = Rig::new(QUEUES);
+    let mut vmm = rig.connect();
+    let call = event();
+    rig.set_call(Q1, &call);
+    let before = entry(&vmm, Q1);
+    assert_eq!((before.usable(), entry(&vmm, Q0)), (None, Entry::default()));
+    confirm(&mut rig, &vmm, Q1);
+    assert_eq!(entry(&vmm, Q1), before, "the VMM has yet to handle the messages");
+    vmm.handle_one();
+    confirm(&mut rig, &vmm, Q1);
+    assert_eq!(entry(&vmm, Q1), before);
+    vmm.handle_one();
+    confirm(&mut rig, &vmm, Q1);
+    let peer = entry(&vmm, Q1).usable().expect("confirmed");
+    vmm.ring(peer.call());
+    assert_eq!(call.drain(), 1);
+    confirm(&mut rig, &vmm, Q1);
+    assert_eq!(entry(&vmm, Q1).usable(), Some(peer), "another confirmation changes nothing");
+}
+
+#[test]
+fn the_same_eventfd_keeps_its_peer_and_others_are_disconnected_in_turn() {
+    let mut rig = Rig::new(QUEUES);
+    let mut vmm = rig.connect();
+    let (one, other) = (event(), event());
+    for _ in 0..100 {
+        rig.set_call(Q0, &one);
+        rig.set_call(Q0, &other);
+    }
+    let _ = vmm.handle_all();
+    assert_eq!(vmm.peers(), (vec![1, 2], 2));
+    confirm(&mut rig, &vmm, Q0);
+    vmm.ring(entry(&vmm, Q0).usable().expect("confirmed").call());
+    assert_eq!((one.drain(), other.drain()), (0, 1));
+    for _ in 0..100 {
+        rig.set_call(Q0, &event());
+        let _ = vmm.handle_all();
+    }
+    assert_eq!(vmm.peers(), (vec![101, 102], 102));
+}
+
+#[test]
+fn a_session_that_ends_takes_its_peers_along() {
+    let mut rig = Rig::new(QUEUES);
+    let mut vmm = rig.connect();
+    let call = event();
+    rig.set_call(Q0, &call);
+    rig.set_call(Q1, &event());
+    let _ = vmm.handle_all();
+    confirm(&mut rig, &vmm, Q0);
+    let old = entry(&vmm, Q0).usable().expect("confirmed");
+    rig.express.clear(&rig.resources);
+    assert_eq!((entry(&vmm, Q0), entry(&vmm, Q1)), (Entry::default(), Entry::default()));
+    let _ = vmm.handle_all();
+    assert_eq!((vmm.peers(), rig.express.confirmations.len()), ((vec![], 2), 0));
+    vmm.ring(old.call());
+    assert_eq!(call.drain(), 0);
+    rig.set_call(Q0, &call);
+    let _ = vmm.handle_all();
+    assert_eq!(vmm.peers(), (vec![3], 3));
+}
+
+#[test]
+fn without_a_vmm_there_are_no_peers() {
+    let mut rig = Rig::new(QUEUES);
+    let call = event();
+    rig.set_call(Q0, &call);
+    rig.process();
+    let mut vmm = rig.connect();
+    assert_eq!(entry(&vmm, Q0), Entry::default());
+    rig.set_call(Q0, &call);
+    let _ = vmm.handle_all();
+    assert_eq!(vmm.peers(), (vec![1], 1));
+}
+
+#[test]
+fn a_vmm_that_leaves_makes_room_for_the_next() {
+    let mut rig = Rig::new(QUEUES);
+    let vmm = rig.connect();
+    let mut next = rig.connect();
+    rig.set_call(Q0, &event());
+    assert!(!next.handle_one(), "the second VMM has to wait");
+    drop(vmm);
+    rig.process();
+    let _ = next.handle_all();
+    assert_eq!((entry(&next, Q0), next.peers()), (Entry::default(), (vec![], 0)));
+    rig.set_call(Q0, &event());
+    let _ = next.handle_all();
+    assert_eq!(next.peers(), (vec![1], 1));
+}
+
+#[test]
+fn a_vmm_that_talks_is_hung_up_on() {
+    let mut rig = Rig::new(QUEUES);
+    for message in [&[0; 8][..], &[0; 1000]] {
+        let mut stream = rig.stream();
+        rig.process();
+        stream.write_all(message).expect("write");
+        rig.process();
+        assert!(rig.express.vmm.is_none());
+    }
+    let mut vmm = rig.connect();
+    rig.set_call(Q0, &event());
+    let _ = vmm.handle_all();
+    assert_eq!(vmm.peers(), (vec![1], 1));
+}
+
+/// Nobody reads, so the socket fills; the server goes on, with bounded memory, and all the rest stays in order.
+#[test]
+fn a_slow_vmm_gets_fewer_peers_and_every_disconnection() {
+    let mut rig = Rig::new(QUEUES);
+    let mut vmm = rig.connect();
+    rig.can_connect = false;
+    for round in 0..2000 {
+        rig.set_call(QueueIndex(round % QUEUES), &event());
+        rig.process();
+    }
+    let congested = rig.express.vmm.as_ref().is_some_and(FramedSocket::is_congested);
+    assert!(congested, "the socket of this machine takes more than it should");
+    assert_eq!(entry(&vmm, Q0), Entry::default(), "a congested VMM gets no peers");
+    assert!(rig.express.confirmations.len() <= usize::from(QUEUES) * 2);
+    rig.express.clear(&rig.resources);
+    assert!(!std::mem::take(&mut rig.can_connect));
+    while vmm.handle_one() {
+        rig.process();
+    }
+    assert!(rig.can_connect, "call eventfds without a peer can get one now");
+    assert!(vmm.peers().0.is_empty());
+    let call = event();
+    rig.set_call(Q0, &call);
+    let _ = vmm.handle_all();
+    confirm(&mut rig, &vmm, Q0);
+    vmm.ring(entry(&vmm, Q0).usable().expect("confirmed").call());
+    assert_eq!(call.drain(), 1);
+}
+
+#[test]
+fn a_dead_vmm_costs_its_peers_and_nothing_else() {
+    let mut rig = Rig::new(QUEUES);
+    let vmm = rig.connect();
+    rig.set_call(Q0, &event());
+    drop(vmm);
+    // The server learns of it by sending.
+    rig.set_call(Q0, &event());
+    assert!(rig.express.vmm.is_none() && rig.express.confirmations.is_empty());
+    rig.process();
+    let mut next = rig.connect();
+    rig.set_call(Q0, &event());
+    let _ = next.handle_all();
+    assert_eq!(next.peers(), (vec![1], 1));
+}
+
+#[test]
+fn the_guest_may_write_what_it_likes_into_the_page() {
+    let mut rig = Rig::new(QUEUES);
+    let mut vmm = rig.connect();
+    let call = event();
+    rig.set_call(Q0, &call);
+    vmm.write(0, &[0xff; page::SIZE]);
+    rig.set_call(Q1, &event());
+    let _ = vmm.handle_all();
+    confirm(&mut rig, &vmm, Q1);
+    assert!(entry(&vmm, Q1).usable().is_some());
+    rig.set_call(Q0, &call);
+    confirm(&mut rig, &vmm, Q0);
+    vmm.ring(entry(&vmm, Q0).usable().expect("confirmed").call());
+    assert_eq!(call.drain(), 1);
+}
+
+#[test]
+fn the_server_wakes_the_device_for_a_vmm() {
+    let rig = Rig::new(QUEUES);
+    let _stream = rig.stream();
+    let deadline = Instant::now() + std::time::Duration::from_secs(20);
+    assert_eq!(wait_readable(&[rig.resources.events.as_fd()], Some(deadline)).expect("wait"), Some(0));
+}
