@@ -147,7 +147,8 @@ fn work(
     let (mut times, mut io_errors) = (Histogram::new(), 0);
     let mut buffer = Buffer::new(target.block_size());
     let mut begun = Instant::now();
-    while begun - start < time {
+    // At least one request, however late the thread starts.
+    loop {
         let done = match pattern {
             Pattern::RandomRead => target.read(random.below(target.blocks()), &mut buffer),
             Pattern::RandomWrite => target.write(random.below(target.blocks()), &buffer),
@@ -166,8 +167,10 @@ fn work(
             }
         }
         begun = now;
+        if begun - start >= time {
+            return (times, io_errors);
+        }
     }
-    (times, io_errors)
 }
 
 #[cfg(test)]
