@@ -13,6 +13,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 /// Values that may wait to be dropped before the device takes nothing more from peers.
 const WAITING_MAX: usize = 64;
 
+/// Name of the thread.
+const THREAD_NAME: &str = "vvu-closer";
+
 /// Drops values in a thread.
 #[derive(Debug)]
 pub(super) struct Closer {
@@ -24,16 +27,21 @@ impl Closer {
     /// Starts the thread, which ends after the closer is dropped. Whenever there is room again, the thread
     /// writes to the eventfd `wake`.
     ///
+    /// On return the thread is past its start: what a thread does there, the sandbox of the proxy forbids.
+    ///
     /// # Errors
     /// When the system has no thread left.
     pub(super) fn new(wake: Arc<OwnedFd>) -> io::Result<Self> {
         let (queue, values) = channel();
         let waiting = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&waiting);
-        std::thread::Builder::new()
-            .name("vvu-closer".to_owned())
-            .stack_size(64 << 10)
-            .spawn(move || drop_all(&values, &counter, &wake))?;
+        let (started, start) = channel();
+        std::thread::Builder::new().name(THREAD_NAME.to_owned()).stack_size(64 << 10).spawn(move || {
+            // The receiver waits for this.
+            let _ = started.send(());
+            drop_all(&values, &counter, &wake);
+        })?;
+        start.recv().map_err(io::Error::other)?;
         Ok(Self { queue, waiting })
     }
 
@@ -78,6 +86,23 @@ mod tests {
     impl Drop for Slow {
         fn drop(&mut self) {
             let _ = self.0.recv();
+        }
+    }
+
+    /// The names of this process's threads. A thread gives itself its name at its start.
+    fn thread_names() -> Vec<String> {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("tasks");
+        let names = tasks.flatten().filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.map(|name| name.trim().to_owned()).collect()
+    }
+
+    #[test]
+    fn the_thread_is_past_its_start_when_there_is_a_closer() {
+        for _ in 0..100 {
+            let wake = Event::new().expect("event");
+            let closer = Closer::new(Arc::new(wake.into())).expect("thread");
+            assert!(thread_names().iter().any(|name| name == THREAD_NAME), "{:?}", thread_names());
+            drop(closer);
         }
     }
 
