@@ -91,7 +91,8 @@ impl Ivshmem {
         let mut parts = [IoSliceMut::new(&mut byte)];
         let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
         let look = recvmsg(&self.socket, &mut parts, &mut RecvAncillaryBuffer::default(), flags);
-        matches!(look, Err(Errno::AGAIN))
+        // A message may have come since.
+        matches!(look, Err(Errno::AGAIN)) || look.is_ok_and(|message| message.bytes > 0)
     }
 
     /// Whether the server has sent all that QEMU waits for.
