@@ -9,6 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use vvu::device::LinkState;
 use vvu::device::rig::{BUFFER, Rig};
 use vvu::message_socket::{Message, MessageSocket};
+use vvu::pci::PciFunction;
 use vvu::spec::vhost_user::Header;
 use vvu::spec::virtio::feature;
 use vvu_fuzz::{Input, fds};

@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vvu::device::LinkState;
 use vvu::device::rig::{BAR0, BAR2, BUFFER, Rig};
 use vvu::message_socket::Message;
+use vvu::pci::PciFunction;
 use vvu::spec::pci::{self, Region};
 use vvu::spec::virtio::feature;
 use vvu_fuzz::Input;

@@ -16,6 +16,7 @@ use crate::event::{StopToken, wait_readable};
 use crate::listening_socket::ListeningSocket;
 use crate::message_socket::{Message, MessageSocket, SocketError};
 use crate::pci::PciDevice;
+use crate::pci::PciFunction;
 use crate::rig::{Liar, LocalDevice, vvu_device};
 use crate::spec::addr::{BarOffset, SiblingGpa, SiblingVa};
 use crate::spec::pci::SHARED_MEMORY_BAR;

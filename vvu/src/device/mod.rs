@@ -21,7 +21,6 @@ pub(crate) mod express;
 mod frontend_connection;
 mod link;
 mod message_queues;
-mod pci_function;
 mod peer;
 mod reconnects;
 mod relay;

@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{DeviceConfig, Host, SiblingMemory, VvuDevice};
 use crate::message_socket::{Message, MessageSocket};
+use crate::pci::PciFunction;
 use crate::spec::pci::{self, Region};
 use crate::spec::virtio::{common, device_config, status};
 

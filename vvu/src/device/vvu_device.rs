@@ -13,6 +13,7 @@ use super::relay::{Progress, Relay};
 use super::sibling_memory::SiblingMemory;
 use super::trace::Trace;
 use super::{Host, copy_at};
+use crate::pci::{MappableBar, PciFunction};
 use crate::spec::addr::QueueIndex;
 use crate::spec::pci::{self, Region};
 use crate::spec::virtio::{NO_VECTOR, common, device_config, isr, vector_select};
@@ -92,15 +93,6 @@ impl VvuDevice {
         self.relay.serve_express(listener, self.uuid)
     }
 
-    /// Bytes of `region`: a power of two for a BAR, 0 for a BAR that does not exist.
-    #[must_use]
-    pub fn region_size(&self, region: Region) -> u64 {
-        match region {
-            Region::Config => pci::CONFIG_SPACE_SIZE as u64,
-            Region::Bar(bar) => bar_size(bar, self.relay.resources.memory.size()),
-        }
-    }
-
     /// The sibling memory file, and its size in bytes. The shared memory BAR shows the file from its
     /// start; the BAR may be larger.
     #[must_use]
@@ -108,40 +100,10 @@ impl VvuDevice {
         (self.relay.resources.memory.file().as_fd(), self.relay.resources.memory.size())
     }
 
-    /// Number of MSI-X vectors.
-    #[must_use]
-    pub fn vector_count(&self) -> u16 {
-        pci::vector_count(self.queues)
-    }
-
     /// The state of the link to the front-end.
     #[must_use]
     pub fn link(&self) -> LinkState {
         self.relay.state()
-    }
-
-    /// A file descriptor that is readable whenever [`process`](Self::process) has something to do.
-    #[must_use]
-    pub fn events(&self) -> BorrowedFd<'_> {
-        self.relay.resources.events.as_fd()
-    }
-
-    /// Answers a guest's read. Offsets without a register or memory read as zeroes.
-    pub fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) {
-        match region {
-            Region::Config => {
-                if self.config_space.is_window(offset, data.len())
-                    && let Some(window) = self.config_space.window()
-                {
-                    let mut bytes = [0; 4];
-                    self.read(Region::Bar(window.bar), window.offset, &mut bytes[..window.len]);
-                    self.config_space.set_window_data(window, &bytes[..window.len]);
-                }
-                self.config_space.read(offset, data);
-            }
-            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.resources.memory.read(offset, data),
-            Region::Bar(bar) => self.read_register(bar, offset, data),
-        }
     }
 
     fn read_register(&mut self, bar: u8, offset: u64, data: &mut [u8]) {
@@ -175,24 +137,6 @@ impl VvuDevice {
         bytes[4..8].copy_from_slice(&u32::from(self.queues).to_le_bytes());
         bytes[8..].copy_from_slice(&self.uuid);
         bytes
-    }
-
-    /// Carries out a guest's write. Offsets without a register or memory ignore it.
-    pub fn write<H: Host>(&mut self, host: &H, region: Region, offset: u64, data: &[u8]) {
-        match region {
-            Region::Config => match self.config_space.write(offset, data) {
-                Effect::None => self.update_link(host),
-                Effect::Reset => self.reset(),
-                Effect::WindowWrite => {
-                    if let Some(window) = self.config_space.window() {
-                        let bytes = self.config_space.window_data(window);
-                        self.write(host, Region::Bar(window.bar), window.offset, &bytes[..window.len]);
-                    }
-                }
-            },
-            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.resources.memory.write(offset, data),
-            Region::Bar(bar) => self.write_register(host, bar, offset, data),
-        }
     }
 
     fn write_register<H: Host>(&mut self, host: &H, bar: u8, offset: u64, data: &[u8]) {
@@ -237,12 +181,6 @@ impl VvuDevice {
             }
             _ => {}
         }
-    }
-
-    /// Resets the device to its state after power-on. A connected front-end is disconnected.
-    pub fn reset(&mut self) {
-        self.config_space.reset();
-        self.reset_virtio();
     }
 
     fn reset_virtio(&mut self) {
@@ -300,10 +238,64 @@ impl VvuDevice {
             }
         }
     }
+}
 
-    /// Handles the events that have happened: connections, messages, kicks. Does not wait, and returns
-    /// after a bounded number of messages.
-    pub fn process<H: Host>(&mut self, host: &H) {
+impl PciFunction for VvuDevice {
+    fn region_size(&self, region: Region) -> u64 {
+        match region {
+            Region::Config => pci::CONFIG_SPACE_SIZE as u64,
+            Region::Bar(bar) => bar_size(bar, self.relay.resources.memory.size()),
+        }
+    }
+
+    fn vector_count(&self) -> u16 {
+        pci::vector_count(self.queues)
+    }
+
+    fn mappable_bar(&self) -> Option<MappableBar<'_>> {
+        let (file, size) = self.shared_memory();
+        (size > 0).then_some(MappableBar { bar: pci::SHARED_MEMORY_BAR, file, size })
+    }
+
+    fn events(&self) -> BorrowedFd<'_> {
+        self.relay.resources.events.as_fd()
+    }
+
+    fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) {
+        match region {
+            Region::Config => {
+                if self.config_space.is_window(offset, data.len())
+                    && let Some(window) = self.config_space.window()
+                {
+                    let mut bytes = [0; 4];
+                    self.read(Region::Bar(window.bar), window.offset, &mut bytes[..window.len]);
+                    self.config_space.set_window_data(window, &bytes[..window.len]);
+                }
+                self.config_space.read(offset, data);
+            }
+            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.resources.memory.read(offset, data),
+            Region::Bar(bar) => self.read_register(bar, offset, data),
+        }
+    }
+
+    fn write<H: Host>(&mut self, host: &H, region: Region, offset: u64, data: &[u8]) {
+        match region {
+            Region::Config => match self.config_space.write(offset, data) {
+                Effect::None => self.update_link(host),
+                Effect::Reset => self.reset(),
+                Effect::WindowWrite => {
+                    if let Some(window) = self.config_space.window() {
+                        let bytes = self.config_space.window_data(window);
+                        self.write(host, Region::Bar(window.bar), window.offset, &bytes[..window.len]);
+                    }
+                }
+            },
+            Region::Bar(pci::SHARED_MEMORY_BAR) => self.relay.resources.memory.write(offset, data),
+            Region::Bar(bar) => self.write_register(host, bar, offset, data),
+        }
+    }
+
+    fn process<H: Host>(&mut self, host: &H) {
         let (mut pump, mut express) = (false, false);
         for source in self.relay.resources.events.take() {
             match source {
@@ -324,6 +316,11 @@ impl VvuDevice {
         if pump {
             self.pump(host);
         }
+    }
+
+    fn reset(&mut self) {
+        self.config_space.reset();
+        self.reset_virtio();
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::device::VvuDevice;
+use crate::pci::PciFunction;
 use crate::pci::{DoorbellValue, PciDevice};
 use crate::rig::{Liar, LocalDevice, vvu_device};
 use crate::spec::addr::QueueIndex;
