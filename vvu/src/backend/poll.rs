@@ -40,6 +40,12 @@ impl PollWindow {
         Self { max, gap: None, emptied: None, pause: 0, last_pause: 0 }
     }
 
+    /// Makes the window as long as it may be, as if the last requests had come that far apart.
+    #[cfg(test)]
+    pub(super) fn widen(&mut self) {
+        self.gap = Some(self.max);
+    }
+
     /// Watches `ring`, which is empty, for a request, if it is time for a window, and returns whether there is one. Ends
     /// early when `interrupt` is set.
     ///

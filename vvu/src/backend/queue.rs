@@ -78,6 +78,12 @@ impl Queue {
         }
     }
 
+    /// Makes the poll window as long as it may be.
+    #[cfg(test)]
+    pub(super) fn widen_window(&mut self) {
+        self.window.widen();
+    }
+
     /// The front-end starts the queue. Does nothing if it has been started before.
     pub(super) fn start(&mut self) {
         if self.state == State::Stopped {

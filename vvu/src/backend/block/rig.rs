@@ -100,6 +100,12 @@ impl Rig {
         rig
     }
 
+    /// Makes the poll window as long as it may be.
+    #[cfg(test)]
+    pub fn widen_window(&self) {
+        self.queue().widen_window();
+    }
+
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().expect("no panic before")
     }
