@@ -142,8 +142,9 @@ impl Children {
 
     /// Whether a child is in another session, as a program is that has gone to the background.
     fn has_left_the_session(&self) -> bool {
-        let own = rustix::process::getsid(None).ok();
-        self.list().into_iter().any(|pid| rustix::process::getsid(Some(pid)).ok() != own)
+        let Some(own) = Lineage::of(self.own) else { return false };
+        let mut children = self.list().into_iter().filter_map(Lineage::of);
+        children.any(|child| child.session != own.session)
     }
 
     /// Ends all of them: SIGTERM, and SIGKILL for those that are left after a while.
@@ -168,17 +169,37 @@ impl Children {
     /// The processes whose parent this one is.
     fn list(&self) -> Vec<Pid> {
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        numbers.filter(|pid| parent(*pid) == Some(self.own)).filter_map(Pid::from_raw).collect()
+        let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let own = self.own.as_raw_pid();
+        let is_child = |pid: &Pid| Lineage::of(*pid).is_some_and(|child| child.parent == own);
+        numbers.filter_map(Pid::from_raw).filter(is_child).collect()
     }
 }
 
-/// The parent of a process, from the field after its name and state (proc_pid_stat(5)).
-fn parent(pid: i32) -> Option<Pid> {
-    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    let stat = String::from_utf8_lossy(&stat);
-    let (_, after_name) = stat.rsplit_once(')')?;
-    Pid::from_raw(after_name.split_whitespace().nth(1)?.parse().ok()?)
+/// A process's parent and session, 0 where their process is outside the supervisor's PID namespace.
+///
+/// A `Pid` cannot be 0, so that `getsid` of rustix fails in such a namespace: a container without an init of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Lineage {
+    parent: i32,
+    session: i32,
+}
+
+impl Lineage {
+    /// `None` if the process is gone.
+    fn of(pid: Pid) -> Option<Self> {
+        Self::parse(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+    }
+
+    /// Reads the fields after the name: the state, the parent, the process group and the session (proc_pid_stat(5)).
+    fn parse(stat: &[u8]) -> Option<Self> {
+        // The name may hold any bytes, also parentheses.
+        let stat = String::from_utf8_lossy(stat);
+        let (_, after_name) = stat.rsplit_once(')')?;
+        let mut fields = after_name.split_whitespace().skip(1).map(str::parse);
+        let (parent, _group, session) = (fields.next()?.ok()?, fields.next()?, fields.next()?.ok()?);
+        Some(Self { parent, session })
+    }
 }
 
 fn kill(pid: Pid, signal: Signal) {
@@ -196,4 +217,16 @@ fn wait_for_any(children: &[Pid], deadline: Instant) {
     let until = if ends.len() == children.len() && !ends.is_empty() { deadline } else { moment };
     // A failure makes the caller look again, until its deadline.
     let _ = wait_readable(&ends, Some(until));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Lineage;
+
+    #[test]
+    fn a_session_outside_the_pid_namespace_is_zero() {
+        let stat = b"41 (a) b (c) S 0 41 0 0 -1 4194560 101";
+        assert_eq!(Lineage::parse(stat), Some(Lineage { parent: 0, session: 0 }));
+        assert_eq!(Lineage::parse(b"41 (a) S 7"), None);
+    }
 }
