@@ -4,13 +4,18 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio;
 use vm_memory::{GuestMemory, MmapRegion};
 
+pub use direct::DirectDoorbells;
+
 use crate::event::Event;
 use crate::spec::addr::Iova;
 use crate::spec::pci::Region;
+
+mod direct;
 
 /// What a [`PciFunction`] needs from whatever connects it to a VM.
 ///
@@ -155,6 +160,9 @@ pub trait PciDevice: Send + Sync {
     /// # Errors
     /// [`DeviceError`].
     fn bar_file(&self, bar: u8) -> Result<BarFile, DeviceError>;
+
+    /// Maps the first page of BAR `bar`, whose registers a store writes then. `None` if it cannot be mapped.
+    fn map_registers(&self, bar: u8) -> Option<Arc<MmapRegion>>;
 
     /// Allocates `len` bytes, rounded up to whole pages and zeroed, that the device can reach.
     ///

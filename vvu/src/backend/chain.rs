@@ -54,6 +54,11 @@ impl Chain {
         chain
     }
 
+    /// Bytes of all buffers.
+    pub(super) fn len(&self) -> u64 {
+        self.readable.len() + self.writable.len()
+    }
+
     fn collect(&mut self, memory: &GuestMemoryMmap, mut table: Table, head: u16) -> Result<(), ChainError> {
         let (mut next, mut left, mut total) = (head, table.size, 0u32);
         let mut count = 0;

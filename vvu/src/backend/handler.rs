@@ -21,6 +21,7 @@ use super::memory::{Memory, REGIONS_MAX};
 use super::queue::Queue;
 use super::ring::QUEUE_SIZE_MAX;
 use super::worker::Worker;
+use crate::pci::DirectDoorbells;
 
 /// The features that the queue engine and this handler add to those of the device.
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
@@ -39,6 +40,8 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
 pub(super) struct Handler {
     device: Arc<dyn Device>,
     window: Duration,
+    /// What the queues ring in place of their call events.
+    doorbells: Option<Arc<DirectDoorbells>>,
     owned: bool,
     /// Virtio features that the front-end has set.
     features: Option<u64>,
@@ -55,12 +58,18 @@ impl Handler {
         Self {
             device,
             window,
+            doorbells: None,
             owned: false,
             features: None,
             memory: Memory::default(),
             region: None,
             workers,
         }
+    }
+
+    /// Makes the queues ring `doorbells` where they have one.
+    pub(super) fn with_doorbells(self, doorbells: Option<Arc<DirectDoorbells>>) -> Self {
+        Self { doorbells, ..self }
     }
 
     /// Ends the queues' threads. Requests that have been begun are finished first.
@@ -83,6 +92,7 @@ impl Handler {
             worker.change(|queue| {
                 queue.memory = Arc::clone(self.memory.guest());
                 queue.region.clone_from(&self.region);
+                queue.doorbells.clone_from(&self.doorbells);
                 self.configure(queue);
             });
             self.workers[usize::from(index)] = Some(worker);

@@ -16,6 +16,7 @@ use super::inflight::{Region, RegionError, Tracker, TrackerError};
 use super::notify;
 use super::poll::PollWindow;
 use super::ring::{RingError, SplitRing};
+use crate::pci::DirectDoorbells;
 
 /// Why a queue cannot be used until it is started again.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +38,8 @@ pub(super) struct Queue {
     pub(super) ring: SplitRing,
     /// Event that interrupts the driver.
     pub(super) call: Option<File>,
+    /// What interrupts the driver in place of `call`, if this queue has a doorbell there.
+    pub(super) doorbells: Option<Arc<DirectDoorbells>>,
     /// The front-end has enabled the queue (`SET_VRING_ENABLE`).
     pub(super) enabled: bool,
     /// Memory in which requests in flight are written down, if the front-end wants that.
@@ -70,6 +73,7 @@ impl Queue {
             memory: Arc::default(),
             ring: SplitRing::default(),
             call: None,
+            doorbells: None,
             enabled: false,
             region: None,
             state: State::Stopped,
@@ -157,6 +161,11 @@ impl Queue {
         Ok(())
     }
 
+    /// Whether a notification is a store of this thread, without a system call.
+    pub(super) fn rings_directly(&self) -> bool {
+        self.doorbells.as_ref().is_some_and(|doorbells| doorbells.has(self.index))
+    }
+
     /// Whether there is another request, after the poll window if there is one. If not, the driver will kick.
     pub(super) fn has_more(&mut self, interrupt: &AtomicBool) -> Result<bool, Broken> {
         let found = self.window.finds_request(&self.ring, &self.memory, interrupt)?;
@@ -165,6 +174,9 @@ impl Queue {
 
     fn interrupt_driver(&mut self) {
         let Some(call) = &self.call else { return };
+        if self.doorbells.as_ref().is_some_and(|doorbells| doorbells.ring(self.index)) {
+            return;
+        }
         if let Err(error) = notify::signal(call) {
             log::warn!(
                 "queue {}: the driver gets no interrupts: cannot signal the call event: {error}",

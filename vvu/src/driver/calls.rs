@@ -1,5 +1,6 @@
 //! The call eventfds that back-ends signal, and the way that each takes to the front-end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::doorbells::Doorbells;
@@ -7,7 +8,7 @@ use super::error::DriverError;
 use super::express::ExpressDevice;
 use super::express::switch::{Step, Way, follow};
 use crate::event::Event;
-use crate::pci::{DeviceError, PciDevice};
+use crate::pci::{DeviceError, DirectDoorbells, PciDevice};
 use crate::spec::addr::QueueIndex;
 use crate::spec::express::page::Entry;
 
@@ -19,6 +20,8 @@ const PATIENCE: (Duration, Duration) = (Duration::from_millis(1), Duration::from
 pub(super) struct Calls {
     queues: Vec<Option<Call>>,
     express: Option<ExpressDevice>,
+    /// The doorbells of the express device, if this process can ring them itself.
+    direct: Option<Arc<DirectDoorbells>>,
     patience: Duration,
 }
 
@@ -52,12 +55,24 @@ impl From<DriverError> for Failure {
 impl Calls {
     /// No calls yet.
     pub(super) fn new(queues: u16) -> Self {
-        Self { queues: (0..queues).map(|_| None).collect(), express: None, patience: PATIENCE.0 }
+        Self {
+            queues: (0..queues).map(|_| None).collect(),
+            express: None,
+            direct: None,
+            patience: PATIENCE.0,
+        }
     }
 
     /// From now on, calls take the way through `express` where they can.
     pub(super) fn set_express(&mut self, express: ExpressDevice) {
+        let queues = u16::try_from(self.queues.len()).unwrap_or(u16::MAX);
+        self.direct = express.direct_doorbells(queues).map(Arc::new);
         self.express = Some(express);
+    }
+
+    /// The doorbells that a back-end in this process rings itself, if there are any.
+    pub(super) fn direct_doorbells(&self) -> Option<Arc<DirectDoorbells>> {
+        self.direct.clone()
     }
 
     /// Whether calls can take the way through an express device.
@@ -105,7 +120,7 @@ impl Calls {
         replaced: bool,
     ) -> Result<(), DriverError> {
         let Some(Some(call)) = self.queues.get_mut(usize::from(queue.0)) else { return Ok(()) };
-        match call.follow(vvu, self.express.as_ref(), queue, replaced) {
+        match call.follow(vvu, self.express.as_ref(), self.direct.as_deref(), queue, replaced) {
             Ok(()) => Ok(()),
             Err(Failure::Driver(error)) => Err(error),
             Err(Failure::Express(error)) => {
@@ -119,9 +134,12 @@ impl Calls {
     fn give_up_express<D: PciDevice>(&mut self, vvu: &Doorbells<'_, D>) -> Result<(), DriverError> {
         // Dropping the device unbinds its doorbells, but only after the calls have another way.
         let _express = self.express.take();
+        if let Some(direct) = self.direct.take() {
+            direct.clear_all();
+        }
         for (queue, slot) in (0..).map(QueueIndex).zip(&mut self.queues) {
             let Some(call) = slot else { continue };
-            match call.follow(vvu, None, queue, false) {
+            match call.follow(vvu, None, None, queue, false) {
                 Ok(()) | Err(Failure::Express(_)) => {}
                 Err(Failure::Driver(error)) => return Err(error),
             }
@@ -135,6 +153,7 @@ impl Call {
         &mut self,
         vvu: &Doorbells<'_, D>,
         express: Option<&ExpressDevice>,
+        direct: Option<&DirectDoorbells>,
         queue: QueueIndex,
         replaced: bool,
     ) -> Result<(), Failure> {
@@ -149,8 +168,18 @@ impl Call {
                 (Step::Tie(Way::Proxy), _) => vvu.bind(queue.0, &self.event)?,
                 (Step::Untie(Way::Proxy), _) => vvu.unbind(queue.0)?,
                 (Step::Ring, _) => vvu.ring(queue.0)?,
-                (Step::Tie(Way::Peer(peer)), Some(express)) => express.bind(peer, &self.event)?,
-                (Step::Untie(Way::Peer(peer)), Some(express)) => express.unbind(peer)?,
+                (Step::Tie(Way::Peer(peer)), Some(express)) => {
+                    express.bind(peer, &self.event)?;
+                    if let Some(direct) = direct {
+                        direct.set(queue.0, peer.call());
+                    }
+                }
+                (Step::Untie(Way::Peer(peer)), Some(express)) => {
+                    if let Some(direct) = direct {
+                        direct.clear(queue.0, peer.call());
+                    }
+                    express.unbind(peer)?;
+                }
                 (Step::Confirm(peer), Some(express)) => {
                     express.confirm(peer)?;
                     self.waiting = true;

@@ -1,5 +1,6 @@
 //! The driver of a vvu device that is up: sends and receives its messages, watches its link.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::event::Event;
@@ -13,7 +14,7 @@ use super::layout::Layout;
 use super::queue::QueueError;
 use super::registers::{self, Registers};
 use crate::message_socket::Message;
-use crate::pci::{BarFile, DeviceError, PciDevice};
+use crate::pci::{BarFile, DeviceError, DirectDoorbells, PciDevice};
 use crate::spec::addr::QueueIndex;
 use crate::spec::pci::SHARED_MEMORY_BAR;
 use crate::spec::vhost_user::{HEADER_SIZE, Header};
@@ -135,6 +136,13 @@ impl<D: PciDevice> Driver<D> {
         let uuid = self.uuid()?;
         self.calls.set_express(ExpressDevice::new(device, uuid, self.queues())?);
         Ok(())
+    }
+
+    /// Returns the doorbells that a back-end in this process rings without a system call, in place of the events that
+    /// [`call`](Self::call) returns. `None` without an express device, or if its register cannot be mapped.
+    #[must_use]
+    pub fn direct_doorbells(&self) -> Option<Arc<DirectDoorbells>> {
+        self.calls.direct_doorbells()
     }
 
     /// Whether there is an express device that works.

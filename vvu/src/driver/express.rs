@@ -1,7 +1,7 @@
 //! The express device as the guest driver uses it.
 
 use crate::event::Event;
-use crate::pci::{DeviceError, Doorbell, DoorbellValue, PciDevice};
+use crate::pci::{DeviceError, DirectDoorbells, Doorbell, DoorbellValue, PciDevice};
 use crate::spec::addr::QueueIndex;
 use crate::spec::express::page::{Entry, HEADER_SIZE, Header};
 use crate::spec::express::{DOORBELL, PAGE_BAR, PeerId, REGISTER_BAR};
@@ -62,6 +62,12 @@ impl ExpressDevice {
             return Err(ExpressError::Queues { got: header.queues, want: queues });
         }
         Ok(Self(device))
+    }
+
+    /// Maps the doorbell register for `queues` queues; `None` if it cannot be mapped.
+    pub(super) fn direct_doorbells(&self, queues: u16) -> Option<DirectDoorbells> {
+        let registers = self.0.map_registers(REGISTER_BAR)?;
+        Some(DirectDoorbells::new(registers, usize::try_from(DOORBELL).ok()?, queues))
     }
 
     /// Reads what the page says about a queue.

@@ -268,6 +268,18 @@ impl PciDevice for VfioDevice {
         Ok(found)
     }
 
+    fn map_registers(&self, bar: u8) -> Option<Arc<MmapRegion>> {
+        let offset = self.device.get_region_offset(vfio_region_index(Region::Bar(bar)));
+        let file = FileOffset::new(self.fd().try_clone_to_owned().ok()?.into(), offset);
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let mapped =
+            MmapRegion::build(Some(file), usize::try_from(PAGE_SIZE).ok()?, access, libc::MAP_SHARED);
+        mapped
+            .inspect_err(|error| log::info!("cannot map BAR {bar} of {}: {error}", self.bdf))
+            .ok()
+            .map(Arc::new)
+    }
+
     fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {
         let failed = |source| DeviceError::Io { what: format!("allocate {len} bytes for DMA"), source };
         let pages = u64::try_from(len).ok().and_then(|len| len.checked_next_multiple_of(PAGE_SIZE));

@@ -132,6 +132,10 @@ impl<F: PciFunction + Send + 'static> PciDevice for LocalDevice<F> {
         Ok(BarFile { file, offset: state.bar_offset })
     }
 
+    fn map_registers(&self, _bar: u8) -> Option<Arc<MmapRegion>> {
+        None
+    }
+
     fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {
         let len = len.max(1).next_multiple_of(PAGE_SIZE);
         let size = len as u64;

@@ -123,6 +123,10 @@ impl PciDevice for VfioUserDevice {
         Ok(BarFile { file, offset: *offset })
     }
 
+    fn map_registers(&self, _bar: u8) -> Option<Arc<MmapRegion>> {
+        None
+    }
+
     fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {
         let what = || format!("allocate {len} bytes for DMA");
         let size = u64::try_from(len).ok().and_then(|len| len.max(1).checked_next_multiple_of(PAGE_SIZE));

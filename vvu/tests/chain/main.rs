@@ -6,6 +6,7 @@
 mod common;
 
 mod chain;
+mod direct;
 mod express;
 mod inflight;
 mod inspect;

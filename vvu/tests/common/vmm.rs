@@ -3,10 +3,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags};
+use vm_memory::{MmapRegion, VolatileMemory};
 use vvu::StopToken;
 use vvu::event::{Event, wait_any};
 use vvu::pci::{BarFile, DeviceError, DmaBuffer, Doorbell, DoorbellValue, PciDevice};
@@ -22,6 +24,7 @@ const REGISTER_BAR_SIZE: u64 = 256;
 pub struct Vmm {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    watcher: Option<JoinHandle<()>>,
 }
 
 /// The device as the guest's driver has it.
@@ -41,6 +44,10 @@ struct State {
     command: [u8; 2],
     doorbells: Vec<(u32, Event)>,
     rung: u64,
+    /// The page with the register, if the guest can map it.
+    register: Option<Arc<MmapRegion>>,
+    /// Stores to the mapped register.
+    stored: u64,
 }
 
 impl Shared {
@@ -95,6 +102,8 @@ impl Vmm {
             command: [0; 2],
             doorbells: Vec::new(),
             rung: 0,
+            register: None,
+            stored: 0,
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -105,11 +114,39 @@ impl Vmm {
             let shared = shared.clone();
             move || shared.run()
         });
-        let vmm = Self { shared, thread: Some(thread) };
+        let vmm = Self { shared, thread: Some(thread), watcher: None };
         super::wait_until("the server has sent its page", || {
             vmm.shared.lock().device.is_ready().then_some(())
         });
         vmm
+    }
+
+    /// Lets the guest map the doorbell register. A thread looks at it all the time, as the CPU traps each store; if one
+    /// store follows another too fast, it sees the last one only.
+    pub fn map_register(&mut self) {
+        let register = Arc::new(MmapRegion::new(4096).expect("memory"));
+        self.shared.lock().register = Some(register.clone());
+        let shared = self.shared.clone();
+        self.watcher = Some(std::thread::spawn(move || {
+            let at = usize::try_from(DOORBELL).expect("small");
+            let slice = register.as_volatile_slice();
+            let register = slice.get_atomic_ref::<AtomicU32>(at).expect("a register");
+            while !shared.stop.is_stopped() {
+                match register.swap(0, Ordering::SeqCst) {
+                    0 => std::thread::yield_now(),
+                    value => {
+                        let mut state = shared.lock();
+                        state.device.ring(u32::from_le(value));
+                        state.stored += 1;
+                    }
+                }
+            }
+        }));
+    }
+
+    /// Notifications by a store to the mapped register.
+    pub fn stored(&self) -> u64 {
+        self.shared.lock().stored
     }
 
     pub fn device(&self) -> Box<dyn PciDevice> {
@@ -150,7 +187,9 @@ impl Drop for Vmm {
     fn drop(&mut self) {
         self.hang_up();
         self.shared.stop.stop();
-        self.thread.take().expect("a thread").join().expect("the VMM must not crash");
+        for thread in [self.thread.take(), self.watcher.take()].into_iter().flatten() {
+            thread.join().expect("the VMM must not crash");
+        }
     }
 }
 
@@ -196,6 +235,11 @@ impl PciDevice for ExpressDevice {
 
     fn bar_file(&self, _bar: u8) -> Result<BarFile, DeviceError> {
         panic!("the driver maps nothing")
+    }
+
+    fn map_registers(&self, bar: u8) -> Option<Arc<MmapRegion>> {
+        assert_eq!(bar, REGISTER_BAR);
+        self.0.lock().register.clone()
     }
 
     fn allocate_dma(&self, _len: usize) -> Result<DmaBuffer, DeviceError> {

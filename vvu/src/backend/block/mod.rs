@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::handler::Handler;
 use super::server::{self, ServeError};
 use crate::event::StopToken;
+use crate::pci::DirectDoorbells;
 use config::Shape;
 use device::BlockDevice;
 use disk::Disk;
@@ -34,6 +35,7 @@ pub struct BlockBackend {
     disk: Arc<Disk>,
     shape: Shape,
     poll: Duration,
+    doorbells: Option<Arc<DirectDoorbells>>,
 }
 
 impl BlockBackend {
@@ -49,7 +51,15 @@ impl BlockBackend {
             return Err(OpenError::Segments { got: options.segments });
         }
         let shape = Shape { queues: options.queues, segments: options.segments };
-        Ok(Self { disk: Arc::new(Disk::open(options)?), shape, poll: options.poll })
+        Ok(Self { disk: Arc::new(Disk::open(options)?), shape, poll: options.poll, doorbells: None })
+    }
+
+    /// Makes the queues ring `doorbells`, where they have one, in place of the call eventfds that the front-end sets:
+    /// those of the driver through which the back-end is served
+    /// ([`Driver::direct_doorbells`](crate::driver::Driver::direct_doorbells)).
+    #[must_use]
+    pub fn with_doorbells(self, doorbells: Option<Arc<DirectDoorbells>>) -> Self {
+        Self { doorbells, ..self }
     }
 
     /// Size of the disk in bytes.
@@ -74,6 +84,7 @@ impl BlockBackend {
     }
 
     fn handler(&self) -> Handler {
-        Handler::new(Arc::new(BlockDevice::new(Arc::clone(&self.disk), self.shape)), self.poll)
+        let device = BlockDevice::new(Arc::clone(&self.disk), self.shape);
+        Handler::new(Arc::new(device), self.poll).with_doorbells(self.doorbells.clone())
     }
 }

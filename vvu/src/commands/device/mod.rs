@@ -113,8 +113,10 @@ fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
 /// Serves `disk` through the vvu device `bdf`.
 fn through_device(bdf: Bdf, disk: &BlockBackend, stop: &StopToken, ready: &str) -> anyhow::Result<()> {
     let mut said = Ok(());
+    let driver = open_vfio(bdf)?;
+    let disk = disk.clone().with_doorbells(driver.direct_doorbells());
     serve(
-        open_vfio(bdf)?,
+        driver,
         stop,
         || said = say(ready),
         |frontend| {
