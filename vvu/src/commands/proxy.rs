@@ -132,7 +132,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     if let Some(path) = &args.trace {
         let file = trace_file(path).with_context(|| format!("cannot write {}", path.display()))?;
-        device.set_trace(Trace::new(file));
+        device.set_trace(Trace::new(file).context("cannot start the thread of the trace")?);
     }
     let server = Server::new(vfio_user.listener().try_clone()?, stop)?;
     let serve = || -> anyhow::Result<()> {

@@ -38,6 +38,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 fn describe(message: &Value) -> String {
     let text = |key: &str| message[key].as_str().unwrap_or_default();
     let time = message["time_us"].as_u64().unwrap_or_default();
+    if let Some(lost) = message["lost"].as_u64() {
+        let (seconds, rest) = (time / 1_000_000, time % 1_000_000);
+        return format!(
+            "{seconds:>6}.{rest:06}  {lost} messages are missing: the disk of the trace was too slow"
+        );
+    }
     let arrow = if text("from") == "back-end" { "< back-end " } else { "front-end >" };
     let mut line = format!("{:>6}.{:06}  {arrow}  {}", time / 1_000_000, time % 1_000_000, text("request"));
     if text("kind") == "reply" {
@@ -93,6 +99,8 @@ mod tests {
             describe(&message),
             "     1.000020  < back-end   GET_PROTOCOL_FEATURES reply  features=0x3 names=[MQ, LOG]  masked to features=0x1"
         );
+        let lost = describe(&json!({"time_us": 5, "lost": 3}));
+        assert!(lost.starts_with("     0.000005  3 messages are missing"), "{lost}");
         let refused = json!({"from": "front-end", "request": "SET_LOG_BASE", "fds": 1, "did": "refused", "reason": "x"});
         assert_eq!(describe(&refused), "     0.000000  front-end >  SET_LOG_BASE  +1 fd  refused: x");
     }

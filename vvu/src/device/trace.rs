@@ -1,9 +1,12 @@
 //! The trace: one line of JSON for every vhost-user message that reaches the device.
+//!
+//! The file may be on a disk that is slow, or that does not answer. So a thread writes the lines, and those that find no
+//! place in its queue are dropped and counted.
 
 use std::fmt::Display;
-use std::fs::File;
-use std::io::Write;
-use std::time::Instant;
+use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel};
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use vhost::vhost_user::VhostUserProtocolFeatures;
@@ -28,11 +31,24 @@ use crate::spec::vhost_user::{
 /// - `did`: `relayed`, `masked` (with bits cleared or a number lowered), `rewritten`, `refused` or `dropped`
 /// - `passed`: the fields that were passed on, if the device changed them
 /// - `reason`: why the message was refused or dropped
+///
+/// Where lines are missing, an object has `time_us` and `lost`, their number, instead.
 #[derive(Debug)]
 pub struct Trace {
-    out: File,
+    /// Of the thread that writes; `None` once it has ended.
+    lines: Option<SyncSender<String>>,
+    /// Is closed when the thread ends.
+    written: Receiver<()>,
     start: Instant,
+    /// Lines that found no place in the queue since the last one that did.
+    lost: u64,
 }
+
+/// Lines that wait to be written.
+const QUEUE_SIZE: usize = 1024;
+/// Time that the last lines have to be written.
+const LAST_LINES: Duration = Duration::from_secs(1);
+const THREAD_NAME: &str = "vvu-trace";
 
 /// The sender of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,10 +76,22 @@ pub(super) enum Did<'a> {
 }
 
 impl Trace {
-    /// A trace that writes to `out`; its times count from now.
-    #[must_use]
-    pub fn new(out: File) -> Self {
-        Self { out, start: Instant::now() }
+    /// A trace that writes to `out`, in a thread; its times count from now.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn new(out: impl Write + Send + 'static) -> io::Result<Self> {
+        let (lines, queue) = sync_channel(QUEUE_SIZE);
+        let (ends, written) = channel();
+        let (running, is_running) = channel::<()>();
+        std::thread::Builder::new().name(THREAD_NAME.to_owned()).stack_size(64 << 10).spawn(move || {
+            drop(running);
+            write_all(out, &queue);
+            drop(ends);
+        })?;
+        // The end of the channel is the signal. What a thread does at its start, the sandbox of the proxy forbids.
+        let _ = is_running.recv();
+        Ok(Self { lines: Some(lines), written, start: Instant::now(), lost: 0 })
     }
 
     /// Copies a message before the device treats it; `None` if there is no trace.
@@ -75,16 +103,56 @@ impl Trace {
         })
     }
 
-    /// Writes the line of a message. If that fails, there is no trace from then on.
+    /// Writes the line of a message.
     pub(super) fn record(trace: &mut Option<Self>, from: From, arrived: Option<Arrived>, did: Did<'_>) {
-        let (Some(this), Some(arrived)) = (&mut *trace, arrived) else { return };
-        let mut line = line(this.start.elapsed().as_micros(), from, &arrived, &did).to_string();
-        line.push('\n');
-        if let Err(error) = this.out.write_all(line.as_bytes()) {
-            log::warn!("cannot write the trace, which ends here: {error}");
-            *trace = None;
+        let (Some(this), Some(arrived)) = (trace, arrived) else { return };
+        let time_us = this.start.elapsed().as_micros();
+        if this.lost > 0 && this.put(&json!({"time_us": microseconds(time_us), "lost": this.lost})) {
+            this.lost = 0;
+        }
+        if this.lost > 0 || !this.put(&line(time_us, from, &arrived, &did)) {
+            this.lost += 1;
         }
     }
+
+    /// Gives a line to the thread; false if there is no room.
+    fn put(&mut self, line: &Value) -> bool {
+        let Some(lines) = &self.lines else { return true };
+        match lines.try_send(format!("{line}\n")) {
+            Ok(()) => true,
+            Err(TrySendError::Full(_)) => false,
+            Err(TrySendError::Disconnected(_)) => {
+                self.lines = None;
+                true
+            }
+        }
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        if self.lost > 0 {
+            let time_us = microseconds(self.start.elapsed().as_micros());
+            self.put(&json!({"time_us": time_us, "lost": self.lost}));
+        }
+        self.lines = None;
+        // Both outcomes are fine: all is written, or the disk does not answer.
+        let _ = self.written.recv_timeout(LAST_LINES);
+    }
+}
+
+/// Writes lines until there is an error, or nobody has more.
+fn write_all(mut out: impl Write, lines: &Receiver<String>) {
+    for line in lines {
+        if let Err(error) = out.write_all(line.as_bytes()) {
+            log::warn!("cannot write the trace, which ends here: {error}");
+            return;
+        }
+    }
+}
+
+fn microseconds(time_us: u128) -> u64 {
+    u64::try_from(time_us).unwrap_or(u64::MAX)
 }
 
 fn line(time_us: u128, from: From, arrived: &Arrived, did: &Did<'_>) -> Value {
@@ -100,7 +168,7 @@ fn line(time_us: u128, from: From, arrived: &Arrived, did: &Did<'_>) -> Value {
     };
     let fields = |payload: &[u8]| fields(kind, payload);
     let mut line = json!({
-        "time_us": u64::try_from(time_us).unwrap_or(u64::MAX),
+        "time_us": microseconds(time_us),
         "from": if from == From::Frontend { "front-end" } else { "back-end" },
         "kind": if reply { "reply" } else { "request" },
         "request": row.map_or_else(|| format!("unknown {request}"), |row| row.name.to_owned()),
@@ -242,6 +310,51 @@ mod tests {
         assert_eq!(decoded(FrontendReq::GET_CONFIG, &[0xab; 3]), json!({"payload": "ababab"}));
         assert_eq!(decoded(FrontendReq::SET_MEM_TABLE, &[1]), json!({"payload": "01"}));
         assert_eq!(decoded(FrontendReq::SET_OWNER, &[]), json!({}));
+    }
+
+    /// A file whose disk does not answer until the sender at the other end is dropped.
+    struct Stalled {
+        released: Receiver<()>,
+        out: std::fs::File,
+    }
+
+    impl Write for Stalled {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.released.recv();
+            self.out.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            self.out.flush()
+        }
+    }
+
+    #[test]
+    fn a_disk_that_does_not_answer_stalls_nobody_and_what_is_lost_is_counted() {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("trace");
+        let (release, released) = channel::<()>();
+        let out = std::fs::File::create(&path).expect("file");
+        let mut trace = Some(Trace::new(Stalled { released, out }).expect("thread"));
+        let messages = 3 * QUEUE_SIZE;
+        let record = |trace: &mut Option<Trace>| {
+            let message = arrived(FrontendReq::SET_OWNER, 1, &[]);
+            Trace::record(trace, From::Frontend, Some(message), Did::Passed(&[]));
+        };
+        (0..messages).for_each(|_| record(&mut trace));
+        drop(release);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while trace.as_ref().is_some_and(|trace| trace.lost > 0) {
+            record(&mut trace);
+            assert!(Instant::now() < deadline, "the trace does not go on");
+        }
+        record(&mut trace);
+        drop(trace);
+        let text = std::fs::read_to_string(path).expect("trace");
+        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        let lost: u64 = lines.iter().filter_map(|line| line["lost"].as_u64()).sum();
+        assert!(lost >= (messages - QUEUE_SIZE - 1) as u64, "{lost}");
+        assert_eq!(lines.last().expect("a line")["request"], "SET_OWNER", "the trace goes on");
     }
 
     #[test]
