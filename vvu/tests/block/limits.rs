@@ -1,59 +1,11 @@
 //! `vvu device block` as a process at the limits of its resources.
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use rustix::process::Resource;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
-use crate::common::{Driver, Setup, disk, pattern, wait_until};
+use crate::common::{Driver, Setup, pattern, wait_until};
+use crate::process::Process;
 use crate::{DATA, IO_ERROR, OK, memory};
-
-/// A running back-end, killed when it is dropped.
-struct Process {
-    child: Child,
-    _dir: tempfile::TempDir,
-    socket: PathBuf,
-    disk: PathBuf,
-}
-
-impl Process {
-    fn start(content: &[u8]) -> Self {
-        let (dir, disk) = disk(content).expect("disk");
-        let socket = dir.path().join("s");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vvu"))
-            .args(["device", "block", "--socket"])
-            .arg(&socket)
-            .arg("--file")
-            .arg(&disk)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("vvu");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("standard output");
-        assert!(line.contains("ready"), "{line}");
-        Self { child, _dir: dir, socket, disk }
-    }
-
-    fn limit(&self, resource: Resource, most: u64) {
-        let limit = Rlimit { current: Some(most), maximum: getrlimit(resource).maximum };
-        prlimit(Some(Pid::from_child(&self.child)), resource, limit).expect("limit");
-    }
-
-    fn open_files(&self) -> u64 {
-        let list = Path::new("/proc").join(self.child.id().to_string()).join("fd");
-        std::fs::read_dir(list).expect("/proc").count() as u64
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Neither works on a process that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 #[test]
 fn a_shortage_of_descriptors_passes() {

@@ -1,11 +1,14 @@
 //! The block back-end, end to end over a plain vhost-user socket.
+#![allow(unreachable_pub, reason = "its modules are one program")]
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod connection;
 mod hostile;
+mod killed;
 mod limits;
+mod process;
 mod requests;
 
 use std::sync::Arc;

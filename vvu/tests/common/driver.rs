@@ -140,7 +140,7 @@ impl Driver {
         setup: Setup,
         rings: Vec<Ring>,
     ) -> Result<Self, Error> {
-        let stream = UnixStream::connect(socket).expect("a back-end that listens");
+        let stream = UnixStream::connect(socket).map_err(vhost::vhost_user::Error::SocketConnect)?;
         stream.set_read_timeout(Some(DEADLINE)).expect("timeout");
         stream.set_write_timeout(Some(DEADLINE)).expect("timeout");
         let watched = stream.try_clone().expect("descriptor");
