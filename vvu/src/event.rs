@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 pub(crate) mod signaller;
 
@@ -40,14 +40,14 @@ impl Event {
     /// Adds one signal. A counter that is full stays as it is.
     pub fn signal(&self) {
         // The only other outcome is EAGAIN: the counter is full, and so the event is signalled.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        let _ = retry_on_intr(|| rustix::io::write(&self.0, &1u64.to_ne_bytes()));
     }
 
     /// Takes all signals and returns their number, 0 if there are none.
     pub fn drain(&self) -> u64 {
         let mut count = [0; 8];
         // The only other outcome is EAGAIN: the counter is zero.
-        rustix::io::read(&self.0, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
+        retry_on_intr(|| rustix::io::read(&self.0, &mut count)).map_or(0, |_| u64::from_ne_bytes(count))
     }
 }
 

@@ -16,6 +16,8 @@ pub mod framed_socket;
 pub mod listening_socket;
 #[doc(hidden)]
 pub mod message_socket;
+#[doc(hidden)]
+pub mod shortage;
 
 #[cfg(test)]
 mod express_model;

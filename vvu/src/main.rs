@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{ArgAction, Parser, Subcommand};
+use vvu::shortage::remedy_of_cause;
 
 mod commands;
 mod logger;
@@ -53,7 +54,7 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Err(error) = logger::init(cli.verbose) {
-        eprintln!("vvu: cannot start to log: {error}");
+        eprintln!("vvu: {}", explain(&anyhow::Error::new(error).context("cannot start to log")));
         return ExitCode::FAILURE;
     }
     let result = match cli.command {
@@ -65,8 +66,17 @@ fn main() -> ExitCode {
         Command::Supervise(args) => commands::supervise::run(&args),
         Command::RemoveNames(args) => commands::names::run(&args),
     };
-    logger::finish(result.as_ref().err().map(describe).as_deref());
+    logger::finish(result.as_ref().err().map(explain).as_deref());
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Joins an error and its causes, and adds what helps if a resource is short.
+fn explain(error: &anyhow::Error) -> String {
+    let text = describe(error);
+    match remedy_of_cause(error.as_ref()) {
+        Some(remedy) => format!("{text}; {remedy}"),
+        None => text,
+    }
 }
 
 /// Joins an error and its causes, without causes that the text before them contains.
@@ -90,5 +100,17 @@ mod tests {
             describe(&error.context("cannot start")),
             "cannot start: cannot open x: no such file; make one"
         );
+    }
+
+    #[test]
+    fn a_shortage_is_told_with_its_remedy() {
+        let error =
+            anyhow::Error::new(std::io::Error::from(rustix::io::Errno::MFILE)).context("cannot start");
+        assert!(
+            explain(&error).contains("(os error 24); raise the limit on open files"),
+            "{}",
+            explain(&error)
+        );
+        assert_eq!(explain(&anyhow::Error::msg("no")), "no");
     }
 }

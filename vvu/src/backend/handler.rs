@@ -22,6 +22,7 @@ use super::queue::Queue;
 use super::ring::QUEUE_SIZE_MAX;
 use super::worker::Worker;
 use crate::pci::DirectDoorbells;
+use crate::shortage::is_shortage;
 
 /// The features that the queue engine and this handler add to those of the device.
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
@@ -238,6 +239,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 Ok(())
             }
             Ok(()) => Ok(()),
+            Err(error) if is_shortage(&error) => Err(failed(error)),
             Err(error) => {
                 log::warn!("queue {index}: the front-end's kick event cannot be waited for: {error}");
                 Ok(())

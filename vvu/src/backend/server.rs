@@ -15,6 +15,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::handler::Handler;
 use crate::event::{StopToken, wait_any, wait_readable};
+use crate::shortage::is_shortage;
 use crate::spec::vhost_user::{HEADER_SIZE, Header, REGIONS_MAX};
 
 /// How long to wait before a front-end that could not even be hung up on is tried again.
@@ -58,6 +59,7 @@ pub(super) fn serve(
     stop: &StopToken,
     new_handler: impl Fn() -> Handler,
 ) -> Result<(), ServeError> {
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     let mut reserve = Reserve::new(listener);
     while wait_readable(&[stop.as_fd(), listener.as_fd()], None)? == Some(1) {
         match listener.accept() {
@@ -69,7 +71,8 @@ pub(super) fn serve(
                     wait_readable(&[stop.as_fd()], Some(Instant::now() + RETRY_INTERVAL))?;
                 }
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // The front-end has left already, or the call was interrupted.
+            Err(error) if matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -95,12 +98,6 @@ impl<'l> Reserve<'l> {
         self.descriptor = self.listener.try_clone().ok();
         done
     }
-}
-
-/// Whether `error` says that descriptors or memory are short, which passes.
-fn is_shortage(error: &io::Error) -> bool {
-    let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
-    shortages.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 /// Lets nobody connect to `listener` any more, so that a front-end which connects again at once finds nobody here

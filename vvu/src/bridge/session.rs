@@ -13,6 +13,7 @@ use crate::driver::{Driver, DriverError, Incoming};
 use crate::event::wait_any;
 use crate::message_socket::{Message, MessageSocket, SocketError};
 use crate::pci::{BarFile, PciDevice};
+use crate::shortage::remedy_of_cause;
 use crate::spec::vhost_user::{HEADER_SIZE, MemoryRegion};
 
 /// Messages moved before the other file descriptors get their turn.
@@ -209,7 +210,13 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
             }
             Err(refusal) => return Err(refusal.into()),
         };
-        let fds = self.attach(attachments, &mut message)?;
+        let fds = match self.attach(attachments, &mut message) {
+            // It passes, and the front-end that connects next finds what there is then.
+            Err(Halt::Bridge(error)) if remedy_of_cause(&error).is_some() => {
+                return Err(End::Refused(error.to_string()).into());
+            }
+            attached => attached?,
+        };
         log::debug!("request {} to the back-end with {attachments:?}", header.request);
         self.backend.send(message.bytes, fds).map_err(|reason| self.backend_left(reason))?;
         if let Attachments::Kick(index) = attachments {

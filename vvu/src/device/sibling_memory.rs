@@ -77,7 +77,7 @@ pub enum OpenError {
     #[error("{INFLIGHT_REGIONS} proxies use this sibling memory file already, which is the maximum")]
     Full,
     /// A system call failed, for instance because there is not enough memory.
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] io::Error),
 }
 

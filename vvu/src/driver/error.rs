@@ -112,5 +112,5 @@ pub enum DriverError {
     Message(#[from] MessageError),
     /// There is no file descriptor left for an event.
     #[error("cannot make an event: {0}; check the limit on open files (`ulimit -n`)")]
-    Event(std::io::Error),
+    Event(#[source] std::io::Error),
 }

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use crate::event::StopToken;
 use crate::pci::PciFunction;
+use crate::shortage::is_shortage;
 use crate::vfio_user::protocol::MessageError;
 use crate::vfio_user::protocol::socket::{Message, MessageSocket, SocketError};
 use commands::CommandHandler;
@@ -218,12 +219,6 @@ impl<D: PciFunction> Service<'_, D> {
         }
         Ok(())
     }
-}
-
-/// Returns whether a call failed for want of a resource that may be available again later.
-fn is_shortage(error: &io::Error) -> bool {
-    let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
-    Errno::from_io_error(error).is_some_and(|errno| shortages.contains(&errno))
 }
 
 impl Client {
