@@ -13,4 +13,5 @@ mod guest;
 mod interceptor;
 mod process;
 mod proxy;
+mod stalls;
 mod walk;

@@ -17,7 +17,7 @@ use crate::interceptor::{Filter, Interceptor};
 use crate::process::Process;
 use crate::walk;
 
-const ARGUMENTS: &[&str] = &[
+pub const ARGUMENTS: &[&str] = &[
     "-v",
     "proxy",
     "--vfio-user",
@@ -30,6 +30,8 @@ const ARGUMENTS: &[&str] = &[
     "memory",
     "--trace",
     "trace",
+    "--express",
+    "express",
 ];
 pub const RAM: [Piece; 1] = [Piece { gpa: 0, size: 4 << 20, offset: 0 }];
 
@@ -42,6 +44,10 @@ impl Proxy {
     fn start(filter: Filter, prepare: impl FnOnce(&Interceptor) + Send + 'static) -> Self {
         let directory = tempfile::tempdir().expect("directory");
         let process = Process::start(filter, directory.path(), ARGUMENTS, prepare);
+        Self::of(process, directory)
+    }
+
+    pub fn of(process: Process, directory: tempfile::TempDir) -> Self {
         Self { process, directory }
     }
 
@@ -60,7 +66,7 @@ impl Proxy {
         File::options().read(true).write(true).open(self.path("memory")).expect("memory")
     }
 
-    fn errors(&self) -> String {
+    pub fn errors(&self) -> String {
         self.process.errors()
     }
 }
