@@ -21,6 +21,9 @@ const NUMBERS: usize = 512;
 /// `SECCOMP_USER_NOTIF_FLAG_CONTINUE` in the width of the field: the kernel makes the call.
 const CONTINUE: u32 = 1;
 
+/// `F_DUPFD_CLOEXEC` as the kernel shows it.
+const DUPLICATE: u64 = libc::F_DUPFD_CLOEXEC.cast_unsigned() as u64;
+
 /// What a filter asks about.
 #[derive(Clone, Copy, Debug)]
 pub enum Filter {
@@ -209,7 +212,10 @@ fn supervise(listener: &OwnedFd, state: &Mutex<State>) {
             continue;
         }
         let mut answer = seccomp_notif_resp { id: call.id, val: 0, error: 0, flags: 0 };
-        match lock(state).answer(call.data.nr.into()) {
+        let number = call.data.nr.into();
+        // Of the commands of fcntl, only this one needs a resource.
+        let counts = number != libc::SYS_fcntl || call.data.args[1] == DUPLICATE;
+        match counts.then(|| lock(state).answer(number)).flatten() {
             Some(errno) => answer.error = -errno,
             None => answer.flags = CONTINUE,
         }
