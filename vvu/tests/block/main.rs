@@ -7,6 +7,7 @@ mod connection;
 mod hostile;
 mod limits;
 mod requests;
+mod rings;
 
 use std::sync::Arc;
 

@@ -28,6 +28,9 @@ pub struct BlockOptions {
     /// tells the size of its queues, so a driver without indirect descriptors can make requests that do not fit into a queue
     /// of less than two descriptors more than this, and waits for ever.
     pub segments: u16,
+    /// Offer `VIRTIO_F_ACCESS_PLATFORM` (virtio 1.2, 6.1) to a front-end whose VM has no IOMMU of its own. A front-end whose
+    /// VM has one is served only if it does without the feature.
+    pub access_platform: bool,
     /// Serial number of at most [`SERIAL_MAX`] printable ASCII characters; by default the file name, cut to fit.
     pub serial: Option<String>,
     /// How long at most to watch an empty queue for the next request before asking the driver for a notification. The
@@ -44,6 +47,7 @@ impl BlockOptions {
             read_only: false,
             queues: QUEUES_MAX,
             segments: SEGMENTS_DEFAULT,
+            access_platform: false,
             serial: None,
             poll: Duration::from_millis(2),
         }
