@@ -11,7 +11,7 @@ use crate::{DATA, memory};
 
 /// Bytes of a piece of memory in a request.
 const PIECE: u64 = 512;
-/// Most pieces in a request, the back-end's default.
+/// Most pieces in a request.
 const PIECES_MAX: u64 = 126;
 /// Requests in flight at a time. Each has memory and a part of the disk to itself.
 const IN_FLIGHT: u64 = 16;
@@ -178,7 +178,10 @@ fn descriptors(parts: &[(u64, u64, bool)], index: impl Fn(u16) -> u16) -> Vec<De
 /// reads and writes, up to the longest that fit.
 fn every_ring_is_served(poll: Duration) {
     let mut disk = pattern(40, usize::try_from(IN_FLIGHT * PART).expect("size"));
-    let backend = Backend::start(&disk, |options| options.poll = poll);
+    let backend = Backend::start(&disk, |options| {
+        options.poll = poll;
+        options.segments = u16::try_from(PIECES_MAX).expect("few");
+    });
     let memory = memory();
     let bits = [0, 1 << VIRTIO_RING_F_EVENT_IDX, 1 << VIRTIO_RING_F_INDIRECT_DESC];
     for size in (1..=10).map(|power| 1 << power) {

@@ -9,9 +9,8 @@ use crate::backend::ring::QUEUE_SIZE_MAX;
 pub const QUEUES_MAX: u16 = 16;
 /// Longest serial number in bytes (virtio 1.2, 5.2.6.1).
 pub const SERIAL_MAX: usize = 20;
-/// Pieces of memory in a request by default: with its header and status, a request fits into a queue of 128
-/// descriptors, QEMU's default.
-pub const SEGMENTS_DEFAULT: u16 = 126;
+/// Pieces of memory in a request by default: with its header and status, a request fits into a queue of 16 descriptors.
+pub const SEGMENTS_DEFAULT: u16 = 14;
 /// Most pieces of memory in a request, which with its header and status fits into the largest queue.
 pub(super) const SEGMENTS_MAX: u16 = QUEUE_SIZE_MAX - 2;
 
