@@ -67,7 +67,8 @@ struct Memory {
     /// Use huge pages of 2 MiB for the sibling's memory; the host must have reserved them.
     #[arg(long, requires = "memory_size")]
     huge_pages: bool,
-    /// Symbolic link to create for the sibling memory file: the sibling's memory-backend-file,mem-path.
+    /// Symbolic link to create for the sibling memory file: the sibling's memory-backend-file,mem-path. It works for
+    /// processes of the same user and PID namespace.
     #[arg(long, value_name = "PATH", requires = "memory_size")]
     memory_link: Option<PathBuf>,
     /// Use the sibling memory file of another proxy: its --memory-link.
