@@ -52,7 +52,7 @@ fn pidfd(stream: &UnixStream) -> io::Result<OwnedFd> {
 /// The inode of a pidfd; `None` before Linux 6.9, where all share one.
 fn inode(pidfd: &OwnedFd) -> io::Result<Option<u64>> {
     const PID_FS_MAGIC: i64 = 0x5049_4446;
-    let own = i64::from(fstatfs(pidfd)?.f_type) == PID_FS_MAGIC;
+    let own = fstatfs(pidfd)?.f_type == PID_FS_MAGIC;
     Ok(if own { Some(fstat(pidfd)?.st_ino) } else { None })
 }
 
