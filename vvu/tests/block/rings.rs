@@ -152,7 +152,7 @@ impl Load<'_> {
         let size = self.size;
         let status = self.memory.read(data + len as u64, 1)[0];
         let written = if writes { 1 } else { len + 1 };
-        assert_eq!((status, used as usize), (0, written), "ring of {size}: {len} bytes at {at}");
+        assert_eq!((status, usize::try_from(used)), (0, Ok(written)), "ring of {size}: {len} bytes at {at}");
         if !writes {
             assert!(
                 self.memory.read(data, len) == self.disk[at..at + len],
