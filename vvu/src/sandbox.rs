@@ -100,6 +100,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_close,
     // File descriptors of peers: their kind and their contents.
     libc::SYS_fstat,
+    libc::SYS_fstatfs,
     libc::SYS_newfstatat,
     libc::SYS_statx,
     libc::SYS_lseek,

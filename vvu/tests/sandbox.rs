@@ -247,6 +247,56 @@ fn a_proxy_in_its_sandbox_does_all_its_work() {
     assert!(!text.contains("sandbox refused"), "{text}");
 }
 
+/// As in a container: the processes outside have no id there, and the proxy another one outside.
+#[test]
+fn a_proxy_in_a_pid_namespace_does_all_its_work() {
+    let unshare = || {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--"]);
+        command
+    };
+    if !unshare().arg("true").status().is_ok_and(|status| status.success()) {
+        eprintln!("skipped: this machine allows no PID namespaces");
+        return;
+    }
+    let mut command = unshare();
+    command.arg(env!("CARGO_BIN_EXE_vvu"));
+    let proxy = Proxy::launch(command, &[], Stdio::piped()).expect("proxy");
+    converse(&proxy);
+    if !knows_strangers() {
+        eprintln!("not tried: before Linux 6.9, nothing identifies a process outside of the namespace");
+        return;
+    }
+    let device = VfioUserDevice::connect(&proxy.path("vmm")).expect("device");
+    let mut driver = Driver::new(device).expect("driver");
+    driver.set_backend_up(true).expect("back-end up");
+    let mut frontend = MessageSocket::new(UnixStream::connect(proxy.path("sibling")).expect("connect"));
+    frontend.send(request(FrontendReq::GET_FEATURES, &[]), vec![]).expect("send");
+    while driver.receive().expect("receive").is_none() {
+        wait(driver.rx_event());
+    }
+    drop(driver);
+    wait_for_end(&frontend);
+    // The proxy hangs up on a front-end that returns before the back-end does.
+    wait_for_end(UnixStream::connect(proxy.path("sibling")).expect("connect"));
+}
+
+/// Whether pidfds have inodes of their own (Linux 6.9).
+fn knows_strangers() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("a version");
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse::<u32>().ok());
+    let version = (numbers.next().flatten(), numbers.next().flatten());
+    version >= (Some(6), Some(9))
+}
+
+/// Waits until the other end of `socket` has hung up.
+fn wait_for_end(socket: impl AsFd) {
+    let patience = Timespec::try_from(PATIENCE).expect("seconds");
+    assert_eq!(poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&patience)), Ok(1), "nothing came");
+    let end = rustix::io::read(&socket, &mut [0; 64]);
+    assert!(matches!(end, Ok(0) | Err(rustix::io::Errno::CONNRESET)), "{end:?}");
+}
+
 #[test]
 fn the_sandbox_can_be_turned_off() {
     let proxy = Proxy::start(&["--sandbox", "off"]);

@@ -22,9 +22,14 @@ struct Supervisor {
 
 impl Supervisor {
     fn start(words: &[&str]) -> Self {
+        Self::launch(Command::new(env!("CARGO_BIN_EXE_vvu")), words)
+    }
+
+    /// Starts it by `command`, to which the arguments are appended.
+    fn launch(mut command: Command, words: &[&str]) -> Self {
         let (control, theirs) = UnixStream::pair().expect("pair");
         let (output, input) = io::pipe().expect("pipe");
-        let child = Command::new(env!("CARGO_BIN_EXE_vvu"))
+        let child = command
             .args(["supervise", "--"])
             .args(words)
             .stdin(OwnedFd::from(theirs))
@@ -88,6 +93,27 @@ fn a_program_that_is_not_there_is_named() {
 fn a_program_that_escaped_ends_with_the_bridge() {
     let escape = "setsid sh -c 'sleep 1000 & echo ready; wait' & wait";
     let mut supervisor = Supervisor::start(&["sh", "-c", escape]);
+    assert_eq!(supervisor.said(), "ready\n");
+    supervisor.control.shutdown(Shutdown::Both).expect("shutdown");
+    supervisor.all_gone();
+}
+
+/// Containers may have a PID namespace without a `/proc` of its own, which shows the ids of the one around it.
+#[test]
+fn a_program_that_escaped_ends_although_proc_counts_differently() {
+    let unshare = || {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--"]);
+        command
+    };
+    if !unshare().arg("true").status().is_ok_and(|status| status.success()) {
+        eprintln!("skipped: this machine allows no PID namespaces");
+        return;
+    }
+    let mut command = unshare();
+    command.arg(env!("CARGO_BIN_EXE_vvu"));
+    let escape = "trap '' TERM; setsid sh -c 'sleep 1000 & echo ready; wait' & wait";
+    let mut supervisor = Supervisor::launch(command, &["sh", "-c", escape]);
     assert_eq!(supervisor.said(), "ready\n");
     supervisor.control.shutdown(Shutdown::Both).expect("shutdown");
     supervisor.all_gone();

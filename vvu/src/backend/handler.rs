@@ -12,7 +12,7 @@ use vhost::vhost_user::message::{
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::device::Device;
@@ -168,6 +168,13 @@ impl VhostUserBackendReqHandlerMut for Handler {
         if features & !self.features() != 0 {
             return Err(Error::InvalidParam);
         }
+        // The front-end clears it unless the driver's addresses have to be translated.
+        if features & 1 << VIRTIO_F_ACCESS_PLATFORM != 0 {
+            return Err(failed(
+                "the front-end's VM has an IOMMU of its own, whose addresses this back-end does not translate: \
+                 set iommu_platform=off",
+            ));
+        }
         self.features = Some(features);
         self.device.set_features(features);
         self.change_all(|queue| self.configure(queue));
@@ -256,7 +263,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(PROTOCOL_FEATURES)
+        // QEMU takes VIRTIO_F_ACCESS_PLATFORM only from a back-end that can ask for translations.
+        let platform = self.features() & 1 << VIRTIO_F_ACCESS_PLATFORM != 0;
+        let more = if platform {
+            VhostUserProtocolFeatures::BACKEND_REQ
+        } else {
+            VhostUserProtocolFeatures::empty()
+        };
+        Ok(PROTOCOL_FEATURES | more)
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {

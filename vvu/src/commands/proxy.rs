@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -67,7 +67,8 @@ struct Memory {
     /// Use huge pages of 2 MiB for the sibling's memory; the host must have reserved them.
     #[arg(long, requires = "memory_size")]
     huge_pages: bool,
-    /// Symbolic link to create for the sibling memory file: the sibling's memory-backend-file,mem-path.
+    /// Symbolic link to create for the sibling memory file: the sibling's memory-backend-file,mem-path. It works for
+    /// processes of the same user and PID namespace.
     #[arg(long, value_name = "PATH", requires = "memory_size")]
     memory_link: Option<PathBuf>,
     /// Use the sibling memory file of another proxy: its --memory-link.
@@ -83,7 +84,7 @@ impl Memory {
                 let create = if self.huge_pages { SiblingMemory::create_huge } else { SiblingMemory::create };
                 let memory = create(size)
                     .with_context(|| format!("cannot create a sibling memory file for {size} bytes"))?;
-                let link = MemoryLink::new(path, memory.file().as_raw_fd())?;
+                let link = MemoryLink::new(path, memory.file())?;
                 Ok((memory, Some(link)))
             }
             (_, _, Some(path)) => {
@@ -168,7 +169,7 @@ struct MemoryLink {
 }
 
 impl MemoryLink {
-    fn new(path: &Path, memory: i32) -> anyhow::Result<Self> {
+    fn new(path: &Path, memory: &fs::File) -> anyhow::Result<Self> {
         match fs::symlink_metadata(path) {
             Ok(found) if found.is_symlink() => fs::remove_file(path)
                 .with_context(|| format!("cannot replace {}, which an earlier proxy left", path.display()))?,
@@ -178,10 +179,22 @@ impl MemoryLink {
             ),
             Err(_) => {}
         }
-        let target = PathBuf::from(format!("/proc/{}/fd/{memory}", std::process::id()));
+        // The name of this process in /proc, which may be that of another PID namespace.
+        let own = fs::read_link("/proc/self").context("cannot read /proc/self: is /proc mounted?")?;
+        let target = Path::new("/proc").join(own).join("fd").join(memory.as_raw_fd().to_string());
         symlink(&target, path)
             .with_context(|| format!("cannot make {}: does its directory exist?", path.display()))?;
-        Ok(Self { path: path.to_owned(), target })
+        let link = Self { path: path.to_owned(), target };
+        let identity = |found: fs::Metadata| (found.dev(), found.ino());
+        let leads_to =
+            fs::metadata(path).map(identity).with_context(|| format!("cannot use {}", path.display()))?;
+        if leads_to != identity(memory.metadata()?) {
+            bail!(
+                "{} does not lead to the sibling memory file: mount /proc in this PID namespace",
+                path.display()
+            );
+        }
+        Ok(link)
     }
 }
 
@@ -255,12 +268,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("directory");
         let path = dir.path().join("memory");
         symlink("/proc/1/fd/3", &path).expect("stale");
-        let link = MemoryLink::new(&path, 0).expect("link");
+        let memory = tempfile::tempfile().expect("file");
+        let link = MemoryLink::new(&path, &memory).expect("link");
         assert!(fs::metadata(&path).is_ok());
         drop(link);
         assert!(fs::symlink_metadata(&path).is_err());
         fs::write(&path, "precious").expect("file");
-        assert!(MemoryLink::new(&path, 0).is_err());
+        assert!(MemoryLink::new(&path, &memory).is_err());
         assert_eq!(fs::read(&path).expect("kept"), b"precious");
     }
 }

@@ -69,8 +69,9 @@ impl Report {
 
 /// Runs the program until it ends or the bridge does.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let own = rustix::process::getpid();
-    rustix::process::set_child_subreaper(Some(own)).context("cannot become the parent of orphans")?;
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .context("cannot become the parent of orphans")?;
+    let own = own_id().context("cannot read /proc/self: is /proc mounted?")?;
     let bridge = UnixStream::from(io::stdin().as_fd().try_clone_to_owned().context("cannot share stdin")?);
     let (program, ended) = match start(&args.command) {
         Ok(started) => started,
@@ -89,6 +90,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     children.end();
     Ok(())
+}
+
+/// The id of this process in `/proc`, which may count as another PID namespace does.
+fn own_id() -> Option<i32> {
+    fs::read_link("/proc/self").ok()?.to_str()?.parse().ok()
 }
 
 /// Writes a report. A bridge that is gone needs none.
@@ -119,7 +125,8 @@ fn start(words: &[String]) -> io::Result<(Pid, OwnedFd)> {
 
 /// The program, and the processes that it left behind.
 struct Children {
-    own: Pid,
+    /// Id of this process in `/proc`.
+    own: i32,
     program: Pid,
     /// How the program ended.
     status: Option<ExitStatus>,
@@ -143,7 +150,7 @@ impl Children {
     /// Whether a child is in another session, as a program is that has gone to the background.
     fn has_left_the_session(&self) -> bool {
         let Some(own) = Lineage::of(self.own) else { return false };
-        let mut children = self.list().into_iter().filter_map(Lineage::of);
+        let mut children = self.list().into_iter().filter_map(|child| Lineage::of(child.id));
         children.any(|child| child.session != own.session)
     }
 
@@ -155,24 +162,46 @@ impl Children {
         let mut asked = HashSet::new();
         while self.reap() && Instant::now() < deadline {
             let children = self.list();
-            children.iter().filter(|pid| asked.insert(**pid)).for_each(|pid| kill(*pid, Signal::TERM));
+            children.iter().filter(|child| asked.insert(child.id)).for_each(|child| child.kill(Signal::TERM));
             wait_for_any(&children, deadline);
         }
         let deadline = Instant::now() + END_TIME;
         while self.reap() && Instant::now() < deadline {
             let children = self.list();
-            children.iter().for_each(|pid| kill(*pid, Signal::KILL));
+            children.iter().for_each(|child| child.kill(Signal::KILL));
             wait_for_any(&children, deadline);
         }
     }
 
     /// The processes whose parent this one is.
-    fn list(&self) -> Vec<Pid> {
+    fn list(&self) -> Vec<ChildProcess> {
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let own = self.own.as_raw_pid();
-        let is_child = |pid: &Pid| Lineage::of(*pid).is_some_and(|child| child.parent == own);
-        numbers.filter_map(Pid::from_raw).filter(is_child).collect()
+        let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let is_child = |id: &i32| Lineage::of(*id).is_some_and(|child| child.parent == self.own);
+        // The directory is opened first, so that it is the child's, and not that of a later process with its id.
+        let open = |id| Some(ChildProcess { id, directory: fs::File::open(format!("/proc/{id}")).ok()? });
+        ids.filter_map(open).filter(|child| is_child(&child.id)).collect()
+    }
+}
+
+/// A child, by its directory in `/proc`: its id there may be that of another process here.
+struct ChildProcess {
+    id: i32,
+    directory: fs::File,
+}
+
+impl ChildProcess {
+    fn kill(&self, signal: Signal) {
+        // Fails only if the process has just ended.
+        let _ = rustix::process::pidfd_send_signal(&self.directory, signal);
+    }
+
+    /// A descriptor that is readable once the process has ended; `None` if the process is gone or `/proc` counts
+    /// differently.
+    fn end(&self) -> Option<OwnedFd> {
+        let same = own_id() == Some(rustix::process::getpid().as_raw_pid());
+        let pid = Pid::from_raw(self.id).filter(|_| same)?;
+        rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()
     }
 }
 
@@ -187,8 +216,8 @@ struct Lineage {
 
 impl Lineage {
     /// `None` if the process is gone.
-    fn of(pid: Pid) -> Option<Self> {
-        Self::parse(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+    fn of(id: i32) -> Option<Self> {
+        Self::parse(&fs::read(format!("/proc/{id}/stat")).ok()?)
     }
 
     /// Reads the fields after the name: the state, the parent, the process group and the session (proc_pid_stat(5)).
@@ -202,15 +231,9 @@ impl Lineage {
     }
 }
 
-fn kill(pid: Pid, signal: Signal) {
-    // Fails only if the process has just ended.
-    let _ = rustix::process::kill_process(pid, signal);
-}
-
 /// Waits until one of the processes has ended, which may have left others behind.
-fn wait_for_any(children: &[Pid], deadline: Instant) {
-    let open = |pid: &Pid| rustix::process::pidfd_open(*pid, PidfdFlags::empty()).ok();
-    let ends: Vec<OwnedFd> = children.iter().filter_map(open).collect();
+fn wait_for_any(children: &[ChildProcess], deadline: Instant) {
+    let ends: Vec<OwnedFd> = children.iter().filter_map(ChildProcess::end).collect();
     let ends: Vec<_> = ends.iter().map(AsFd::as_fd).collect();
     // A child that is not in /proc yet, or not any more, is there or gone a moment later.
     let moment = Instant::now() + Duration::from_millis(10);

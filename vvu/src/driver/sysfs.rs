@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use crate::spec::addr::Bdf;
 use crate::spec::express;
-use crate::spec::pci::{CONFIG_SPACE_SIZE, DEVICE_ID, VENDOR_ID};
+use crate::spec::pci::{CONFIG_SPACE_SIZE, DEVICE_ID, SHARED_MEMORY_BAR, VENDOR_ID};
 
 /// Interval at which to look for a file that has yet to appear.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -41,6 +41,18 @@ pub enum SysfsError {
         device: u16,
         /// The vvu devices of this machine.
         vvu: Vec<Bdf>,
+    },
+    /// The device has no address for its shared memory BAR.
+    #[error(
+        "the machine has no room for the shared memory BAR of {bdf}, which is as large as the sibling's RAM{}: give the \
+         VM more for PCI devices (QEMU: `-global q35-pcihost.pci-hole64-size=SIZE`, a CPU with `host-phys-bits=on`)",
+        .size.map(|size| format!(" ({} GiB)", size.div_ceil(1 << 30))).unwrap_or_default()
+    )]
+    Unassigned {
+        /// The device.
+        bdf: Bdf,
+        /// Bytes of the BAR, if the kernel still knows.
+        size: Option<u64>,
     },
     /// vfio-pci does not drive the device.
     #[error("{bdf} is {} instead of vfio-pci: run `vvu bind {bdf}` first", Bound(.driver))]
@@ -170,6 +182,7 @@ impl PciSysfs {
     /// Any [`SysfsError`] but `NoVfioPci`, `NoGroupFile` and `Bind`.
     pub fn ready(&self, bdf: Bdf) -> Result<VfioReady, SysfsError> {
         self.check_identity(bdf)?;
+        self.check_memory(bdf)?;
         self.vfio_ready(bdf)
     }
 
@@ -190,6 +203,7 @@ impl PciSysfs {
     /// Any [`SysfsError`] but `NotBound`.
     pub fn bind(&self, bdf: Bdf, patience: Duration) -> Result<VfioReady, SysfsError> {
         self.check_identity(bdf)?;
+        self.check_memory(bdf)?;
         self.give_to_vfio(bdf, patience)
     }
 
@@ -283,6 +297,24 @@ impl PciSysfs {
         match self.identity(bdf)? {
             (VENDOR_ID, DEVICE_ID) => Ok(()),
             (vendor, device) => Err(SysfsError::Identity { bdf, vendor, device, vvu: self.vvu_devices() }),
+        }
+    }
+
+    /// Checks that the kernel has found an address for the shared memory BAR.
+    fn check_memory(&self, bdf: Bdf) -> Result<(), SysfsError> {
+        /// `IORESOURCE_UNSET` of the kernel.
+        const UNSET: u64 = 0x2000_0000;
+        // Whoever cannot read the file gets another error soon.
+        let Ok(text) = read(&self.device(bdf).join("resource")) else { return Ok(()) };
+        let Some(line) = text.lines().nth(SHARED_MEMORY_BAR.into()) else { return Ok(()) };
+        let number = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok();
+        match line.split_whitespace().map(number).collect::<Option<Vec<_>>>().as_deref() {
+            Some([_, 0, 0]) => Err(SysfsError::Unassigned { bdf, size: None }),
+            Some([start, end, flags]) if flags & UNSET != 0 => Err(SysfsError::Unassigned {
+                bdf,
+                size: end.checked_sub(*start).and_then(|len| len.checked_add(1)),
+            }),
+            _ => Ok(()),
         }
     }
 

@@ -142,3 +142,22 @@ fn a_configuration_space_is_read_whole() {
     let error = fake.sysfs.config_space(bdf).expect_err("cut off").to_string();
     assert!(error.contains("only its start can be read; run as root"), "{error}");
 }
+
+#[test]
+fn a_bar_without_an_address_is_named_with_its_remedy() {
+    let fake = FakeSysfs::new();
+    let bdf = fake.vvu();
+    let file = fake.sysfs.device(bdf).join("resource");
+    let line = |start: u64, end: u64, flags: u64| format!("{start:#018x} {end:#018x} {flags:#018x}\n");
+    let none = line(0, 0, 0).repeat(4);
+    for (memory, size) in [(line(0, (128 << 30) - 1, 0x2014_220c), " (128 GiB)"), (line(0, 0, 0), "")] {
+        fs::write(&file, format!("{none}{memory}")).expect("resource");
+        let error = fake.bind(bdf).expect_err("no address").to_string();
+        let want = format!("as large as the sibling's RAM{size}: give the VM more");
+        assert!(error.contains(&want) && error.contains("pci-hole64-size"), "{error}");
+    }
+    fs::write(&file, format!("{none}{}", line(0x380_0000_0000, 0x39f_ffff_ffff, 0x14_220c)))
+        .expect("resource");
+    let error = fake.bind(bdf).expect_err("no group");
+    assert!(matches!(error, SysfsError::NoGroup { .. }), "{error}");
+}

@@ -10,6 +10,7 @@ mod killed;
 mod limits;
 mod process;
 mod requests;
+mod rings;
 
 use std::sync::Arc;
 

@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vvu::backend::block::BlockOptions;
 
@@ -186,6 +188,26 @@ fn all_queues_of_a_device_are_offered_by_default() {
         assert_eq!(driver.frontend.get_queue_num().expect("queues"), 16);
         stop.stop();
     });
+}
+
+/// QEMU asks for the feature where its user does, and clears it again unless it has an IOMMU that translates addresses.
+#[test]
+fn access_platform_is_offered_on_demand_and_refused_with_an_iommu() {
+    let content = pattern(22, 4096);
+    let access_platform = 1 << VIRTIO_F_ACCESS_PLATFORM;
+    for on in [false, true] {
+        let backend = Backend::start(&content, |options| options.access_platform = on);
+        let memory = memory();
+        let mut driver = backend.connect(&memory, Setup { without: access_platform, ..Setup::default() });
+        assert_eq!(driver.offered & access_platform != 0, on);
+        let channel = VhostUserProtocolFeatures::BACKEND_REQ;
+        assert_eq!(driver.protocol_features.contains(channel), on, "a channel to ask for translations");
+        assert_eq!(driver.read(0, 0, DATA, 4096), content);
+        drop(driver);
+        let with_iommu = Setup { besides: access_platform, ..Setup::default() };
+        assert!(Driver::connect(&backend.socket, &memory, with_iommu).is_err(), "nothing translates");
+        backend.end();
+    }
 }
 
 /// A driver learns how long a request may be before the back-end learns how long a queue is.

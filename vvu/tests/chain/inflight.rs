@@ -12,7 +12,8 @@ use vvu::bridge::Retry;
 use crate::chain::{Chain, FLAT, Guest, Proxy};
 use crate::common::{Completion, Driver, Setup, disk, pattern};
 
-const TRACKED: Setup = Setup { queues: 1, queue_size: 128, without: 0, acknowledged: true, inflight: true };
+const TRACKED: Setup =
+    Setup { queues: 1, queue_size: 128, without: 0, besides: 0, acknowledged: true, inflight: true };
 const OK: Completion = Completion { status: 0, used: 1 };
 
 /// Where fields of the in-flight region are (vhost-user, `QueueRegionSplit` and `DescStateSplit`).

@@ -24,8 +24,6 @@ use super::{DEADLINE, SiblingMemory};
 
 /// Bytes of `struct virtio_blk_config` that a driver asks for.
 const CONFIG_SIZE: u32 = 60;
-/// Where each ring's headers and status bytes are, behind the ring itself.
-const HEADERS: u64 = 0x3000;
 
 /// How a driver connects.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +32,8 @@ pub struct Setup {
     pub queue_size: u16,
     /// Virtio features that the driver does without.
     pub without: u64,
+    /// Virtio features that the driver has although they are not offered.
+    pub besides: u64,
     /// Ask for an acknowledgement of each message.
     pub acknowledged: bool,
     /// Have requests in flight tracked.
@@ -42,7 +42,7 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { queues: 1, queue_size: 128, without: 0, acknowledged: true, inflight: false }
+        Self { queues: 1, queue_size: 128, without: 0, besides: 0, acknowledged: true, inflight: false }
     }
 }
 
@@ -165,7 +165,8 @@ impl Driver {
         let space = vec![0; CONFIG_SIZE as usize];
         let (_, config) = frontend.get_config(0, CONFIG_SIZE, VhostUserConfigFlags::empty(), &space)?;
 
-        let features = offered & !setup.without | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let features = offered & !setup.without | setup.besides | protocol;
         frontend.set_features(features)?;
         let memory = memory.clone();
         let (stream, inflight) = (watched, None);
@@ -244,8 +245,8 @@ impl Driver {
 
     /// Guest address of the header of the request at `head`; its status is behind it.
     pub fn header(memory: &SiblingMemory, queue: usize, head: u16) -> u64 {
-        assert!(head < 128, "headers have one page");
-        memory.base() + queue as u64 * Ring::SPACE + HEADERS + u64::from(head) * 32
+        assert!(head < 1024, "headers have eight pages");
+        memory.base() + queue as u64 * Ring::SPACE + Ring::END + u64::from(head) * 32
     }
 
     /// Awaits the next completion of a queue. Its descriptors are not used again.

@@ -39,7 +39,7 @@ pub struct Ring {
     pub kick: EventFd,
     pub call: EventFd,
     size: u16,
-    /// Guest address of the descriptor table; the other structures follow, each on a page.
+    /// Guest address of the descriptor table; the other structures follow, each on pages of its own.
     base: u64,
     event_idx: bool,
     free: Vec<u16>,
@@ -53,13 +53,15 @@ fn event() -> EventFd {
 
 impl Ring {
     /// Bytes that a ring of any size takes.
-    pub const SPACE: u64 = 0x4000;
-    const AVAIL: u64 = 0x1000;
-    const USED: u64 = 0x2000;
+    pub const SPACE: u64 = 0x1_0000;
+    /// Where the ring ends in it.
+    pub const END: u64 = 0x8000;
+    const AVAIL: u64 = 0x4000;
+    const USED: u64 = 0x5000;
 
     pub fn new(memory: &SiblingMemory, base: u64, size: u16, event_idx: bool) -> Self {
-        assert!(size <= 256, "descriptors have one page");
-        memory.write(base, &[0; 0x3000]);
+        assert!(size <= 1024, "descriptors have four pages");
+        memory.write(base, &[0; 0x8000]);
         let free = (0..size).rev().collect();
         Self { kick: event(), call: event(), size, base, event_idx, free, next_avail: 0, last_used: 0 }
     }

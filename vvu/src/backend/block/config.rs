@@ -4,6 +4,7 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 
 use super::disk::{Disk, SECTOR_SIZE};
 
@@ -16,19 +17,21 @@ pub(super) const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 16;
 /// Sectors of a block of a usual file system, 4 KiB.
 const DISCARD_ALIGNMENT: u32 = 8;
 
-/// The sizes that a driver has to keep to.
+/// What a driver gets to see besides the disk.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
     pub(super) queues: u16,
     /// Most pieces of memory in a request.
     pub(super) segments: u16,
+    /// Offer `VIRTIO_F_ACCESS_PLATFORM`.
+    pub(super) access_platform: bool,
 }
 
 /// Size of the configuration space that a front-end may ask for, in bytes (vhost-user, `VHOST_USER_GET_CONFIG`).
 const SPACE_SIZE: usize = 256;
 
 /// Feature bits of a block device for `disk` (virtio 1.2, 5.2.3).
-pub(super) fn features(disk: &Disk) -> u64 {
+pub(super) fn features(disk: &Disk, shape: Shape) -> u64 {
     let bit = |bit: u32| 1u64 << bit;
     let always = bit(VIRTIO_BLK_F_FLUSH)
         | bit(VIRTIO_BLK_F_SEG_MAX)
@@ -39,7 +42,8 @@ pub(super) fn features(disk: &Disk) -> u64 {
     } else {
         bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES)
     };
-    always | access
+    let platform = if shape.access_platform { bit(VIRTIO_F_ACCESS_PLATFORM) } else { 0 };
+    always | access | platform
 }
 
 /// Returns `size` bytes at `offset` of the configuration space, none if the range is not inside of it.
@@ -77,7 +81,7 @@ mod tests {
     use super::super::disk::tests::disk_of;
     use super::*;
 
-    const SHAPE: Shape = Shape { queues: 4, segments: 126 };
+    const SHAPE: Shape = Shape { queues: 4, segments: 126, access_platform: false };
 
     #[test]
     fn golden_configuration() {
@@ -105,7 +109,7 @@ mod tests {
     #[test]
     fn a_read_only_disk_says_so_and_offers_no_changes() {
         let (_file, disk) = disk_of(&[0; 512], true);
-        let features = features(&disk);
+        let features = features(&disk, SHAPE);
         assert_ne!(features & 1 << VIRTIO_BLK_F_RO, 0);
         assert_eq!(features & (1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES), 0);
         assert_eq!(read(&disk, SHAPE, 36, 24), [0; 24]);

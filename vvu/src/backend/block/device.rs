@@ -109,7 +109,7 @@ impl Device for BlockDevice {
     }
 
     fn features(&self) -> u64 {
-        config::features(&self.disk)
+        config::features(&self.disk, self.shape)
     }
 
     fn descriptors_max(&self) -> u16 {

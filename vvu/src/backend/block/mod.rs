@@ -50,7 +50,11 @@ impl BlockBackend {
         if !(1..=SEGMENTS_MAX).contains(&options.segments) {
             return Err(OpenError::Segments { got: options.segments });
         }
-        let shape = Shape { queues: options.queues, segments: options.segments };
+        let shape = Shape {
+            queues: options.queues,
+            segments: options.segments,
+            access_platform: options.access_platform,
+        };
         Ok(Self { disk: Arc::new(Disk::open(options)?), shape, poll: options.poll, doorbells: None })
     }
 

@@ -9,9 +9,8 @@ use crate::backend::ring::QUEUE_SIZE_MAX;
 pub const QUEUES_MAX: u16 = 16;
 /// Longest serial number in bytes (virtio 1.2, 5.2.6.1).
 pub const SERIAL_MAX: usize = 20;
-/// Pieces of memory in a request by default: with its header and status, a request fits into a queue of 128
-/// descriptors, QEMU's default.
-pub const SEGMENTS_DEFAULT: u16 = 126;
+/// Pieces of memory in a request by default: with its header and status, a request fits into a queue of 16 descriptors.
+pub const SEGMENTS_DEFAULT: u16 = 14;
 /// Most pieces of memory in a request, which with its header and status fits into the largest queue.
 pub(super) const SEGMENTS_MAX: u16 = QUEUE_SIZE_MAX - 2;
 
@@ -28,6 +27,9 @@ pub struct BlockOptions {
     /// tells the size of its queues, so a driver without indirect descriptors can make requests that do not fit into a queue
     /// of less than two descriptors more than this, and waits for ever.
     pub segments: u16,
+    /// Offer `VIRTIO_F_ACCESS_PLATFORM` (virtio 1.2, 6.1) to a front-end whose VM has no IOMMU of its own. A front-end whose
+    /// VM has one is served only if it does without the feature.
+    pub access_platform: bool,
     /// Serial number of at most [`SERIAL_MAX`] printable ASCII characters; by default the file name, cut to fit.
     pub serial: Option<String>,
     /// How long at most to watch an empty queue for the next request before asking the driver for a notification. The
@@ -44,6 +46,7 @@ impl BlockOptions {
             read_only: false,
             queues: QUEUES_MAX,
             segments: SEGMENTS_DEFAULT,
+            access_platform: false,
             serial: None,
             poll: Duration::from_millis(2),
         }

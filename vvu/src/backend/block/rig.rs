@@ -31,7 +31,7 @@ pub const AVAILABLE: u64 = 0x1000;
 /// Guest address of the used ring.
 pub const USED: u64 = 0x2000;
 
-const SHAPE: Shape = Shape { queues: 1, segments: 126 };
+const SHAPE: Shape = Shape { queues: 1, segments: 126, access_platform: false };
 
 /// One descriptor as the driver writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -65,6 +65,9 @@ struct BlockArgs {
     /// Most pieces of memory in a request; no more than the sibling's queue-size less 2 if it has indirect_desc=off
     #[arg(long, value_name = "N", default_value_t = SEGMENTS_DEFAULT, help_heading = "Performance")]
     seg_max: u16,
+    /// Offer VIRTIO_F_ACCESS_PLATFORM, for a sibling with iommu_platform=on that has no IOMMU of its own
+    #[arg(long, help_heading = "Features")]
+    access_platform: bool,
     /// Watch an empty queue for so many microseconds at most before asking for a notification; 0 turns it off
     #[arg(
         long,
@@ -98,6 +101,7 @@ fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
         queues: args.queues,
         serial: args.serial.clone(),
         segments: args.seg_max,
+        access_platform: args.access_platform,
         poll: Duration::from_micros(args.poll_us.into()),
     })?;
     let ready = |place: &dyn std::fmt::Display| {
