@@ -108,7 +108,9 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_fallocate,
     libc::SYS_pread64,
     libc::SYS_pwrite64,
-    // Memory.
+    // Memory. Each VMM that connects to the express device gets a page of its own.
+    libc::SYS_memfd_create,
+    libc::SYS_ftruncate,
     libc::SYS_brk,
     libc::SYS_munmap,
     libc::SYS_mremap,
@@ -136,8 +138,14 @@ const ALLOWED_BY_ARCH: &[c_long] = &[libc::SYS_epoll_wait, libc::SYS_poll, libc:
 const ALLOWED_BY_ARCH: &[c_long] = &[];
 
 /// Commands of `fcntl`. The standard library's debug builds use `F_GETFD` before each `close`.
-const FCNTL_ALLOWED: &[c_int] =
-    &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC, libc::F_GET_SEALS];
+const FCNTL_ALLOWED: &[c_int] = &[
+    libc::F_GETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_GET_SEALS,
+    libc::F_ADD_SEALS,
+];
 
 /// What `kcmp` may compare: whether two descriptors are one open file.
 const KCMP_FILE: c_int = 0;

@@ -209,8 +209,9 @@ fn converse(proxy: &Proxy) {
 /// The guest signals the call eventfd of queue 0 through the express device.
 fn express(vmm: &mut Ivshmem, call: &OwnedFd) {
     vmm.handle_all();
-    let peer = PeerId::new(1).expect("a peer");
-    assert_eq!(vmm.peers(), (vec![1, 2], 2), "the same eventfd is the same peer");
+    let (connected, ever) = vmm.peers();
+    assert_eq!((connected.len(), ever), (2, 2), "the same eventfd is the same peer");
+    let peer = u16::try_from(connected[0]).ok().and_then(PeerId::new).expect("a peer");
     vmm.ring(peer.confirm());
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -222,6 +223,7 @@ fn express(vmm: &mut Ivshmem, call: &OwnedFd) {
         assert!(Instant::now() < deadline, "the proxy does not hear the confirmation");
         std::thread::yield_now();
     }
+    wait(call);
     vmm.ring(peer.call());
     wait(call);
 }

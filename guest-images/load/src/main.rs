@@ -1,7 +1,8 @@
 //! I/O load for a disk: writes that are verified while faults are injected, or measured speed.
 //!
 //! Depth comes from threads, each with one request in flight. The last line on standard output is one
-//! JSON object; anything else goes to standard error.
+//! JSON object; anything else goes to standard error: requests that failed, and those that take
+//! longer than 5 s.
 
 mod block;
 mod buffer;
@@ -9,6 +10,7 @@ mod measure;
 mod random;
 mod target;
 mod verify;
+mod watchdog;
 
 use std::num::{NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
@@ -19,6 +21,7 @@ use clap::Parser;
 
 use measure::Pattern;
 use target::Target;
+use watchdog::Watchdog;
 
 /// I/O load for a disk.
 #[derive(Debug, clap::Parser)]
@@ -82,6 +85,10 @@ impl Common {
         Target::open(&self.file, self.block, writable, !self.buffered)
     }
 
+    fn watchdog(&self) -> Watchdog {
+        Watchdog::new(&self.file, self.depth.get())
+    }
+
     fn time(&self) -> Duration {
         Duration::from_secs(self.seconds)
     }
@@ -92,13 +99,17 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Verify(VerifyArgs { common, blocks }) => {
             let target = common.open(true)?;
             let blocks = target.blocks().min(blocks.map_or(u64::MAX, NonZeroU64::get));
-            let outcome = verify::run(&target, blocks, common.depth.get(), common.seed, common.time())?;
+            let (watchdog, depth) = (common.watchdog(), common.depth.get());
+            let load = || verify::run(&target, &watchdog, blocks, depth, common.seed, common.time());
+            let outcome = watchdog.watch(load)?;
             println!("{}", outcome.to_json());
             Ok(if outcome.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Measure(MeasureArgs { common, pattern }) => {
             let target = common.open(pattern.writes())?;
-            let outcome = measure::run(&target, pattern, common.depth.get(), common.seed, common.time())?;
+            let (watchdog, depth) = (common.watchdog(), common.depth.get());
+            let load = || measure::run(&target, &watchdog, pattern, depth, common.seed, common.time());
+            let outcome = watchdog.watch(load)?;
             println!("{}", outcome.to_json());
             Ok(if outcome.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::buffer::Buffer;
 use crate::random::Random;
 use crate::target::Target;
+use crate::watchdog::{Slot, Watchdog};
 
 /// Which requests are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -111,6 +112,7 @@ impl Outcome {
 /// Makes requests with `depth` threads for `time`.
 pub(crate) fn run(
     target: &Target,
+    watchdog: &Watchdog,
     pattern: Pattern,
     depth: u32,
     seed: u64,
@@ -120,8 +122,9 @@ pub(crate) fn run(
     let start = Instant::now();
     thread::scope(|scope| {
         let start_one = |index: u32| {
-            let position = &position;
-            let work = move || work(target, pattern, Random::new(seed, index.into()), position, start, time);
+            let (position, slot) = (&position, watchdog.slot(index as usize));
+            let random = Random::new(seed, index.into());
+            let work = move || work(target, slot, pattern, random, position, start, time);
             thread::Builder::new().spawn_scoped(scope, work)
         };
         let workers: Vec<_> = (0..depth).map(start_one).collect::<io::Result<_>>()?;
@@ -138,6 +141,7 @@ pub(crate) fn run(
 
 fn work(
     target: &Target,
+    slot: &Slot,
     pattern: Pattern,
     mut random: Random,
     position: &AtomicU64,
@@ -149,11 +153,14 @@ fn work(
     let mut begun = Instant::now();
     // At least one request, however late the thread starts.
     loop {
+        let block = match pattern {
+            Pattern::RandomRead | Pattern::RandomWrite => random.below(target.blocks()),
+            Pattern::Read => position.fetch_add(1, Ordering::Relaxed) % target.blocks(),
+        };
         let done = match pattern {
-            Pattern::RandomRead => target.read(random.below(target.blocks()), &mut buffer),
-            Pattern::RandomWrite => target.write(random.below(target.blocks()), &buffer),
-            Pattern::Read => {
-                target.read(position.fetch_add(1, Ordering::Relaxed) % target.blocks(), &mut buffer)
+            Pattern::RandomWrite => slot.during("write", block, || target.write(block, &buffer)),
+            Pattern::RandomRead | Pattern::Read => {
+                slot.during("read", block, || target.read(block, &mut buffer))
             }
         };
         let now = Instant::now();
@@ -200,7 +207,8 @@ mod tests {
         file.as_file().set_len(16 * 4096).expect("size");
         for pattern in [Pattern::RandomRead, Pattern::RandomWrite, Pattern::Read] {
             let target = Target::open(file.path(), 4096, pattern.writes(), false).expect("target");
-            let outcome = run(&target, pattern, 2, 1, Duration::from_millis(5)).expect("run");
+            let watchdog = Watchdog::new(file.path(), 2);
+            let outcome = run(&target, &watchdog, pattern, 2, 1, Duration::from_millis(5)).expect("run");
             assert!(outcome.is_good() && outcome.times.total() > 0, "{pattern:?}");
             let json = outcome.to_json();
             for key in ["iops", "mb_per_s", "latency_p50_us", "latency_p99_us"] {

@@ -8,6 +8,7 @@ use crate::block::{self, Identity};
 use crate::buffer::Buffer;
 use crate::random::Random;
 use crate::target::Target;
+use crate::watchdog::{Slot, Watchdog};
 
 /// Requests of a thread between two that make its writes durable.
 const REQUESTS_PER_SYNC: u64 = 64;
@@ -52,6 +53,7 @@ impl Outcome {
 /// Writes and checks the first `blocks` blocks with `depth` threads for `time`, then checks them all.
 pub(crate) fn run(
     target: &Target,
+    watchdog: &Watchdog,
     blocks: u64,
     depth: u32,
     seed: u64,
@@ -62,8 +64,9 @@ pub(crate) fn run(
     let mut total = Outcome::default();
     thread::scope(|scope| {
         let start_one = |index| {
+            let slot = watchdog.slot(usize::try_from(index).unwrap_or(0));
             let work = move || {
-                let mut worker = Worker::new(target, blocks, seed, index, threads);
+                let mut worker = Worker::new(target, slot, blocks, seed, index, threads);
                 while start.elapsed() < time {
                     worker.step();
                 }
@@ -93,6 +96,7 @@ struct Written {
 /// A thread with blocks of its own: `index`, `index + stride`, and so on.
 struct Worker<'t> {
     target: &'t Target,
+    slot: &'t Slot,
     seed: u64,
     index: u64,
     stride: u64,
@@ -104,13 +108,13 @@ struct Worker<'t> {
 }
 
 impl<'t> Worker<'t> {
-    fn new(target: &'t Target, blocks: u64, seed: u64, index: u64, stride: u64) -> Self {
+    fn new(target: &'t Target, slot: &'t Slot, blocks: u64, seed: u64, index: u64, stride: u64) -> Self {
         let own = (index..blocks).step_by(usize::try_from(stride).unwrap_or(usize::MAX));
         let written = own.map(|_| Written::default()).collect();
         let random = Random::new(seed, index);
         let buffer = Buffer::new(target.block_size());
         let outcome = Outcome::default();
-        Self { target, seed, index, stride, written, random, buffer, requests: 0, outcome }
+        Self { target, slot, seed, index, stride, written, random, buffer, requests: 0, outcome }
     }
 
     /// Makes one request. Two of three are writes.
@@ -119,7 +123,8 @@ impl<'t> Worker<'t> {
         let choice = self.random.below(self.written.len() as u64);
         let slot = usize::try_from(choice).unwrap_or(0);
         if self.requests.is_multiple_of(REQUESTS_PER_SYNC) {
-            let synced = timed(&mut self.outcome, || self.target.sync());
+            let sync = || self.target.sync();
+            let synced = timed(&mut self.outcome, || self.slot.during("sync", self.index, sync));
             self.outcome.syncs += 1;
             self.note(synced, "sync");
         } else if self.written[slot].newest == 0 || self.random.below(3) != 0 {
@@ -146,7 +151,8 @@ impl<'t> Worker<'t> {
         let generation = self.written[slot].newest + 1;
         block::fill(&mut self.buffer, Identity { seed, block, generation });
         self.written[slot].newest = generation;
-        let done = timed(&mut self.outcome, || self.target.write(block, &self.buffer));
+        let write = || self.target.write(block, &self.buffer);
+        let done = timed(&mut self.outcome, || self.slot.during("write", block, write));
         if self.note(done, "write") {
             self.written[slot].oldest = generation;
             self.outcome.blocks_written += 1;
@@ -155,7 +161,8 @@ impl<'t> Worker<'t> {
 
     fn check(&mut self, slot: usize) {
         let (block, Written { oldest, newest }) = (self.block(slot), self.written[slot]);
-        let done = timed(&mut self.outcome, || self.target.read(block, &mut self.buffer));
+        let read = || self.target.read(block, &mut self.buffer);
+        let done = timed(&mut self.outcome, || self.slot.during("read", block, read));
         // A write that was never acknowledged may be missing.
         if !self.note(done, "read") || oldest == 0 {
             return;
@@ -195,6 +202,7 @@ fn timed<T>(outcome: &mut Outcome, request: impl FnOnce() -> T) -> T {
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
+    use std::path::Path;
 
     const BLOCKS: u64 = 32;
 
@@ -206,8 +214,17 @@ mod tests {
         (file, target)
     }
 
+    fn load(target: &Target, blocks: u64, depth: u32, time: Duration) -> Outcome {
+        let watchdog = Watchdog::new(Path::new("/dev/null"), depth);
+        run(target, &watchdog, blocks, depth, 1, time).expect("run")
+    }
+
+    fn worker(target: &Target, seed: u64) -> Worker<'_> {
+        Worker::new(target, Box::leak(Box::default()), BLOCKS, seed, 0, 1)
+    }
+
     fn worked(target: &Target, steps: usize) -> Worker<'_> {
-        let mut worker = Worker::new(target, BLOCKS, 1, 0, 1);
+        let mut worker = worker(target, 1);
         (0..steps).for_each(|_| worker.step());
         worker
     }
@@ -215,7 +232,7 @@ mod tests {
     #[test]
     fn a_good_disk_passes_and_all_threads_take_part() {
         let (_file, target) = target();
-        let mut outcome = run(&target, BLOCKS, 4, 1, Duration::from_millis(20)).expect("run");
+        let mut outcome = load(&target, BLOCKS, 4, Duration::from_millis(20));
         assert!(
             outcome.is_good() && outcome.blocks_written > 0 && outcome.blocks_verified > 0,
             "{outcome:?}"
@@ -231,14 +248,14 @@ mod tests {
     #[test]
     fn more_threads_than_blocks_are_not_needed() {
         let (_file, target) = target();
-        assert!(run(&target, 2, 64, 1, Duration::ZERO).expect("run").is_good());
+        assert!(load(&target, 2, 64, Duration::ZERO).is_good());
     }
 
     #[test]
     fn the_same_seed_gives_the_same_disk() {
         let content = |seed| {
             let (file, target) = target();
-            let mut worker = Worker::new(&target, BLOCKS, seed, 0, 1);
+            let mut worker = worker(&target, seed);
             (0..500).for_each(|_| worker.step());
             worker.check_all();
             assert!(worker.outcome.is_good() && worker.outcome.syncs == 7, "{:?}", worker.outcome);
@@ -312,7 +329,7 @@ mod tests {
     fn failing_requests_are_counted() {
         let (file, _) = target();
         let read_only = Target::open(file.path(), 1024, false, false).expect("target");
-        let mut worker = Worker::new(&read_only, BLOCKS, 1, 0, 1);
+        let mut worker = worker(&read_only, 1);
         worker.write(0);
         file.as_file().set_len(0).expect("truncate");
         worker.check(0);

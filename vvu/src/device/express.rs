@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-use self::peers::{Changes, Peers};
+use self::peers::{Changes, Limits, Peers};
 use self::same_file::is_same_file;
 use super::events::Source;
 use super::resources::Resources;
@@ -35,8 +35,8 @@ mod same_file;
 #[derive(Debug)]
 pub(super) struct Express {
     listener: UnixListener,
+    header: Header,
     page: SharedPage,
-    queues: u16,
     peers: Peers<Eventfd>,
     /// Eventfds that the guest signals to confirm a peer.
     confirmations: HashMap<PeerId, Event>,
@@ -53,16 +53,21 @@ impl Express {
     pub(super) fn new(listener: UnixListener, uuid: [u8; 16], resources: &Resources) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         resources.events.add(&listener, Source::Express)?;
-        let queues = resources.queues;
+        let header = Header { queues: resources.queues, uuid };
         Ok(Self {
-            page: SharedPage::new(&Header { queues, uuid })?,
             listener,
-            queues,
-            peers: Peers::new(queues),
+            header,
+            page: SharedPage::new(&header)?,
+            peers: Peers::new(header.queues),
             confirmations: HashMap::new(),
             vmm: None,
             exhausted: false,
         })
+    }
+
+    /// Sets other limits than QEMU's, while there is no VMM.
+    pub(super) fn set_limits(&mut self, limits: Limits) {
+        self.peers = Peers::with_limits(self.header.queues, limits);
     }
 
     /// Deals with the VMM: a connection, its end, or room for what it has yet to be told. Returns true if call eventfds
@@ -95,14 +100,18 @@ impl Express {
         }
     }
 
-    /// Whether the VMM takes messages now.
+    /// Returns whether the VMM takes messages now.
     fn can_connect(&self) -> bool {
         self.vmm.as_ref().is_some_and(|vmm| !vmm.is_congested())
     }
 
     /// Sends what QEMU's device waits for when it is made.
+    ///
+    /// Each connection has a page of its own, since the guest of an earlier one may live on and would take the peers of
+    /// this one for its own. Numbers of peers are never given again, since it may be the same QEMU that connects again.
     fn greet(&mut self, resources: &Resources, stream: UnixStream) {
-        let Some(page) = or_warn(self.page.file.try_clone()) else { return };
+        let Some(shared) = or_warn(SharedPage::new(&self.header)) else { return };
+        let Some(page) = or_warn(shared.file.try_clone()) else { return };
         if or_warn(resources.events.add(&stream, Source::Express)).is_none() {
             return;
         }
@@ -115,8 +124,7 @@ impl Express {
         let outcome =
             greeting.into_iter().try_for_each(|(message, fds)| vmm.send(message.to_bytes().to_vec(), fds));
         log::info!("a VMM connected to the express device");
-        // Peers are numbered for each VMM anew.
-        (self.peers, self.vmm, self.exhausted) = (Peers::new(self.queues), Some(vmm), false);
+        (self.page, self.vmm) = (shared, Some(vmm));
         self.keep(resources, outcome);
     }
 
@@ -127,7 +135,8 @@ impl Express {
         let Changes { disconnect, connect } = self.peers.set_call(queue, own, may_connect, is_same_file);
         let outcome = self.disconnect(resources, disconnect);
         self.keep(resources, outcome);
-        if let (Some(id), Some(call)) = (connect, call) {
+        // A VMM that could not be told of the disconnection has no peers any more.
+        if let (Some(id), Some(call), true) = (connect, call, self.vmm.is_some()) {
             match or_warn(self.vectors(resources, id, call)) {
                 Some(vectors) => {
                     let outcome = self.connect(id, vectors);
@@ -138,7 +147,10 @@ impl Express {
         }
         self.publish(queue);
         if may_connect && self.peers.is_exhausted() && !std::mem::replace(&mut self.exhausted, true) {
-            log::warn!("the express device is out of peers: new call eventfds are signalled by the proxy");
+            log::warn!(
+                "the express device is out of peers: the proxy signals new call eventfds itself; start it and both VMs \
+                 again when their speed matters"
+            );
         }
     }
 
@@ -214,7 +226,7 @@ impl Express {
     }
 
     fn publish_all(&self) {
-        (0..self.queues).for_each(|queue| self.publish(QueueIndex(queue)));
+        (0..self.header.queues).for_each(|queue| self.publish(QueueIndex(queue)));
     }
 
     fn publish(&self, queue: QueueIndex) {

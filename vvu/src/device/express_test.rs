@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use ivshmem::Ivshmem;
+use peers::LIMITS;
 use tempfile::TempDir;
 
 use super::super::closer::Closer;
@@ -184,7 +185,47 @@ fn a_vmm_that_leaves_makes_room_for_the_next() {
     assert_eq!((entry(&next, Q0), next.peers()), (Entry::default(), (vec![], 0)));
     rig.set_call(Q0, &event());
     let _ = next.handle_all();
-    assert_eq!(next.peers(), (vec![1], 1));
+    assert_eq!(next.peers(), (vec![2], 1));
+}
+
+/// QEMU corrupts its memory when it hears of one number twice.
+#[test]
+fn a_vmm_that_connects_again_hears_of_no_number_twice() {
+    let mut rig = Rig::new(QUEUES);
+    let mut vmm = rig.connect();
+    let call = event();
+    for _ in 0..5 {
+        rig.set_call(Q0, &event());
+        rig.set_call(Q0, &event());
+        rig.set_call(Q0, &call);
+        let _ = vmm.handle_all();
+        // The server hangs up on a VMM that talks.
+        vmm.send(&[0; ServerMessage::SIZE]);
+        rig.process();
+        assert!(rig.express.vmm.is_none());
+        vmm.reconnect(rig.stream());
+        rig.process();
+        let _ = vmm.handle_all();
+        assert_eq!(entry(&vmm, Q0), Entry::default());
+    }
+}
+
+#[test]
+fn the_guest_of_an_earlier_vmm_sees_nothing_of_the_next_ones_peers() {
+    let mut rig = Rig::new(QUEUES);
+    let mut vmm = rig.connect();
+    rig.set_call(Q0, &event());
+    let _ = vmm.handle_all();
+    confirm(&mut rig, &vmm, Q0);
+    assert!(entry(&vmm, Q0).usable().is_some());
+    vmm.send(&[0; ServerMessage::SIZE]);
+    rig.process();
+    let mut next = rig.connect();
+    rig.set_call(Q0, &event());
+    let _ = next.handle_all();
+    confirm(&mut rig, &next, Q0);
+    assert!(entry(&next, Q0).usable().is_some());
+    assert_eq!(entry(&vmm, Q0), Entry::default());
 }
 
 #[test]
@@ -245,7 +286,104 @@ fn a_dead_vmm_costs_its_peers_and_nothing_else() {
     let mut next = rig.connect();
     rig.set_call(Q0, &event());
     let _ = next.handle_all();
-    assert_eq!(next.peers(), (vec![1], 1));
+    assert_eq!(next.peers(), (vec![3], 1));
+}
+
+/// The server learns of its end when it makes room for a peer.
+#[test]
+fn a_vmm_that_dies_while_its_queue_is_full_leaves_nothing_behind() {
+    let mut rig = Rig::new(QUEUES);
+    let vmm = rig.connect();
+    rig.set_call(Q0, &event());
+    rig.set_call(Q0, &event());
+    drop(vmm);
+    rig.set_call(Q0, &event());
+    assert!(rig.express.vmm.is_none());
+    assert!(rig.express.confirmations.is_empty(), "{:?}", rig.express.confirmations);
+}
+
+/// Whatever a VMM sends, and however it leaves, the next one is served.
+#[test]
+fn vmms_that_leave_in_every_way_make_room() {
+    let mut rig = Rig::new(QUEUES);
+    let talks: [&[u8]; 4] = [&[], &[0], &[0xff; ServerMessage::SIZE - 1], &[7; ServerMessage::SIZE + 1]];
+    for bytes in talks {
+        for with_calls in [false, true] {
+            let mut stream = rig.stream();
+            rig.process();
+            if with_calls {
+                rig.set_call(Q0, &event());
+                rig.set_call(Q1, &event());
+            }
+            stream.write_all(bytes).expect("write");
+            rig.process();
+            // Nothing of the greeting or of the peers was read.
+            drop(stream);
+            rig.process();
+            assert!(rig.express.vmm.is_none() && rig.express.confirmations.is_empty(), "{bytes:?}");
+        }
+    }
+    let mut vmm = rig.connect();
+    let call = event();
+    rig.set_call(Q0, &call);
+    let _ = vmm.handle_all();
+    confirm(&mut rig, &vmm, Q0);
+    vmm.ring(entry(&vmm, Q0).usable().expect("confirmed").call());
+    assert_eq!(call.drain(), 1);
+}
+
+#[test]
+fn a_vmm_that_sends_file_descriptors_is_hung_up_on() {
+    let mut rig = Rig::new(QUEUES);
+    let stream = rig.stream();
+    rig.process();
+    let mut sender: FramedSocket<FromVmm> = FramedSocket::new(stream);
+    let fds = (0..2).map(|_| event().try_clone().expect("dup").into()).collect();
+    sender.send(vec![0], fds).expect("send");
+    rig.process();
+    assert!(rig.express.vmm.is_none());
+}
+
+/// One VMM is served, the others wait, and none of them costs the server anything.
+#[test]
+fn many_vmms_at_once_are_served_in_turn() {
+    let mut rig = Rig::new(QUEUES);
+    let mut waiting: Vec<_> = (0..20).map(|_| Ivshmem::new(rig.stream())).collect();
+    let call = event();
+    while let Some(mut vmm) = (!waiting.is_empty()).then(|| waiting.remove(0)) {
+        rig.process();
+        let _ = vmm.handle_all();
+        assert!(vmm.is_ready());
+        assert!(waiting.iter_mut().all(|vmm| !vmm.handle_one()), "only one is served");
+        rig.set_call(Q0, &call);
+        let _ = vmm.handle_all();
+        confirm(&mut rig, &vmm, Q0);
+        vmm.ring(entry(&vmm, Q0).usable().expect("confirmed").call());
+        assert_eq!(call.drain(), 1);
+        drop(vmm);
+        rig.process();
+    }
+}
+
+#[test]
+fn numbers_that_are_used_up_leave_the_other_queues_their_peers() {
+    const NUMBERS: u16 = 50;
+    let mut rig = Rig::new(QUEUES);
+    rig.express.set_limits(Limits { last: PeerId::new(NUMBERS).expect("a peer"), ..LIMITS });
+    let mut vmm = rig.connect();
+    let call = event();
+    rig.set_call(Q1, &call);
+    let _ = vmm.handle_all();
+    confirm(&mut rig, &vmm, Q1);
+    for _ in 1..NUMBERS {
+        rig.set_call(Q0, &event());
+        let _ = vmm.handle_all();
+    }
+    assert!(entry(&vmm, Q0).call.is_some() && rig.express.peers.is_exhausted());
+    rig.set_call(Q0, &event());
+    assert_eq!(entry(&vmm, Q0), Entry::default(), "the doorbell of the vvu device is the way");
+    vmm.ring(entry(&vmm, Q1).usable().expect("confirmed").call());
+    assert_eq!(call.drain(), 1);
 }
 
 #[test]

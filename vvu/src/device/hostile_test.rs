@@ -340,6 +340,7 @@ fn every_doorbell_and_vector_selects_nothing_or_what_is_there() {
         .send(request(FrontendReq::SET_VRING_CALL, &[0; 8]), vec![call.try_clone().expect("dup")])
         .expect("send");
     rig.process();
+    rustix::io::read(&call, &mut [0; 8]).expect("a new call eventfd is signalled");
     let size = rig.device.region_size(BAR2);
     for offset in (4..size).step_by(2) {
         if pci::VECTOR_SELECT_CFG.locate(pci::NOTIFY_BAR, offset, 1).is_none() {

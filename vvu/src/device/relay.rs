@@ -8,6 +8,7 @@ use super::Host;
 use super::closer::Closer;
 use super::events::{Events, Source};
 use super::express::Express;
+use super::express::peers::{LIMITS, Limits};
 use super::frontend_connection::{ConnectionError, FrontendConnection, Received};
 use super::link::{Link, LinkEvent, LinkState, Transition};
 use super::message_queues::{DriverQueues, Placed, QueueError};
@@ -73,6 +74,13 @@ impl Relay {
     pub(super) fn serve_express(&mut self, listener: UnixListener, uuid: [u8; 16]) -> std::io::Result<()> {
         self.express = Some(Express::new(listener, uuid, &self.resources)?);
         Ok(())
+    }
+
+    /// Lowers the limits of the express device.
+    pub(super) fn limit_express(&mut self, peers: usize, last: PeerId) {
+        if let Some(express) = &mut self.express {
+            express.set_limits(Limits { total: peers, last, ..LIMITS });
+        }
     }
 
     /// Deals with an event of the express device's VMM.
@@ -267,13 +275,16 @@ impl Relay {
     }
 
     /// Replaces an eventfd of a queue. The device no longer watches the old kick eventfd, which the
-    /// front-end may still have open.
+    /// front-end may still have open, and signals the new call eventfd once.
     fn replace(&mut self, index: QueueIndex, which: Notification, eventfd: Option<Eventfd>) {
         if let (Notification::Call, Some(express)) = (which, &mut self.express) {
             express.set_call(&self.resources, index, eventfd.as_ref());
         }
-        if let (Some(old), Notification::Kick) = (self.vrings.set(index, which, eventfd), which) {
-            self.resources.events.remove(&old);
+        match (self.vrings.set(index, which, eventfd), which) {
+            (Some(old), Notification::Kick) => self.resources.events.remove(&old),
+            // A notification may have gone to the old eventfd after the front-end last looked at it.
+            (_, Notification::Call) => self.vrings.ring(usize::from(index.0)),
+            _ => {}
         }
     }
 

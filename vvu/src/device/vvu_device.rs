@@ -15,6 +15,7 @@ use super::trace::Trace;
 use super::{Host, copy_at};
 use crate::pci::{MappableBar, PciFunction};
 use crate::spec::addr::QueueIndex;
+use crate::spec::express::PeerId;
 use crate::spec::pci::{self, Region};
 use crate::spec::virtio::{NO_VECTOR, common, device_config, isr, vector_select};
 
@@ -91,6 +92,13 @@ impl VvuDevice {
     /// When the kernel cannot poll the listener, or has no memory or file descriptor left.
     pub fn serve_express(&mut self, listener: UnixListener) -> io::Result<()> {
         self.relay.serve_express(listener, self.uuid)
+    }
+
+    /// Gives the express device at most `peers` peers at a time, and none after the one with number `last`. For tests: QEMU
+    /// takes so many that it is a long way there.
+    #[doc(hidden)]
+    pub fn limit_express(&mut self, peers: usize, last: PeerId) {
+        self.relay.limit_express(peers, last);
     }
 
     /// The sibling memory file, and its size in bytes. The shared memory BAR shows the file from its

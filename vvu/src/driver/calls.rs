@@ -75,7 +75,7 @@ impl Calls {
         self.direct.clone()
     }
 
-    /// Whether calls can take the way through an express device.
+    /// Returns whether calls can take the way through an express device.
     pub(super) fn has_express(&self) -> bool {
         self.express.is_some()
     }
@@ -132,14 +132,14 @@ impl Calls {
 
     /// Lets all calls go through the proxy.
     fn give_up_express<D: PciDevice>(&mut self, vvu: &Doorbells<'_, D>) -> Result<(), DriverError> {
-        // Dropping the device unbinds its doorbells, but only after the calls have another way.
-        let _express = self.express.take();
+        // It is closed after the calls have another way.
+        let express = self.express.take();
         if let Some(direct) = self.direct.take() {
             direct.clear_all();
         }
         for (queue, slot) in (0..).map(QueueIndex).zip(&mut self.queues) {
             let Some(call) = slot else { continue };
-            match call.follow(vvu, None, None, queue, false) {
+            match call.take(vvu, express.as_ref(), None, queue, Entry::default(), false) {
                 Ok(()) | Err(Failure::Express(_)) => {}
                 Err(Failure::Driver(error)) => return Err(error),
             }
@@ -161,8 +161,23 @@ impl Call {
             Some(express) => express.entry(queue)?,
             None => Entry::default(),
         };
+        self.take(vvu, express, direct, queue, entry, replaced)
+    }
+
+    /// Takes the best way, given what the shared page says about the queue.
+    fn take<D: PciDevice>(
+        &mut self,
+        vvu: &Doorbells<'_, D>,
+        express: Option<&ExpressDevice>,
+        direct: Option<&DirectDoorbells>,
+        queue: QueueIndex,
+        entry: Entry,
+        replaced: bool,
+    ) -> Result<(), Failure> {
         let (way, steps) = follow(self.way, entry, replaced);
         self.waiting = false;
+        // The express device is given up after the other steps: only a new way through it cannot do without it.
+        let mut failure = Ok(());
         for step in steps {
             match (step, express) {
                 (Step::Tie(Way::Proxy), _) => vvu.bind(queue.0, &self.event)?,
@@ -178,13 +193,13 @@ impl Call {
                     if let Some(direct) = direct {
                         direct.clear(queue.0, peer.call());
                     }
-                    express.unbind(peer)?;
+                    failure = express.unbind(peer);
                 }
                 (Step::Confirm(peer), Some(express)) => {
-                    express.confirm(peer)?;
+                    failure = failure.and(express.confirm(peer));
                     self.waiting = true;
                 }
-                // The device is given up, and with it what was bound to it.
+                // Without the device nothing leads to these.
                 (Step::Tie(Way::Peer(_)) | Step::Untie(Way::Peer(_)) | Step::Confirm(_), None) => {}
             }
         }
@@ -192,6 +207,6 @@ impl Call {
             log::debug!("calls of queue {queue} go by way of {way:?}");
         }
         self.way = Some(way);
-        Ok(())
+        Ok(failure?)
     }
 }

@@ -31,6 +31,8 @@ pub struct PeerId(u16);
 impl PeerId {
     /// The first peer that is not QEMU's own device.
     pub const FIRST: Self = Self(1);
+    /// The last peer.
+    pub const LAST: Self = Self(0x7fff);
 
     /// Returns the next number, `None` after the last one.
     #[must_use]
@@ -41,7 +43,7 @@ impl PeerId {
     /// Returns the peer with number `id`, `None` if there cannot be such a peer.
     #[must_use]
     pub fn new(id: u16) -> Option<Self> {
-        (1..=0x7fff).contains(&id).then_some(Self(id))
+        (Self::FIRST.0..=Self::LAST.0).contains(&id).then_some(Self(id))
     }
 
     /// Returns the number.
@@ -120,7 +122,7 @@ pub mod page {
     /// Most queues that have an entry.
     pub const QUEUES_MAX: u16 = 504;
 
-    /// What does not change while the proxy runs: magic, le32 version, le32 number of queues, uuid.
+    /// The part that does not change while the proxy runs: magic, le32 version, le32 number of queues, uuid.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Header {
         /// Queues that have an entry.

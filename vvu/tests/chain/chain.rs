@@ -30,6 +30,11 @@ pub struct Proxy {
 impl Proxy {
     /// Starts a proxy for a sibling with `ram` bytes of memory.
     pub fn start(ram: u64, queues: u16) -> Self {
+        Self::start_with(ram, queues, |_| {})
+    }
+
+    /// As [`start`](Self::start), with changes to the vvu device.
+    pub fn start_with(ram: u64, queues: u16, adjust: impl FnOnce(&mut VvuDevice)) -> Self {
         logs::collect();
         let ram = vvu::device::SiblingMemory::create(ram).expect("memory file");
         let memory = ram.file().try_clone().expect("descriptor");
@@ -41,6 +46,7 @@ impl Proxy {
         let mut device = VvuDevice::new(config).expect("device");
         let express = ListeningSocket::bind(&dir.path().join("express")).expect("socket");
         device.serve_express(express.listener().try_clone().expect("descriptor")).expect("express");
+        adjust(&mut device);
         let stop = StopToken::new().expect("token");
         let listener = vfio_user.listener().try_clone().expect("descriptor");
         let server = Server::new(listener, stop.clone()).expect("server");
@@ -162,7 +168,12 @@ impl Chain {
 
     /// As [`start`](Self::start), in a device VM with an express device.
     pub fn express(content: &[u8]) -> Self {
-        let proxy = Proxy::start(FLAT[0].size as u64, 16);
+        Self::express_with(content, |_| {})
+    }
+
+    /// As [`express`](Self::express), with changes to the vvu device.
+    pub fn express_with(content: &[u8], adjust: impl FnOnce(&mut VvuDevice)) -> Self {
+        let proxy = Proxy::start_with(FLAT[0].size as u64, 16, adjust);
         let vmm = proxy.express();
         Self::of(proxy, &FLAT, content, Some(vmm))
     }

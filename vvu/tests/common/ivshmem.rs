@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::IoSliceMut;
+use std::io::{IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -31,6 +31,17 @@ impl Ivshmem {
     /// A device that waits for its server on `socket`.
     pub fn new(socket: UnixStream) -> Self {
         Self { socket, greeting: 0, page: None, peers: BTreeMap::new(), gone: BTreeSet::new() }
+    }
+
+    /// Connects to the server again, on `socket`, as QEMU does whose chardev has `reconnect`: the device keeps its page
+    /// and its peers.
+    pub fn reconnect(&mut self, socket: UnixStream) {
+        (self.socket, self.greeting) = (socket, 0);
+    }
+
+    /// Sends `bytes`, which QEMU never does.
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.socket.write_all(bytes).expect("write");
     }
 
     /// Handles the next message; false if none is there.
@@ -64,7 +75,8 @@ impl Ivshmem {
             (3, -1, Some(page)) => {
                 let page = File::from(page);
                 assert!(page.metadata().expect("metadata").len().is_power_of_two());
-                self.page = Some(page);
+                // QEMU takes no second one.
+                self.page.get_or_insert(page);
             }
             (4.., 1..0x8000, fd) => self.handle_peer(number, fd),
             (at, number, fd) => panic!("message {at} is {number} with {fd:?}"),
@@ -95,7 +107,7 @@ impl Ivshmem {
         matches!(look, Err(Errno::AGAIN)) || look.is_ok_and(|message| message.bytes > 0)
     }
 
-    /// Whether the server has sent all that QEMU waits for.
+    /// Returns whether the server has sent all that QEMU waits for.
     pub fn is_ready(&self) -> bool {
         self.page.is_some()
     }

@@ -48,6 +48,19 @@ struct State {
     register: Option<Arc<MmapRegion>>,
     /// Stores to the mapped register.
     stored: u64,
+    /// Accesses of the guest fail.
+    failed: bool,
+}
+
+impl State {
+    fn access(&self) -> Result<(), DeviceError> {
+        let gone = || std::io::Error::from_raw_os_error(rustix::io::Errno::NODEV.raw_os_error());
+        if self.failed {
+            Err(DeviceError::Io { what: "access the device".to_owned(), source: gone() })
+        } else {
+            Ok(())
+        }
+    }
 }
 
 impl Shared {
@@ -79,9 +92,9 @@ impl Shared {
             if !state.paused && state.socket.is_some() && !state.device.handle_all() {
                 state.socket = None;
             }
-            let State { doorbells, device, rung, .. } = &mut *state;
+            let State { doorbells, device, rung, failed, .. } = &mut *state;
             for (value, event) in doorbells {
-                if event.drain() > 0 {
+                if event.drain() > 0 && !*failed {
                     device.ring(*value);
                     *rung += 1;
                 }
@@ -104,6 +117,7 @@ impl Vmm {
             rung: 0,
             register: None,
             stored: 0,
+            failed: false,
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -167,6 +181,11 @@ impl Vmm {
         });
     }
 
+    /// From now on, accesses of the guest fail, and what it rings signals nothing.
+    pub fn fail(&self) {
+        self.shared.change(|state| state.failed = true);
+    }
+
     /// Notifications that went through the device.
     pub fn rung(&self) -> u64 {
         self.shared.lock().rung
@@ -213,6 +232,7 @@ impl PciDevice for ExpressDevice {
 
     fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
         let state = self.0.lock();
+        state.access()?;
         match (region, offset) {
             (Region::Config, 4) => data.copy_from_slice(&state.command),
             (Region::Bar(PAGE_BAR), _) if state.command[0] & 2 != 0 => state.device.read(offset, data),
@@ -223,6 +243,7 @@ impl PciDevice for ExpressDevice {
 
     fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         let mut state = self.0.lock();
+        state.access()?;
         match (region, offset) {
             (Region::Config, 4) => state.command.copy_from_slice(data),
             (Region::Bar(REGISTER_BAR), DOORBELL) => {

@@ -1,4 +1,4 @@
-//! Which call eventfd of the front-end is which peer of the express device. No I/O.
+//! Numbers the call eventfds of the front-end as peers of the express device. No I/O.
 //!
 //! A queue keeps its last few peers, since a VMM goes back and forth between two eventfds when its guest masks and
 //! unmasks an interrupt. A peer that is not its queue's newest may be disconnected at any moment: when the newest changes,
@@ -8,15 +8,25 @@ use crate::spec::addr::QueueIndex;
 use crate::spec::express::page::Entry;
 use crate::spec::express::{PeerId, VECTORS};
 
-/// Peers that a queue keeps.
-const PEERS_PER_QUEUE: usize = 2;
-/// Most peers. Each vector of a peer takes one of the about 1000 MMIO ranges that KVM watches for a VM, and QEMU aborts
-/// when there are no more.
-const PEERS_MAX: usize = 256 / VECTORS;
+/// Bounds of the peers that a VMM has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Limits {
+    /// Peers that a queue keeps.
+    pub(crate) per_queue: usize,
+    /// Most peers at a time.
+    pub(crate) total: usize,
+    /// The last number of a peer.
+    pub(crate) last: PeerId,
+}
 
-/// The peers of one VMM, whose call eventfds are of type `E`.
+/// The limits of QEMU. Each vector of a peer takes one of the about 1000 MMIO ranges that KVM watches for a VM, and QEMU
+/// aborts when there are no more.
+pub(crate) const LIMITS: Limits = Limits { per_queue: 2, total: 256 / VECTORS, last: PeerId::LAST };
+
+/// The peers of the VMM, whose call eventfds are of type `E`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Peers<E> {
+    limits: Limits,
     queues: Vec<Queue<E>>,
     /// The next number to give to a peer: QEMU corrupts its memory when a number is used twice.
     next: Option<PeerId>,
@@ -37,7 +47,7 @@ struct Peer<E> {
     registered: bool,
 }
 
-/// What the VMM has to be told, in this order.
+/// Messages for the VMM, in this order.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Changes {
     /// Peers to disconnect.
@@ -49,8 +59,13 @@ pub(crate) struct Changes {
 impl<E> Peers<E> {
     /// No peers for so many queues.
     pub(crate) fn new(queues: u16) -> Self {
+        Self::with_limits(queues, LIMITS)
+    }
+
+    /// As [`new`](Self::new), with other limits than QEMU's.
+    pub(crate) fn with_limits(queues: u16, limits: Limits) -> Self {
         let queues = (0..queues).map(|_| Queue { peers: Vec::new(), current: false }).collect();
-        Self { queues, next: Some(PeerId::FIRST) }
+        Self { limits, queues, next: Some(PeerId::FIRST) }
     }
 
     /// Makes `call` the call eventfd of `queue`; `same` tells whether two are one and the same eventfd. A new one gets a
@@ -74,12 +89,12 @@ impl<E> Peers<E> {
         }
         let Some(id) = self.next.filter(|_| may_connect) else { return changes };
         let mut count = count;
-        while queue.peers.len() == PEERS_PER_QUEUE || count == PEERS_MAX {
+        while queue.peers.len() == self.limits.per_queue || count == self.limits.total {
             let Some(oldest) = queue.peers.pop() else { return changes };
             changes.disconnect.push(oldest.id);
             count -= 1;
         }
-        self.next = id.next();
+        self.next = id.next().filter(|next| *next <= self.limits.last);
         changes.connect = Some(id);
         queue.peers.insert(0, Peer { id, call, registered: false });
         queue.current = true;
@@ -117,14 +132,14 @@ impl<E> Peers<E> {
         ids
     }
 
-    /// What the page says about `queue`.
+    /// Returns the entry of `queue` in the page.
     pub(crate) fn entry(&self, queue: QueueIndex) -> Entry {
         let queue = self.queues.get(usize::from(queue.0)).filter(|queue| queue.current);
         let Some(peer) = queue.and_then(|queue| queue.peers.first()) else { return Entry::default() };
         Entry { call: Some(peer.id), registered: peer.registered.then_some(peer.id) }
     }
 
-    /// Whether all numbers are used up.
+    /// Returns whether all numbers are used up.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.next.is_none()
     }

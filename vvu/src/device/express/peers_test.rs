@@ -106,10 +106,10 @@ fn there_are_never_more_than_the_vmm_can_take() {
                 assert!(live.remove(&id), "{id:?} was connected");
             }
             assert!(changes.connect.is_none_or(|id| live.insert(id)));
-            assert!(live.len() <= PEERS_MAX);
+            assert!(live.len() <= LIMITS.total);
         }
     }
-    assert_eq!(live.len(), PEERS_MAX);
+    assert_eq!(live.len(), LIMITS.total);
     assert_eq!(peers.clear().into_iter().collect::<BTreeSet<_>>(), live);
     assert_eq!(set(&mut peers, 150, 1).disconnect, []);
 }

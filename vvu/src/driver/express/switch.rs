@@ -1,5 +1,5 @@
-//! Which way a queue's call eventfd of the guest reaches that of the front-end, and how it changes ways so that no
-//! notification is lost. No I/O.
+//! Chooses the way from a queue's call eventfd of the guest to that of the front-end, and the steps from one way to another
+//! that lose no notification. No I/O.
 //!
 //! Between two ways, both are tied for a moment. A notification that went to the call eventfd which the front-end has just
 //! replaced is repeated: the doorbell of the vvu device always signals the newest.
