@@ -31,3 +31,5 @@ pub use version::is_old;
 #[cfg(test)]
 #[path = "format_test.rs"]
 mod tests;
+#[cfg(test)]
+mod any_text_test;
