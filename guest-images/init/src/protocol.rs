@@ -358,17 +358,20 @@ mod tests {
             r#"{"id":1,"exit":{"code":0,"stdout":"a\n","stderr":"","truncated":false}}"#,
             r#"{"event":"exited","name":"backend","signal":9}"#,
         ];
-        let pieces = ["", "{", "}", "\"", "\\u0000", "[[[[", ",", ":", "-1", "1e999", "null", "id", "\u{fffd}", "\0"];
+        let pieces =
+            ["", "{", "}", "\"", "\\u0000", "[[[[", ",", ":", "-1", "1e999", "null", "id", "\u{fffd}", "\0"];
         let edit = (0..80usize, 0..20usize, proptest::sample::select(&pieces[..]));
-        (proptest::sample::select(&lines[..]), proptest::collection::vec(edit, 0..6)).prop_map(|(line, edits)| {
-            let mut bytes = line.as_bytes().to_vec();
-            for (at, len, piece) in edits {
-                let start = at.min(bytes.len());
-                let end = (start + len).min(bytes.len());
-                bytes.splice(start..end, piece.bytes());
-            }
-            bytes
-        })
+        (proptest::sample::select(&lines[..]), proptest::collection::vec(edit, 0..6)).prop_map(
+            |(line, edits)| {
+                let mut bytes = line.as_bytes().to_vec();
+                for (at, len, piece) in edits {
+                    let start = at.min(bytes.len());
+                    let end = (start + len).min(bytes.len());
+                    bytes.splice(start..end, piece.bytes());
+                }
+                bytes
+            },
+        )
     }
 
     proptest! {

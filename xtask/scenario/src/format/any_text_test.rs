@@ -19,8 +19,31 @@ fn texts() -> Vec<String> {
 /// One of `texts` in which pieces are replaced by others.
 fn changed(texts: Vec<String>) -> impl Strategy<Value = String> {
     let pieces = [
-        "", "{", "}", "[", "]", "\"", ",", ":", "null", "-1", "18446744073709551616", "1e999", "\\u0000", "{bdf", "{}",
-        "\u{fffd}", "(?", "\"vms\"", "\"repeat\"", "\"matrix\"", "\"$ref\"", "../", "//", "{\"vms\":{", "[[[[[[[[",
+        "",
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        ",",
+        ":",
+        "null",
+        "-1",
+        "18446744073709551616",
+        "1e999",
+        "\\u0000",
+        "{bdf",
+        "{}",
+        "\u{fffd}",
+        "(?",
+        "\"vms\"",
+        "\"repeat\"",
+        "\"matrix\"",
+        "\"$ref\"",
+        "../",
+        "//",
+        "{\"vms\":{",
+        "[[[[[[[[",
     ];
     let edit = (any::<prop::sample::Index>(), 0..24usize, prop::sample::select(pieces.to_vec()));
     (prop::sample::select(texts), prop::collection::vec(edit, 1..8)).prop_map(|(text, edits)| {
