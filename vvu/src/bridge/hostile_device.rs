@@ -257,6 +257,10 @@ impl PciDevice for HostileDevice {
         Ok(BarFile { file: file.map_err(|error| DeviceError::other("dup", error))?.into(), offset: 0 })
     }
 
+    fn map_registers(&self, _bar: u8) -> Option<Arc<MmapRegion>> {
+        None
+    }
+
     fn allocate_dma(&self, len: usize) -> Result<DmaBuffer, DeviceError> {
         let mut state = self.lock();
         let failed = |what: &str| DeviceError::other("allocate", what);
