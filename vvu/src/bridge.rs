@@ -15,6 +15,8 @@ use session::{End, FrontendSession};
 
 mod attachments;
 mod connect;
+#[cfg(fuzzing)]
+pub mod hostile_device;
 mod options;
 mod session;
 #[cfg(test)]

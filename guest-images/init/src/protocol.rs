@@ -253,6 +253,7 @@ pub fn line(message: &impl Serialize) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn request(text: &str) -> Request {
         Request::parse(text.as_bytes()).expect(text)
@@ -345,6 +346,48 @@ mod tests {
             let Message::Event(Event::BadRequest { .. }) = refused(text) else {
                 panic!("{text}: {:?}", refused(text));
             };
+        }
+    }
+
+    /// A line of either side with some bytes replaced.
+    fn changed_line() -> impl Strategy<Value = Vec<u8>> {
+        let lines = [
+            r#"{"id":5,"run":{"command":"true","timeout_ms":10}}"#,
+            r#"{"id":18446744073709551615,"spawn":{"name":"x","command":"y"}}"#,
+            r#"{"id":5,"kill":{"name":"x","signal":9}}"#,
+            r#"{"id":1,"exit":{"code":0,"stdout":"a\n","stderr":"","truncated":false}}"#,
+            r#"{"event":"exited","name":"backend","signal":9}"#,
+        ];
+        let pieces =
+            ["", "{", "}", "\"", "\\u0000", "[[[[", ",", ":", "-1", "1e999", "null", "id", "\u{fffd}", "\0"];
+        let edit = (0..80usize, 0..20usize, proptest::sample::select(&pieces[..]));
+        (proptest::sample::select(&lines[..]), proptest::collection::vec(edit, 0..6)).prop_map(
+            |(line, edits)| {
+                let mut bytes = line.as_bytes().to_vec();
+                for (at, len, piece) in edits {
+                    let start = at.min(bytes.len());
+                    let end = (start + len).min(bytes.len());
+                    bytes.splice(start..end, piece.bytes());
+                }
+                bytes
+            },
+        )
+    }
+
+    proptest! {
+        /// Either side may be anybody who writes to the port.
+        #[test]
+        fn any_line_is_understood_or_refused_in_a_line_that_is_understood(
+            bytes in prop_oneof![changed_line(), proptest::collection::vec(any::<u8>(), 0..100)],
+        ) {
+            match Request::parse(&bytes) {
+                Ok(request) => {
+                    let again = serde_json::to_vec(&request).expect("JSON");
+                    prop_assert_eq!(Request::parse(&again).expect("own line"), request);
+                }
+                Err(refusal) => prop_assert_eq!(Message::parse(&line(&refusal)).expect("own line"), refusal),
+            }
+            let _ = Message::parse(&bytes);
         }
     }
 }

@@ -1,11 +1,11 @@
-//! Feeds a device the register accesses and the queues of a hostile guest, while front-ends connect, send
-//! and leave.
+//! Feeds a device the register accesses and the queues of a hostile guest, while front-ends connect, send and leave.
 
 #![no_main]
 
-use std::io::Write;
+use std::cell::RefCell;
 use std::os::unix::net::UnixStream;
 
+use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 use vvu::device::LinkState;
@@ -13,88 +13,215 @@ use vvu::device::rig::{BAR0, BAR2, BUFFER, Rig};
 use vvu::message_socket::Message;
 use vvu::pci::PciFunction;
 use vvu::spec::pci::{self, Region};
+use vvu::spec::vhost_user::Header;
 use vvu::spec::virtio::feature;
-use vvu_fuzz::Input;
+use vvu_fuzz::{Fd, Pool, drain, send};
 
-fuzz_target!(|data: &[u8]| run(Input(data)));
+/// Most commands in one execution.
+const COMMANDS: usize = 32;
+/// Most front-ends in one execution.
+const CONNECTIONS: usize = 6;
 
-/// Most front-ends that are connected at one time.
-const FRONTENDS: usize = 4;
-/// Most front-ends in one run; those that leave stay in the socket's backlog.
-const CONNECTIONS: usize = 16;
-
-fn run(mut input: Input<'_>) {
-    let mut rig = Rig::new();
-    let mut frontends: Vec<UnixStream> = Vec::new();
-    let mut connections = 0;
-    while !input.is_empty() {
-        match input.below(12) {
-            0 | 1 => write(&mut rig, BAR0, &mut input),
-            2 => write(&mut rig, BAR2, &mut input),
-            3 => write(&mut rig, Region::Config, &mut input),
-            4 => write(&mut rig, Region::Bar(pci::SHARED_MEMORY_BAR), &mut input),
-            5 => {
-                let region = [BAR0, BAR2, Region::Config, Region::Bar(4)][usize::from(input.below(4))];
-                let offset = u64::from(input.u16());
-                let _: [u8; 8] = rig.read(region, offset);
-            }
-            6 => rig.bring_up(feature::OFFERED),
-            // Overwrite rings and descriptors.
-            7 | 8 => {
-                let ring = rig.rings[usize::from(input.below(2))].base;
-                let address = ring + u64::from(input.u16() % 0x4000);
-                let data = &input.u64().to_le_bytes()[..usize::from(1 + input.below(8))];
-                rig.host.memory.write_slice(data, GuestAddress(address)).expect("in range");
-            }
-            // A message of the driver, or a buffer for one.
-            9 => {
-                if input.below(2) == 0 {
-                    rig.offer(0, &[], BUFFER);
-                } else {
-                    let bytes = input.block();
-                    rig.offer(1, bytes, 0);
-                }
-                rig.notify(0);
-            }
-            10 => match frontends.len() {
-                FRONTENDS => drop(frontends.pop()),
-                _ if connections == CONNECTIONS => {}
-                _ => {
-                    connections += 1;
-                    let stream = UnixStream::connect(rig.dir.path().join("s")).expect("connect");
-                    stream.set_nonblocking(true).expect("non-blocking");
-                    frontends.push(stream);
-                }
-            },
-            _ => {
-                let (request, payload) = (u32::from(input.u8()), input.block());
-                let size = u32::try_from(payload.len()).expect("a byte");
-                let header = vvu::spec::vhost_user::Header { request, flags: 1, size };
-                if let Some(stream) = frontends.first_mut() {
-                    // The device may have hung up or not read yet.
-                    let _ = stream.write(&Message::new(header, payload).bytes);
-                }
-            }
-        }
-        rig.device.process(&rig.host);
-    }
-    drop(frontends);
-    rig.device.reset();
-    // The device first accepts the front-ends that left before it did.
-    for _ in 0..=connections {
-        rig.bring_up(feature::OFFERED);
-        rig.device.process(&rig.host);
-    }
-    rig.bring_up(feature::OFFERED);
-    let _frontend = rig.connect();
-    assert_eq!(rig.device.link(), LinkState::Connected);
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Space {
+    Registers,
+    Notify,
+    Config,
+    Memory,
+    Missing,
 }
 
-/// Writes up to eight bytes, mostly to registers.
-fn write(rig: &mut Rig, region: Region, input: &mut Input<'_>) {
-    let offset = u64::from(input.u16());
-    let offset = if offset & 1 << 15 == 0 { offset & 0xff } else { offset };
-    let data = input.u64().to_le_bytes();
-    let length = usize::from(1 + input.below(8));
-    rig.write(region, offset, &data[..length]);
+impl From<Space> for Region {
+    fn from(space: Space) -> Self {
+        match space {
+            Space::Registers => BAR0,
+            Space::Notify => BAR2,
+            Space::Config => Self::Config,
+            Space::Memory => Self::Bar(pci::SHARED_MEMORY_BAR),
+            Space::Missing => Self::Bar(5),
+        }
+    }
+}
+
+#[derive(Arbitrary, Debug)]
+enum Command {
+    /// The guest writes to one of the first registers, where most are.
+    Near {
+        space: Space,
+        offset: u8,
+        data: [u8; 8],
+        len: u8,
+    },
+    /// The guest writes anywhere.
+    Write {
+        space: Space,
+        offset: u64,
+        data: [u8; 8],
+        len: u8,
+    },
+    /// The guest writes to a register of the common configuration.
+    Common {
+        field: u8,
+        value: u16,
+        wide: bool,
+    },
+    Read {
+        space: Space,
+        offset: u16,
+        len: u8,
+    },
+    /// The driver brings the device up properly, with or without event indices.
+    BringUp {
+        event_idx: bool,
+    },
+    /// The guest overwrites rings and descriptors.
+    Memory {
+        queue: bool,
+        offset: u16,
+        data: u64,
+        len: u8,
+    },
+    OfferBuffer {
+        room: u16,
+    },
+    /// The driver sends a message, perhaps a bad one.
+    Send(Vec<u8>),
+    /// The driver sends a message whose header has the right size.
+    SendSound {
+        request: u8,
+        reply: bool,
+        payload: Vec<u8>,
+    },
+    Notify(bool),
+    TakeUsed(bool),
+    Connect,
+    Disconnect,
+    FrontendSends {
+        request: u8,
+        flags: u8,
+        fds: Vec<Fd>,
+        payload: Vec<u8>,
+    },
+    FrontendsRead,
+    /// The front-end signals one of its eventfds.
+    Signal(bool),
+}
+
+fuzz_target!(|commands: Vec<Command>| STATE.with_borrow_mut(|state| state.run(commands)));
+
+thread_local! {
+    static STATE: RefCell<State> = RefCell::new(State::new());
+}
+
+struct State {
+    rig: Rig,
+    pool: Pool,
+    frontends: Vec<UnixStream>,
+}
+
+impl State {
+    fn new() -> Self {
+        let rig = Rig::new();
+        let memory = rig.device.shared_memory().0.try_clone_to_owned().expect("descriptor");
+        let mut state = Self { rig, pool: Pool::new(memory), frontends: Vec::new() };
+        state.restart();
+        state
+    }
+
+    /// Resets the device, which then has to serve a front-end whatever came before.
+    fn restart(&mut self) {
+        self.rig.device.reset();
+        self.rig.device.forget_waiting();
+        // A connection costs as much as a whole execution without one.
+        let want = if self.frontends.is_empty() { LinkState::Waiting } else { LinkState::Connected };
+        if want == LinkState::Connected {
+            self.adopt();
+        }
+        self.rig.bring_up(feature::OFFERED);
+        assert_eq!(self.rig.device.link(), want, "a device after a reset serves a front-end");
+        self.rig.device.reset();
+        self.frontends.clear();
+        self.rig.host.signals.borrow_mut().clear();
+    }
+
+    fn adopt(&mut self) {
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        self.frontends.push(ours);
+        self.rig.device.adopt_frontend(theirs).expect("front-end");
+    }
+
+    fn run(&mut self, commands: Vec<Command>) {
+        for command in commands.into_iter().take(COMMANDS) {
+            self.carry_out(command);
+            self.rig.device.process(&self.rig.host);
+        }
+        self.restart();
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        let rig = &mut self.rig;
+        match command {
+            Command::Near { space, offset, data, len } => {
+                rig.write(space.into(), offset.into(), &data[..usize::from(1 + len % 8)]);
+            }
+            Command::Write { space, offset, data, len } => {
+                rig.write(space.into(), offset, &data[..usize::from(1 + len % 8)]);
+            }
+            Command::Common { field, value, wide } => {
+                let data = u32::from(value).to_le_bytes();
+                let offset = u64::from(field % 56) & if wide { !3 } else { !1 };
+                rig.common(offset, &data[..if wide { 4 } else { 2 }]);
+            }
+            Command::Read { space, offset, len } => {
+                let mut data = [0; 16];
+                rig.device.read(space.into(), offset.into(), &mut data[..usize::from(len % 17)]);
+            }
+            Command::BringUp { event_idx } => {
+                let features =
+                    if event_idx { feature::OFFERED } else { feature::OFFERED & !feature::EVENT_IDX };
+                rig.bring_up(features);
+            }
+            Command::Memory { queue, offset, data, len } => {
+                let address = rig.rings[usize::from(queue)].base + u64::from(offset % 0x4000);
+                let data = &data.to_le_bytes()[..usize::from(1 + len % 8)];
+                rig.memory.write_slice(data, GuestAddress(address)).expect("in range");
+            }
+            Command::OfferBuffer { room } => rig.offer(0, &[], BUFFER.min(room.into())),
+            Command::Send(bytes) => {
+                rig.offer(1, &bytes[..bytes.len().min(1024)], 0);
+                rig.notify(1);
+            }
+            Command::SendSound { request, reply, payload } => {
+                let flags = if reply { 5 } else { 9 };
+                rig.send(&message(request, flags, &payload[..payload.len().min(1024)]));
+            }
+            Command::Notify(queue) => rig.notify(queue.into()),
+            // What a guest has done to its own ring is not the device's fault.
+            Command::TakeUsed(queue) => rig.forget_used(queue.into()),
+            Command::Connect if self.frontends.len() < CONNECTIONS => {
+                self.adopt();
+                self.rig.notify(0);
+            }
+            Command::Connect => {}
+            Command::Disconnect => {
+                if let Some(frontend) = self.frontends.last() {
+                    // The socket stays, so that the end of the execution knows that there was a front-end.
+                    let _ = rustix::net::shutdown(frontend, rustix::net::Shutdown::Both);
+                }
+            }
+            Command::FrontendSends { request, flags, fds, payload } => {
+                if let Some(frontend) = self.frontends.first() {
+                    let message = message(request, u32::from(flags) & 0xc | 1, &payload);
+                    send(frontend, &message.bytes, &self.pool.get(&fds, None));
+                }
+            }
+            Command::FrontendsRead => self.frontends.iter().for_each(drain),
+            Command::Signal(which) => self.pool.signal(which),
+        }
+    }
+}
+
+fn message(request: u8, flags: u32, payload: &[u8]) -> Message {
+    let size = u32::try_from(payload.len()).expect("small");
+    Message::new(Header { request: request.into(), flags, size }, payload)
 }

@@ -111,7 +111,7 @@ impl Queue {
         if self.state != State::Starting || !self.is_running() {
             return Ok(Vec::new());
         }
-        let used = self.ring.resume(&self.memory)?;
+        let used = self.ring.resume(&*self.memory)?;
         if used != 0 {
             // An earlier back-end may have died between giving a request back and notifying the driver.
             self.interrupt_driver();
@@ -123,7 +123,7 @@ impl Queue {
         };
         self.state = State::Started;
         let Some(tracker) = &mut self.tracker else { return Ok(Vec::new()) };
-        let available = self.ring.available_index(&self.memory)?;
+        let available = self.ring.available_index(&*self.memory)?;
         let Some(heads) = tracker.recover(used, available)? else { return Ok(Vec::new()) };
         // The index that the front-end knows does not count: what is neither used nor in flight was never taken.
         let count = u16::try_from(heads.len()).map_err(|_| RingError::Available { got: u16::MAX, size })?;
@@ -137,7 +137,7 @@ impl Queue {
 
     /// Takes the next request, if the driver has made one available.
     pub(super) fn take(&mut self) -> Result<Option<Taken>, Broken> {
-        let Some(head) = self.ring.pop(&self.memory)? else { return Ok(None) };
+        let Some(head) = self.ring.pop(&*self.memory)? else { return Ok(None) };
         self.window.request_came();
         if let Some(tracker) = &mut self.tracker {
             tracker.begin(head)?;
@@ -147,15 +147,15 @@ impl Queue {
 
     /// Gives a request back to the driver, with `len` bytes written to its memory.
     pub(super) fn complete(&mut self, head: u16, len: u32) -> Result<(), Broken> {
-        let Some(tracker) = &mut self.tracker else { return Ok(self.ring.push(&self.memory, head, len)?) };
+        let Some(tracker) = &mut self.tracker else { return Ok(self.ring.push(&*self.memory, head, len)?) };
         tracker.finish(head)?;
-        self.ring.push(&self.memory, head, len)?;
+        self.ring.push(&*self.memory, head, len)?;
         Ok(tracker.forget()?)
     }
 
     /// Notifies the driver of the requests that were given back, if it wants to know.
     pub(super) fn announce(&mut self) -> Result<(), Broken> {
-        if self.ring.needs_notification(&self.memory)? {
+        if self.ring.needs_notification(&*self.memory)? {
             self.interrupt_driver();
         }
         Ok(())
@@ -169,7 +169,7 @@ impl Queue {
     /// Whether there is another request, after the poll window if there is one. If not, the driver will kick.
     pub(super) fn has_more(&mut self, interrupt: &AtomicBool) -> Result<bool, Broken> {
         let found = self.window.finds_request(&self.ring, &self.memory, interrupt)?;
-        Ok(found || self.ring.enable_kicks(&self.memory)?)
+        Ok(found || self.ring.enable_kicks(&*self.memory)?)
     }
 
     fn interrupt_driver(&mut self) {

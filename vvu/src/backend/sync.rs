@@ -36,7 +36,7 @@ fn process(queue: &mut Queue, device: &dyn Device, interrupt: &AtomicBool) -> Re
     let memory = Arc::clone(&queue.memory);
     let proceed = |queue: &Queue| queue.is_running() && !interrupt.load(Ordering::Relaxed);
     while proceed(queue) {
-        queue.ring.disable_kicks(&memory)?;
+        queue.ring.disable_kicks(&*memory)?;
         let mut unannounced = false;
         while proceed(queue) {
             let Some(taken) = queue.take()? else { break };

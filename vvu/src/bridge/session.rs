@@ -109,6 +109,14 @@ impl<'d, D: PciDevice> FrontendSession<'d, D> {
         }
     }
 
+    /// Does what [`run`](Self::run) does after a wait, without the wait. Returns whether the session goes on.
+    #[cfg(fuzzing)]
+    pub(super) fn step(&mut self, idle: bool) -> bool {
+        self.driver.rx_event().drain();
+        let looked = if idle { self.link_is_down().and_then(|_| self.driver.check_calls()) } else { Ok(()) };
+        looked.is_ok() && self.pump().is_ok()
+    }
+
     /// Waits until something can be done, at most until the device has to be checked. Does not wait if there is
     /// `more` to do anyway.
     fn wait(&mut self, until: &[BorrowedFd<'_>], more: bool) -> Result<Woken, BridgeError> {

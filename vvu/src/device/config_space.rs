@@ -181,4 +181,65 @@ mod tests {
         assert_eq!(space.write(control - 4, &[0, 0, 0, 0, 1]), Effect::Reset);
         assert_eq!(space.write(control, &[2]), Effect::None);
     }
+
+    /// Every write of a byte, and writes of up to eight bytes, at every offset, from the state after a reset and from one in which all bits that
+    /// can be are set.
+    #[test]
+    fn any_write_changes_writable_bits_only_and_says_what_follows() {
+        let mut full = space();
+        for offset in 0..256 {
+            full.write(offset, &[0xff]);
+        }
+        for start in [space().bytes, full.bytes] {
+            let mut space = space();
+            let (control, window) =
+                (space.initial.af + af::CONTROL, space.initial.pci_cfg + virtio_cap::EXTENSION);
+            for (offset, len) in
+                (0..CONFIG_SPACE_SIZE + 8).flat_map(|offset| (0..=8).map(move |len| (offset, len)))
+            {
+                let some = [0, 1, 0x55, 0xff].into_iter();
+                for value in some.chain(2..if len == 1 { 0xff } else { 2 }) {
+                    space.bytes = start;
+                    let effect = space.write(offset as u64, &[value; 8][..len]);
+                    let written = offset..offset + len;
+                    let mut expected = start;
+                    for at in offset..written.end.min(CONFIG_SPACE_SIZE) {
+                        let mask = space.writable[at];
+                        expected[at] = start[at] & !mask | value & mask;
+                    }
+                    assert_eq!(space.bytes, expected, "{offset} {len} {value}");
+                    let want = match offset {
+                        _ if written.contains(&control) && value & af::INITIATE_FLR != 0 => Effect::Reset,
+                        _ if offset == window => Effect::WindowWrite,
+                        _ => Effect::None,
+                    };
+                    assert_eq!(effect, want, "{offset} {len} {value}");
+                }
+            }
+        }
+    }
+
+    /// Every BAR number with lengths and offsets at the edges.
+    #[test]
+    fn the_window_opens_to_aligned_accesses_of_existing_bars_only() {
+        let mut space = space();
+        let cap = space.initial.pci_cfg;
+        for bar in 0..=u8::MAX {
+            for len in [0, 1, 2, 3, 4, 5, 8, 1 << 31, u32::MAX] {
+                for offset in (0..9).chain([u32::MAX - 3, u32::MAX - 1, u32::MAX]) {
+                    space.bytes[cap + virtio_cap::BAR] = bar;
+                    space.bytes[cap + virtio_cap::OFFSET..][..4].copy_from_slice(&offset.to_le_bytes());
+                    space.bytes[cap + virtio_cap::STRUCTURE_LENGTH..][..4]
+                        .copy_from_slice(&len.to_le_bytes());
+                    let want = bar <= 2 && matches!(len, 1 | 2 | 4) && offset % len == 0;
+                    let got = space.window();
+                    assert_eq!(got.is_some(), want, "{bar} {len} {offset}");
+                    if let Some(window) = got {
+                        assert_eq!((window.bar, window.offset), (bar, offset.into()));
+                        assert!(window.len <= 4 && window.data + 4 <= CONFIG_SPACE_SIZE);
+                    }
+                }
+            }
+        }
+    }
 }

@@ -100,6 +100,13 @@ impl Express {
         }
     }
 
+    /// Greets `stream` as a VMM that has connected, after hanging up on the one before.
+    #[cfg(fuzzing)]
+    pub(super) fn adopt(&mut self, resources: &Resources, stream: UnixStream) {
+        self.keep(resources, Err(SocketError::Closed));
+        self.greet(resources, stream);
+    }
+
     /// Returns whether the VMM takes messages now.
     fn can_connect(&self) -> bool {
         self.vmm.as_ref().is_some_and(|vmm| !vmm.is_congested())

@@ -42,6 +42,20 @@ impl Reconnects {
         self.turned_away = peer;
     }
 
+    /// Takes `stream` for a front-end that has connected.
+    #[cfg(fuzzing)]
+    pub(super) fn adopt(&mut self, stream: UnixStream) -> io::Result<()> {
+        let peer = Peer::of(&stream)?;
+        self.waiting.push_back((stream, peer));
+        Ok(())
+    }
+
+    /// Forgets the front-ends that wait.
+    #[cfg(fuzzing)]
+    pub(super) fn forget_waiting(&mut self) {
+        self.waiting.clear();
+    }
+
     /// The next front-end to serve, or `None` if there is none.
     pub(super) fn next(&mut self) -> io::Result<Option<Accepted>> {
         match self.waiting.pop_front() {

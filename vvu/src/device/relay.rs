@@ -83,6 +83,26 @@ impl Relay {
         }
     }
 
+    /// Takes `stream` for a front-end that has connected.
+    #[cfg(fuzzing)]
+    pub(super) fn adopt_frontend(&mut self, stream: std::os::unix::net::UnixStream) -> std::io::Result<()> {
+        self.reconnects.adopt(stream)
+    }
+
+    /// Forgets the front-ends that wait.
+    #[cfg(fuzzing)]
+    pub(super) fn forget_waiting(&mut self) {
+        self.reconnects.forget_waiting();
+    }
+
+    /// Takes `stream` for a VMM that has connected to the express device, and forgets the one before.
+    #[cfg(fuzzing)]
+    pub(super) fn adopt_vmm(&mut self, stream: std::os::unix::net::UnixStream) {
+        if let Some(express) = &mut self.express {
+            express.adopt(&self.resources, stream);
+        }
+    }
+
     /// Deals with an event of the express device's VMM.
     pub(super) fn process_express(&mut self) {
         let Some(express) = &mut self.express else { return };

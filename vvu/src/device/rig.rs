@@ -61,11 +61,13 @@ impl Ring {
 
 /// A device with its host and its driver.
 #[derive(Debug)]
-pub struct Rig {
+pub struct Rig<H = TestHost> {
     /// The device under test.
     pub device: VvuDevice,
     /// The host of the device.
-    pub host: TestHost,
+    pub host: H,
+    /// Device-VM memory as the driver reaches it.
+    pub memory: GuestMemoryMmap,
     /// The receive and the transmit queue.
     pub rings: [Ring; 2],
     /// Directory of the socket `s` that front-ends connect to.
@@ -82,15 +84,23 @@ impl Rig {
     /// A device after power-on.
     #[must_use]
     pub fn new() -> Self {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
+        let host = TestHost { memory: memory.clone(), signals: RefCell::default() };
+        Self::with_host(host, memory)
+    }
+}
+
+impl<H: Host> Rig<H> {
+    /// A device after power-on, whose driver has `memory`.
+    #[must_use]
+    pub fn with_host(host: H, memory: GuestMemoryMmap) -> Self {
         let dir = tempfile::tempdir().expect("tempdir");
         let listener = UnixListener::bind(dir.path().join("s")).expect("bind");
-        let memory = SiblingMemory::create(0x10000).expect("memory");
-        let config = DeviceConfig { memory, listener, queues: 16, uuid: [7; 16] };
+        let sibling = SiblingMemory::create(0x10000).expect("memory");
+        let config = DeviceConfig { memory: sibling, listener, queues: 16, uuid: [7; 16] };
         let device = VvuDevice::new(config).expect("device");
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
-        let host = TestHost { memory, signals: RefCell::default() };
         let ring = |base| Ring { base, next_avail: 0, next_used: 0 };
-        Self { device, host, rings: [ring(0x10000), ring(0x40000)], dir }
+        Self { device, host, memory, rings: [ring(0x10000), ring(0x40000)], dir }
     }
 
     /// Writes as the guest.
@@ -136,7 +146,7 @@ impl Rig {
             let ring = &mut self.rings[usize::from(index)];
             (ring.next_avail, ring.next_used) = (0, 0);
             let base = ring.base;
-            self.host.memory.write_slice(&[0; 0x3000], GuestAddress(base)).expect("clear");
+            self.memory.write_slice(&[0; 0x3000], GuestAddress(base)).expect("clear");
             self.common(common::QUEUE_SELECT, &index.to_le_bytes());
             self.common(common::QUEUE_SIZE, &QUEUE_SIZE.to_le_bytes());
             self.common(common::QUEUE_MSIX_VECTOR, &index.to_le_bytes());
@@ -158,7 +168,7 @@ impl Rig {
     /// Makes a buffer available without a notification: one with `bytes` for the device to read, or one of
     /// `room` bytes for the device to write.
     pub fn offer(&mut self, queue: usize, bytes: &[u8], room: u32) {
-        let memory = &self.host.memory;
+        let memory = &self.memory;
         let ring = &mut self.rings[queue];
         let slot = ring.next_avail % QUEUE_SIZE;
         let buffer = ring.base + Ring::BUFFERS + u64::from(slot) * u64::from(BUFFER);
@@ -178,7 +188,7 @@ impl Rig {
 
     /// Takes the next used buffer and returns the bytes that the device wrote to it.
     pub fn used(&mut self, queue: usize) -> Option<Vec<u8>> {
-        let memory = &self.host.memory;
+        let memory = &self.memory;
         let ring = &mut self.rings[queue];
         let index: u16 = memory.read_obj(GuestAddress(ring.base + Ring::USED + 2)).expect("used index");
         if index == ring.next_used {
@@ -191,6 +201,12 @@ impl Rig {
         let buffer = ring.base + Ring::BUFFERS + u64::from(id) * u64::from(BUFFER);
         memory.read_slice(&mut bytes, GuestAddress(buffer)).expect("buffer");
         Some(bytes)
+    }
+
+    /// Takes all used buffers without a look at them.
+    pub fn forget_used(&mut self, queue: usize) {
+        let ring = &mut self.rings[queue];
+        ring.next_used = self.memory.read_obj(GuestAddress(ring.base + Ring::USED + 2)).expect("used index");
     }
 
     /// Sends a message as the driver does.

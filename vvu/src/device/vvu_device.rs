@@ -101,6 +101,27 @@ impl VvuDevice {
         self.relay.limit_express(peers, last);
     }
 
+    /// Takes `stream` for a front-end that has connected to the listener.
+    ///
+    /// # Errors
+    /// When the kernel has no credentials for the socket.
+    #[cfg(fuzzing)]
+    pub fn adopt_frontend(&mut self, stream: std::os::unix::net::UnixStream) -> io::Result<()> {
+        self.relay.adopt_frontend(stream)
+    }
+
+    /// Forgets the front-ends that wait, so that the next one is served first.
+    #[cfg(fuzzing)]
+    pub fn forget_waiting(&mut self) {
+        self.relay.forget_waiting();
+    }
+
+    /// Takes `stream` for a VMM that has connected to the express device, and forgets the one before.
+    #[cfg(fuzzing)]
+    pub fn adopt_vmm(&mut self, stream: std::os::unix::net::UnixStream) {
+        self.relay.adopt_vmm(stream);
+    }
+
     /// The sibling memory file, and its size in bytes. The shared memory BAR shows the file from its
     /// start; the BAR may be larger.
     #[must_use]

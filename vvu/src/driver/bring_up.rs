@@ -27,7 +27,7 @@ pub(super) const QUEUES_MAX: u16 = 256;
 const QUEUE_SIZE: u16 = 64;
 /// Reads of the device status until a reset has failed. A reset of the vvu device takes no time.
 const RESET_POLLS: u32 = 100;
-const RESET_POLL_INTERVAL: Duration = Duration::from_millis(10);
+const RESET_POLL_INTERVAL: Duration = Duration::from_millis(if cfg!(fuzzing) { 0 } else { 10 });
 /// Offset of the command register in the configuration space.
 const COMMAND: u64 = config::COMMAND as u64;
 

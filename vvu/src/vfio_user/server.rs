@@ -25,6 +25,8 @@ pub use host::VmmHost;
 mod commands;
 mod dma;
 mod host;
+#[cfg(fuzzing)]
+pub mod hostile_client;
 #[cfg(test)]
 mod tests;
 

@@ -157,6 +157,12 @@ impl Disk {
         Ok(Self { file, size, read_only, serial, flush_failed, faults })
     }
 
+    /// Forgets that a flush has failed, as if the disk had been opened again.
+    #[cfg(fuzzing)]
+    pub(super) fn forget_failure(&self) {
+        *self.flush_failed.lock().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+
     pub(super) fn size(&self) -> u64 {
         self.size
     }

@@ -1,6 +1,6 @@
-//! Errors of the disk that tests ask for. In an ordinary build there are none.
+//! Errors of the disk that tests and fuzz targets ask for. In an ordinary build there are none.
 
-#[cfg(not(test))]
+#[cfg(not(any(test, fuzzing)))]
 use std::io;
 
 /// A kind of system call on the disk.
@@ -12,11 +12,11 @@ pub(super) enum Call {
     Allocate,
 }
 
-#[cfg(not(test))]
+#[cfg(not(any(test, fuzzing)))]
 #[derive(Debug, Default)]
 pub(super) struct Faults(());
 
-#[cfg(not(test))]
+#[cfg(not(any(test, fuzzing)))]
 impl Faults {
     /// Fails in place of a call.
     #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "tests make it fail")]
@@ -31,10 +31,10 @@ impl Faults {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(super) use injected::{Fault, Faults};
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod injected {
     use std::collections::VecDeque;
     use std::io;

@@ -23,10 +23,12 @@ mod disk;
 mod durability_test;
 mod failure;
 mod faults;
+#[cfg(fuzzing)]
+pub mod hostile_driver;
 mod options;
 mod ranges;
 mod request;
-#[cfg(any(test, fuzzing))]
+#[cfg(test)]
 pub mod rig;
 
 /// A disk, open and locked, ready to be served.

@@ -1,4 +1,4 @@
-//! A driver of one queue, for tests and fuzz targets.
+//! A driver of one queue, for tests.
 
 use std::io::Write;
 use std::sync::atomic::AtomicBool;
@@ -49,7 +49,6 @@ pub struct Descriptor {
 /// A disk, its device, and one queue.
 #[derive(Debug)]
 pub struct Rig {
-    #[cfg(test)]
     disk: Arc<Disk>,
     device: BlockDevice,
     queue: Mutex<Queue>,
@@ -86,22 +85,12 @@ impl Rig {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
         let queue = Mutex::new(Queue::new(0, poll));
         let interrupt = Arc::new(AtomicBool::new(false));
-        let mut rig = Self {
-            #[cfg(test)]
-            disk,
-            device,
-            queue,
-            interrupt,
-            memory,
-            file,
-            available: 0,
-        };
+        let mut rig = Self { disk, device, queue, interrupt, memory, file, available: 0 };
         rig.restart();
         rig
     }
 
     /// Makes the poll window as long as it may be.
-    #[cfg(test)]
     pub fn widen_window(&self) {
         self.queue().widen_window();
     }
@@ -169,7 +158,6 @@ impl Rig {
 }
 
 /// What tests do to the disk.
-#[cfg(test)]
 impl Rig {
     pub(super) fn faults(&self) -> &super::faults::Faults {
         &self.disk.faults

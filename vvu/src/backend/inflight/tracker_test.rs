@@ -286,6 +286,86 @@ fn live(ring: &mut Ring, mortal: &Mortal, steps: &[u8]) -> Result<(), TestCaseEr
     Ok(())
 }
 
+/// Every record of a ring of two descriptors, with fields at the edges, and every position of the ring.
+#[test]
+fn recovery_takes_what_is_marked_and_not_in_the_last_batch_or_refuses() {
+    const USED: u16 = 1;
+    let memory = memory();
+    let put = |at: u64, value: u16| memory.write_obj(value, GuestAddress(at)).expect("write");
+    put(VERSION, THE_VERSION);
+    put(DESC_NUM, 2);
+    let entries: Vec<(u8, u16, u64)> = [0, 1, 255]
+        .into_iter()
+        .flat_map(|mark| [0, 1, 2].map(|next| (mark, next)))
+        .flat_map(|(mark, next)| [0, 1, u64::MAX].map(|counter| (mark, next, counter)))
+        .collect();
+    let write_entries = |both: [(u8, u16, u64); 2]| {
+        for (head, (mark, next, counter)) in (0..).zip(both) {
+            let at = HEADER_SIZE + ENTRY_SIZE * head;
+            memory.write_obj(mark, GuestAddress(at + INFLIGHT)).expect("write");
+            memory.write_obj(next, GuestAddress(at + NEXT)).expect("write");
+            memory.write_obj(counter, GuestAddress(at + COUNTER)).expect("write");
+        }
+    };
+    let (mut recovered, mut refused) = (0, 0);
+    for (first, second) in
+        entries.iter().flat_map(|first| entries.iter().map(move |second| (*first, *second)))
+    {
+        for (last, region_used, available) in positions() {
+            write_entries([first, second]);
+            put(LAST_BATCH_HEAD, last);
+            put(USED_IDX, region_used);
+            // What the last batch has: a chain from its head on, as long as the indices differ.
+            let batch = USED.wrapping_sub(region_used);
+            let mut done = Vec::new();
+            let mut head = last;
+            for _ in 0..if batch <= 2 { batch } else { 0 } {
+                if head >= 2 {
+                    break;
+                }
+                done.push(head);
+                head = [first, second][usize::from(head)].1;
+            }
+            let mut want: Vec<(u64, u16)> = (0..2)
+                .filter(|head| [first, second][usize::from(*head)].0 != 0 && !done.contains(head))
+                .map(|head| ([first, second][usize::from(head)].2, head))
+                .collect();
+            want.sort_unstable();
+            let want: Vec<u16> = want.into_iter().map(|(_, head)| head).collect();
+            let room = available.wrapping_sub(USED);
+            let fits = batch <= 2 && room <= 2 && want.len() <= usize::from(room);
+            let mut tracker = Tracker::new(memory.clone(), GuestAddress(0), 2);
+            match tracker.recover(USED, available) {
+                Ok(heads) => {
+                    assert!(want.is_empty() || fits);
+                    assert_eq!(heads.as_ref(), Some(&want));
+                    let again = Tracker::new(memory.clone(), GuestAddress(0), 2).recover(USED, available);
+                    assert_eq!(again.expect("the same again"), heads);
+                    recovered += 1;
+                }
+                Err(error) => {
+                    assert!(
+                        matches!(error, TrackerError::Foreign { .. }) && !want.is_empty() && !fits,
+                        "{error}"
+                    );
+                    refused += 1;
+                }
+            }
+        }
+    }
+    assert!(recovered > 1000 && refused > 1000, "{recovered} {refused}");
+    let mut beyond = [1; 64];
+    memory.read_slice(&mut beyond, GuestAddress(HEADER_SIZE + 2 * ENTRY_SIZE)).expect("read");
+    assert_eq!(beyond, [0; 64]);
+}
+
+/// Last batch's head, used index of the record, and available index of the ring.
+fn positions() -> impl Iterator<Item = (u16, u16, u16)> {
+    let lasts = [0, 1, 2, u16::MAX].into_iter();
+    let used = lasts.flat_map(|last| [1, 0, u16::MAX, u16::MAX - 1, 2].map(|used| (last, used)));
+    used.flat_map(|(last, used)| [0, 1, 2, 3, 4].map(|available| (last, used, available)))
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 

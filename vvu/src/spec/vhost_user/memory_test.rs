@@ -58,6 +58,47 @@ fn golden_inflight_description() {
     assert!(InflightArea::parse(32, &bytes[..20]).is_err());
 }
 
+/// All tables of two regions whose fields are at the edges, against a rule in arithmetic that cannot wrap.
+#[test]
+fn a_table_is_accepted_if_and_only_if_its_regions_are_sound_and_apart() {
+    const P: u64 = PAGE_SIZE;
+    const TOP: u64 = u64::MAX - P + 1;
+    let mut regions = Vec::new();
+    for gpa in [0, P, 2 * P, P + 1, TOP] {
+        for size in [0, 1, P, 2 * P, TOP] {
+            for va in [0, 1, P, 2 * P, TOP - 1, TOP] {
+                regions.extend([0, P, 1, TOP].map(|offset| region(gpa, size, va, offset)));
+            }
+        }
+    }
+    let is_sound = |region: &MemoryRegion| {
+        let starts = [region.gpa.0, region.va.0, region.offset.0];
+        let whole = [region.size, region.gpa.0, region.offset.0].iter().all(|value| value % P == 0);
+        let ends = starts.map(|start| u128::from(start) + u128::from(region.size));
+        region.size > 0 && whole && ends.iter().all(|end| *end < 1 << 64)
+    };
+    let are_apart = |a: &MemoryRegion, b: &MemoryRegion| {
+        let apart = |(a, a_size): (u64, u64), (b, b_size): (u64, u64)| {
+            u128::from(a) + u128::from(a_size) <= u128::from(b)
+                || u128::from(b) + u128::from(b_size) <= u128::from(a)
+        };
+        apart((a.gpa.0, a.size), (b.gpa.0, b.size)) && apart((a.va.0, a.size), (b.va.0, b.size))
+    };
+    let mut accepted = 0;
+    for first in &regions {
+        // One bad region spoils every table: a few second ones show that.
+        let seconds = if is_sound(first) { &regions[..] } else { &regions[..100] };
+        for second in seconds {
+            let table = [*first, *second];
+            let want = is_sound(first) && is_sound(second) && are_apart(first, second);
+            let got = parse_memory_table(&memory_table_to_bytes(&table));
+            assert_eq!(got.is_ok(), want, "{table:x?}: {got:?}");
+            accepted += u32::from(want);
+        }
+    }
+    assert!(accepted > 100, "{accepted}");
+}
+
 proptest! {
     #[test]
     fn any_bytes_parse_or_fail_but_never_panic(bytes in vec(any::<u8>(), 0..1200)) {

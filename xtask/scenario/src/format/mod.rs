@@ -29,5 +29,7 @@ pub use upgrade::upgraded;
 pub use version::is_old;
 
 #[cfg(test)]
+mod any_text_test;
+#[cfg(test)]
 #[path = "format_test.rs"]
 mod tests;
