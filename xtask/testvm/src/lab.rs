@@ -15,9 +15,10 @@ use crate::leftover::{self, RUN_VARIABLE};
 use crate::memory;
 use crate::process::{Process, Ready};
 use crate::proxy::ProxyConfig;
+use crate::qmp::Qmp;
 use crate::rundir::{RunDir, SocketDir};
 use crate::setup::{KernelId, Setup};
-use crate::vm::config::{Boot, Config, Serial};
+use crate::vm::config::{Boot, Config, Device, Serial};
 use crate::vm::{Logs, Vm};
 use crate::watch::{Watch, lock};
 
@@ -102,9 +103,38 @@ impl<'a> Lab<'a> {
             console: self.run.file(&format!("{name}-console.log")),
             vmm: self.run.file(&format!("{name}-qemu.log")),
         };
-        let command = self.command(config, boot, Serial::Inherited(&logs.console))?;
+        let socket = config.managed.then(|| self.sockets.socket(&format!("{name}.manage")));
+        let management = socket.as_deref().map(Qmp::listen).transpose()?;
+        let serial = Serial::Inherited { log: &logs.console, management: socket.as_deref() };
+        let command = self.command(config, boot, serial)?;
         let failures = self.setup.vmm(config.vmm.as_deref())?.failures();
-        Vm::launch(name, command, logs, failures, self.setup.slowness, &self.watch)
+        Vm::launch(name, command, logs, management, failures, self.setup.slowness, &self.watch)
+    }
+
+    /// Attaches `config.attachable[index]` to `vm`, which was started with `config`, and waits until the guest has it if
+    /// its kernel tells. Returns what proves it.
+    ///
+    /// QEMU stands still, and its guest with it, until the back-end answers: attach a device when that is ready.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM refuses, as every wait does, and after `deadline`.
+    pub fn attach(&self, vm: &Vm, config: &Config, index: usize, deadline: Instant) -> Result<String> {
+        vm.manage(&self.setup.vmm(config.vmm.as_deref())?.attach(config, index)?, deadline)?;
+        match config.attachable.get(index).and_then(Device::announcement) {
+            Some(line) => Ok(vm.wait_for(&Regex::new(line)?, deadline)?.line),
+            None => Ok(format!("{} took the device", vm.name())),
+        }
+    }
+
+    /// Detaches `config.attachable[index]` from `vm`, which was started with `config`, and waits until the guest has let
+    /// go of it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM or the guest refuses, as every wait does, and after `deadline`.
+    pub fn detach(&self, vm: &Vm, config: &Config, index: usize, deadline: Instant) -> Result<()> {
+        vm.manage(&self.setup.vmm(config.vmm.as_deref())?.detach(config, index)?, deadline)
     }
 
     /// Starts a VM whose console is this program's terminal, with a shell on it. Call it on the main thread.

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail};
 use regex::Regex;
+use serde_json::Value;
 use vvu_init::protocol::{Action, Empty, End, Exit, Identity, Kill, Outcome, Output, Run, Spawn};
 use vvu_process::children::{self, Running};
 use vvu_process::interrupt;
@@ -24,6 +25,7 @@ use vvu_process::text::printable;
 
 use crate::console::{Console, Found};
 use crate::control::Control;
+use crate::qmp::{Exchange, Qmp, Reply};
 use crate::spawned::ending;
 use crate::watch::{Part, Watch, lock};
 use log::VmmLog;
@@ -62,6 +64,7 @@ struct State {
     vmm: Running,
     console: Console,
     control: Control,
+    management: Option<Qmp>,
     /// The log of the console.
     console_log: PathBuf,
     vmm_log: VmmLog,
@@ -73,12 +76,13 @@ impl Vm {
     /// Default limit of [`Vm::run`], at native speed.
     pub const RUN_LIMIT: Duration = Duration::from_secs(20);
 
-    /// Starts `command`, a VMM with the ports of `Serial::Inherited`. It cannot go on after it has printed one of
-    /// `failures`.
+    /// Starts `command`, a VMM with the ports of `Serial::Inherited`, which connects to `management` if the VM is managed.
+    /// It cannot go on after it has printed one of `failures`.
     pub(crate) fn launch(
         name: &str,
         mut command: Command,
         logs: Logs,
+        management: Option<Qmp>,
         failures: &'static [&'static str],
         slowness: u32,
         watch: &Arc<Watch>,
@@ -95,7 +99,16 @@ impl Vm {
         let id = vmm.id();
         let (console, control) = (Console::new(console)?, Control::new(control)?);
         let console_log = logs.console;
-        let state = State { name: name.to_owned(), vmm, console, control, console_log, vmm_log, over: false };
+        let state = State {
+            name: name.to_owned(),
+            vmm,
+            console,
+            control,
+            management,
+            console_log,
+            vmm_log,
+            over: false,
+        };
         let state = Arc::new(Mutex::new(state));
         let part: Arc<Mutex<dyn Part>> = state.clone();
         watch.add(Arc::downgrade(&part));
@@ -272,6 +285,44 @@ impl Vm {
         failed.map_or(Ok(()), |error| Err(state.explain(&error)))
     }
 
+    /// Carries out exchanges with the VMM.
+    ///
+    /// # Errors
+    ///
+    /// Fails as every wait does, after `deadline`, if the VM is not managed, and if the VMM or the guest refuses.
+    pub(crate) fn manage(&self, exchanges: &[Exchange], deadline: Instant) -> Result<()> {
+        let managed = |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| {
+            qmp.carry_out(exchanges, deadline, check)
+        };
+        self.lock().managed(&self.watch, managed)
+    }
+
+    /// Sends a QMP command to the VM's QEMU and returns the answer.
+    ///
+    /// # Errors
+    ///
+    /// Fails as every wait does, after `deadline`, and if the VM is not managed.
+    pub fn qmp(&self, command: &str, arguments: &Value, deadline: Instant) -> Result<Reply> {
+        let execute = |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| {
+            qmp.execute(command, arguments, deadline, check)
+        };
+        self.lock().managed(&self.watch, execute)
+    }
+
+    /// Waits for an event of the VM's QEMU, of this name and with these fields among its data, that came after the last
+    /// command was sent.
+    ///
+    /// # Errors
+    ///
+    /// Fails as every wait does, after `deadline`, if the VM is not managed, and if the guest refuses to let go of a
+    /// device.
+    pub fn qmp_event(&self, name: &str, data: &Value, deadline: Instant) -> Result<Value> {
+        let event = |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| {
+            qmp.event(name, data, deadline, check)
+        };
+        self.lock().managed(&self.watch, event)
+    }
+
     /// Fails if the VM has failed.
     ///
     /// # Errors
@@ -340,6 +391,25 @@ impl State {
             }
         };
         end.map_err(|error| self.explain(&error))
+    }
+
+    /// Speaks with the VMM through its management connection.
+    fn managed<T>(
+        &mut self,
+        watch: &Watch,
+        speak: impl FnOnce(&mut Qmp, &mut dyn FnMut() -> Result<()>) -> Result<T>,
+    ) -> Result<T> {
+        let Self { vmm, console, control, vmm_log, management, .. } = self;
+        let Some(qmp) = management else {
+            bail!("VM {}: it is not managed: its VMM takes no requests while it runs", self.name);
+        };
+        let spoken = speak(qmp, &mut || {
+            console.check()?;
+            alive(vmm, vmm_log)?;
+            control.check()?;
+            watch.check()
+        });
+        spoken.map_err(|error| self.explain(&error))
     }
 
     fn request(&mut self, action: Action, deadline: Instant, watch: &Watch) -> Result<Outcome> {
