@@ -314,8 +314,11 @@ impl<'a> Comparison<'a> {
     fn start_back_end(&self, vm: &Vm, vvu: &ProxyConfig) -> Result<()> {
         let bdf = vvu.slot;
         let block = self.block(Path::new("/disk.img")).join(" ");
+        // One command for all: each is a round trip over a serial port.
         let serve = format!(
-            "truncate -s {DISK_MIB}M /disk.img && vvu bind {bdf} && exec vvu {block} --vfio {bdf}"
+            "cd /sys/bus/pci && echo vfio-pci > devices/{bdf}/driver_override && \
+             echo {bdf} > drivers/virtio-pci/unbind && echo {bdf} > drivers/vfio-pci/bind && \
+             truncate -s {DISK_MIB}M /disk.img && exec vvu {block} --vfio {bdf}"
         );
         vm.spawn("backend", &serve, 0, self.lab.deadline(LIMIT))?;
         vm.wait_for(&Regex::new(r"^\[backend\] .*ready")?, self.lab.deadline(LIMIT))?;

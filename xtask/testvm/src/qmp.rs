@@ -91,7 +91,8 @@ impl Qmp {
     ///
     /// Fails if the socket cannot be made.
     pub(crate) fn listen(path: &Path) -> Result<Self> {
-        let listener = UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
+        let listener =
+            UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
         let socket = Socket { listener, path: path.to_owned() };
         socket.listener.set_nonblocking(true).context("cannot set up the management socket")?;
         Ok(Self { socket, connection: None, last_id: 0, events: VecDeque::new() })

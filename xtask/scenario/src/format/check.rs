@@ -127,7 +127,11 @@ impl VmSpec {
             self.memory_mib
         );
         let most = self.most_memory_mib();
-        ensure!(most >= self.memory_mib, "max_memory_mib: {most}: want `memory_mib`, {}, or more", self.memory_mib);
+        ensure!(
+            most >= self.memory_mib,
+            "max_memory_mib: {most}: want `memory_mib`, {}, or more",
+            self.memory_mib
+        );
         let nodes = self.numa_nodes;
         ensure!(
             (1..=8).contains(&nodes) && self.memory_mib.is_multiple_of(nodes.into()),

@@ -94,10 +94,7 @@ fn one(
     let plan = Plan::new(scenario, run, lab.sockets())?;
     let images = Images::build(scenario, &lab, &options.overlay, progress)?;
     let values = scenario.values(
-        |vvu| VvuFacts {
-            bdf: plan.proxies[vvu].slot.to_string(),
-            memory: plan.proxies[vvu].memory_file(),
-        },
+        |vvu| VvuFacts { bdf: plan.proxies[vvu].slot.to_string(), memory: plan.proxies[vvu].memory_file() },
         |disk| images.disks.get(disk).cloned().unwrap_or_default(),
     );
     let launcher = Launcher { lab: &lab, kernel, plan: &plan, images: &images };

@@ -9,7 +9,8 @@ use serde_json::Value;
 use vvu_init::protocol::{End, Exit};
 
 use crate::format::{
-    ExpectedReply, Milestone, Placed, QmpStep, ROUND, RunStep, Scenario, Step, TraceStep, Values, find_in_order,
+    ExpectedReply, Milestone, Placed, QmpStep, ROUND, RunStep, Scenario, Step, TraceStep, Values,
+    find_in_order,
 };
 use crate::report::{Check, CheckResult};
 use vvu_process::interrupt;

@@ -291,9 +291,8 @@ impl Vm {
     ///
     /// Fails as every wait does, after `deadline`, if the VM is not managed, and if the VMM or the guest refuses.
     pub(crate) fn manage(&self, exchanges: &[Exchange], deadline: Instant) -> Result<()> {
-        let managed = |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| {
-            qmp.carry_out(exchanges, deadline, check)
-        };
+        let managed =
+            |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| qmp.carry_out(exchanges, deadline, check);
         self.lock().managed(&self.watch, managed)
     }
 
@@ -317,9 +316,8 @@ impl Vm {
     /// Fails as every wait does, after `deadline`, if the VM is not managed, and if the guest refuses to let go of a
     /// device.
     pub fn qmp_event(&self, name: &str, data: &Value, deadline: Instant) -> Result<Value> {
-        let event = |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| {
-            qmp.event(name, data, deadline, check)
-        };
+        let event =
+            |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| qmp.event(name, data, deadline, check);
         self.lock().managed(&self.watch, event)
     }
 

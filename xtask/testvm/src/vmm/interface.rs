@@ -125,7 +125,10 @@ impl Capabilities {
         ensure!(self.iommus || config.iommu.is_none(), "{vm}: no IOMMU of {name} is supported here");
         ensure!(self.numa || config.numa_nodes <= 1, "{vm}: {name} is given no NUMA nodes here");
         let plain = config.attachable.is_empty() && !config.managed && config.max_memory_mib.is_none();
-        ensure!(self.hot_plug || plain, "{vm}: devices and RAM cannot be added to a running VM of {name} here");
+        ensure!(
+            self.hot_plug || plain,
+            "{vm}: devices and RAM cannot be added to a running VM of {name} here"
+        );
         Ok(())
     }
 }

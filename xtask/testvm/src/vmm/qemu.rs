@@ -106,8 +106,8 @@ pub(super) fn arguments(
     words.pair("-display", "none").pair("-name", escaped(&config.name));
     // Interrupt remapping needs the interrupt controller of the I/O bus in QEMU itself.
     let irqchip = if config.iommu == Some(Iommu::Intel) { ",kernel-irqchip=split" } else { "" };
-    let memory = if config.numa_nodes > 1 { "" } else { ",memory-backend=mem" };
-    words.pair("-machine", format!("{}{memory}{irqchip}", machine.qemu.machine));
+    let whole = if config.numa_nodes > 1 { "" } else { ",memory-backend=mem" };
+    words.pair("-machine", format!("{}{whole}{irqchip}", machine.qemu.machine));
     words.pair(
         "-accel",
         match accelerator {

@@ -58,7 +58,10 @@ fn attachable(config: &Config, index: usize) -> Result<(usize, &Device)> {
     let vm = &config.name;
     let device = config.attachable.get(index).with_context(|| format!("{vm} has no port {index}"))?;
     let attachable = matches!(device, Device::VhostUser { .. } | Device::VirtioBlk { .. });
-    ensure!(attachable, "{vm}: a vvu device cannot be attached while the VM runs: it must be there at launch");
+    ensure!(
+        attachable,
+        "{vm}: a vvu device cannot be attached while the VM runs: it must be there at launch"
+    );
     Ok((config.devices.len() + index, device))
 }
 

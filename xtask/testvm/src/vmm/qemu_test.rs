@@ -1,8 +1,8 @@
 use vvu_artifacts::accel::Kind;
 use vvu_artifacts::machine::{AARCH64, X86_64};
 
-use super::super::rig::{boot, device, sibling, with_frontend};
 use super::super::qemu_hot_plug::{attach, detach};
+use super::super::rig::{boot, device, sibling, with_frontend};
 use super::*;
 use crate::vm::cpu::CpuLevel;
 
@@ -137,7 +137,13 @@ fn what_cannot_work_is_refused() {
 /// The sibling VM, whose disk is attached while it runs.
 fn attachable() -> Config {
     let Config { devices, .. } = sibling();
-    Config { devices: Vec::new(), attachable: devices, managed: true, max_memory_mib: Some(1024), ..sibling() }
+    Config {
+        devices: Vec::new(),
+        attachable: devices,
+        managed: true,
+        max_memory_mib: Some(1024),
+        ..sibling()
+    }
 }
 
 #[test]
@@ -150,7 +156,10 @@ fn a_device_that_comes_later_has_a_port_and_its_vm_a_monitor() {
         ),
         "{line}"
     );
-    assert!(line.contains(" -m 256M,slots=8,maxmem=1024M ") && line.contains(",size=256M,share=on,"), "{line}");
+    assert!(
+        line.contains(" -m 256M,slots=8,maxmem=1024M ") && line.contains(",size=256M,share=on,"),
+        "{line}"
+    );
     assert!(!line.contains("vhost0"), "{line}");
 }
 
