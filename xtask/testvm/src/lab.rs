@@ -120,7 +120,11 @@ impl<'a> Lab<'a> {
     ///
     /// Fails if the VMM refuses, as every wait does, and after `deadline`.
     pub fn attach(&self, vm: &Vm, config: &Config, index: usize, deadline: Instant) -> Result<String> {
-        vm.manage(&self.setup.vmm(config.vmm.as_deref())?.attach(config, index)?, deadline)?;
+        let exchanges = self.setup.vmm(config.vmm.as_deref())?.attach(config, index)?;
+        // A guest that still boots might miss the device, and it may have announced another one before.
+        vm.ready(deadline)?;
+        vm.skip_console()?;
+        vm.manage(&exchanges, deadline)?;
         match config.attachable.get(index).and_then(Device::announcement) {
             Some(line) => Ok(vm.wait_for(&Regex::new(line)?, deadline)?.line),
             None => Ok(format!("{} took the device", vm.name())),
@@ -134,7 +138,9 @@ impl<'a> Lab<'a> {
     ///
     /// Fails if the VMM or the guest refuses, as every wait does, and after `deadline`.
     pub fn detach(&self, vm: &Vm, config: &Config, index: usize, deadline: Instant) -> Result<()> {
-        vm.manage(&self.setup.vmm(config.vmm.as_deref())?.detach(config, index)?, deadline)
+        let exchanges = self.setup.vmm(config.vmm.as_deref())?.detach(config, index)?;
+        vm.ready(deadline)?;
+        vm.manage(&exchanges, deadline)
     }
 
     /// Starts a VM whose console is this program's terminal, with a shell on it. Call it on the main thread.

@@ -6,6 +6,7 @@ pub(crate) mod cpu;
 pub(crate) mod frontend;
 pub(crate) mod iommu;
 mod log;
+mod manage;
 
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
@@ -17,7 +18,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail};
 use regex::Regex;
-use serde_json::Value;
 use vvu_init::protocol::{Action, Empty, End, Exit, Identity, Kill, Outcome, Output, Run, Spawn};
 use vvu_process::children::{self, Running};
 use vvu_process::interrupt;
@@ -25,7 +25,7 @@ use vvu_process::text::printable;
 
 use crate::console::{Console, Found};
 use crate::control::Control;
-use crate::qmp::{Exchange, Qmp, Reply};
+use crate::qmp::Qmp;
 use crate::spawned::ending;
 use crate::watch::{Part, Watch, lock};
 use log::VmmLog;
@@ -158,6 +158,16 @@ impl Vm {
         found.map_err(|error| state.explain(&error))
     }
 
+    /// Passes over the lines that the console has so far, so that [`Vm::wait_for`] finds only later ones.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the guest has failed.
+    pub(crate) fn skip_console(&self) -> Result<()> {
+        let mut state = self.lock();
+        state.console.skip().map_err(|error| state.explain(&error))
+    }
+
     /// Runs a shell command in the guest, waits for the guest to be ready first, and returns what the command printed
     /// on its standard output.
     ///
@@ -285,42 +295,6 @@ impl Vm {
         failed.map_or(Ok(()), |error| Err(state.explain(&error)))
     }
 
-    /// Carries out exchanges with the VMM.
-    ///
-    /// # Errors
-    ///
-    /// Fails as every wait does, after `deadline`, if the VM is not managed, and if the VMM or the guest refuses.
-    pub(crate) fn manage(&self, exchanges: &[Exchange], deadline: Instant) -> Result<()> {
-        let managed =
-            |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| qmp.carry_out(exchanges, deadline, check);
-        self.lock().managed(&self.watch, managed)
-    }
-
-    /// Sends a QMP command to the VM's QEMU and returns the answer.
-    ///
-    /// # Errors
-    ///
-    /// Fails as every wait does, after `deadline`, and if the VM is not managed.
-    pub fn qmp(&self, command: &str, arguments: &Value, deadline: Instant) -> Result<Reply> {
-        let execute = |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| {
-            qmp.execute(command, arguments, deadline, check)
-        };
-        self.lock().managed(&self.watch, execute)
-    }
-
-    /// Waits for an event of the VM's QEMU, of this name and with these fields among its data, that came after the last
-    /// command was sent.
-    ///
-    /// # Errors
-    ///
-    /// Fails as every wait does, after `deadline`, if the VM is not managed, and if the guest refuses to let go of a
-    /// device.
-    pub fn qmp_event(&self, name: &str, data: &Value, deadline: Instant) -> Result<Value> {
-        let event =
-            |qmp: &mut Qmp, check: &mut dyn FnMut() -> Result<()>| qmp.event(name, data, deadline, check);
-        self.lock().managed(&self.watch, event)
-    }
-
     /// Fails if the VM has failed.
     ///
     /// # Errors
@@ -389,25 +363,6 @@ impl State {
             }
         };
         end.map_err(|error| self.explain(&error))
-    }
-
-    /// Speaks with the VMM through its management connection.
-    fn managed<T>(
-        &mut self,
-        watch: &Watch,
-        speak: impl FnOnce(&mut Qmp, &mut dyn FnMut() -> Result<()>) -> Result<T>,
-    ) -> Result<T> {
-        let Self { vmm, console, control, vmm_log, management, .. } = self;
-        let Some(qmp) = management else {
-            bail!("VM {}: it is not managed: its VMM takes no requests while it runs", self.name);
-        };
-        let spoken = speak(qmp, &mut || {
-            console.check()?;
-            alive(vmm, vmm_log)?;
-            control.check()?;
-            watch.check()
-        });
-        spoken.map_err(|error| self.explain(&error))
     }
 
     fn request(&mut self, action: Action, deadline: Instant, watch: &Watch) -> Result<Outcome> {
