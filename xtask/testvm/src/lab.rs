@@ -48,6 +48,15 @@ pub struct Lab<'a> {
     transient: Mutex<Vec<PathBuf>>,
 }
 
+/// A device that was attached to a running VM.
+#[derive(Debug, Clone)]
+pub struct Attached {
+    /// When the guest's kernel announced it; when the VMM took it if the kernel does not tell.
+    pub at: Instant,
+    /// What proves it.
+    pub evidence: String,
+}
+
 impl<'a> Lab<'a> {
     /// A lab without VMs, which takes programs and images from `setup`.
     ///
@@ -111,23 +120,31 @@ impl<'a> Lab<'a> {
         Vm::launch(name, command, logs, management, failures, self.setup.slowness, &self.watch)
     }
 
-    /// Attaches `config.attachable[index]` to `vm`, which was started with `config`, and waits until the guest has it if
-    /// its kernel tells. Returns what proves it.
+    /// Attaches `config.attachable[index]` to `vm`, which was started with `config`, and waits until the guest can use it
+    /// if it is a disk.
     ///
     /// QEMU stands still, and its guest with it, until the back-end answers: attach a device when that is ready.
     ///
     /// # Errors
     ///
     /// Fails if the VMM refuses, as every wait does, and after `deadline`.
-    pub fn attach(&self, vm: &Vm, config: &Config, index: usize, deadline: Instant) -> Result<String> {
+    pub fn attach(&self, vm: &Vm, config: &Config, index: usize, deadline: Instant) -> Result<Attached> {
         let exchanges = self.setup.vmm(config.vmm.as_deref())?.attach(config, index)?;
         // A guest that still boots might miss the device, and it may have announced another one before.
         vm.ready(deadline)?;
         vm.skip_console()?;
         vm.manage(&exchanges, deadline)?;
         match config.attachable.get(index).and_then(Device::announcement) {
-            Some(line) => Ok(vm.wait_for(&Regex::new(line)?, deadline)?.line),
-            None => Ok(format!("{} took the device", vm.name())),
+            Some(line) => {
+                let found = vm.wait_for(&Regex::new(line)?, deadline)?;
+                let at = Instant::now();
+                // The kernel announces a disk a little before it can be opened.
+                let disk = found.value;
+                let usable = format!("until head -c 512 /dev/{disk} > /dev/null 2>&1; do sleep 0.01; done");
+                vm.run_until(&usable, deadline)?;
+                Ok(Attached { at, evidence: found.line })
+            }
+            None => Ok(Attached { at: Instant::now(), evidence: format!("{} took the device", vm.name()) }),
         }
     }
 

@@ -64,7 +64,7 @@ mod vmm;
 mod watch;
 
 pub use console::Found;
-pub use lab::Lab;
+pub use lab::{Attached, Lab};
 pub use obtain::SetupOptions;
 pub use process::{Process, Ready};
 pub use proxy::{Express, ProxyConfig};

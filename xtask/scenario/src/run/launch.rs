@@ -38,7 +38,7 @@ impl<'a> Launcher<'a> {
             trace: Box::new(|name| self.trace(name)),
             attach: Box::new(|vms, vvu, deadline| {
                 let (vm, config, index) = self.attachment(vms, vvu)?;
-                self.lab.attach(vm, config, index, deadline)
+                Ok(self.lab.attach(vm, config, index, deadline)?.evidence)
             }),
             detach: Box::new(|vms, vvu, deadline| {
                 let (vm, config, index) = self.attachment(vms, vvu)?;

@@ -107,8 +107,8 @@ impl Device {
         }
     }
 
-    /// The line that a Linux guest prints on its console once it has the device, as a regular expression; `None` if it
-    /// prints none.
+    /// The line that a Linux guest prints on its console once it has the device, as a regular expression whose group is
+    /// the name of the disk; `None` if it prints none.
     #[must_use]
     pub fn announcement(&self) -> Option<&'static str> {
         let disk = match self {
@@ -116,7 +116,7 @@ impl Device {
             Device::VirtioBlk { .. } => true,
             Device::Vvu { .. } | Device::Express { .. } => false,
         };
-        disk.then_some(r"virtio_blk virtio\d+: \[vd[a-z]+\] \d+ 512-byte logical blocks.*")
+        disk.then_some(r"virtio_blk virtio\d+: \[(vd[a-z]+)\] \d+ 512-byte logical blocks.*")
     }
 
     /// The unix socket that it is connected to.
