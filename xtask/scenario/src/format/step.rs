@@ -33,8 +33,8 @@ pub enum Step {
     KillProxy(ProxyStep),
     /// Start the proxy of a vvu device again and wait until it listens.
     StartProxy(ProxyStep),
-    /// Attach the front-end of a vvu device to its sibling VM while that runs, and wait until the guest has the device
-    /// if its kernel tells. A vvu device with such a step is not there when the VM starts.
+    /// Attach the front-end of a vvu device to its sibling VM while that runs; of a disk, wait until the guest can open
+    /// it. A vvu device with such a step is not there when the VM starts.
     Attach(AttachStep),
     /// Detach the front-end of a vvu device from its sibling VM, and wait until the guest has let go of it.
     Detach(DetachStep),
