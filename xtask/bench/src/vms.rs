@@ -25,8 +25,6 @@ pub(super) const MEMORY_MIB: u64 = 512;
 const LIMIT: Duration = Duration::from_secs(30);
 /// How much longer than its seconds a test may take, at native speed.
 const GRACE: Duration = Duration::from_secs(5);
-/// The line that the sibling's kernel prints when it has its disk.
-const VDA: &str = r"virtio_blk virtio\d+: \[vda\] \d+ 512-byte logical blocks";
 
 /// The tests: name, rate that is measured, options of `vvu-load`.
 const TESTS: [(&str, &str, &str); 5] = [
@@ -42,6 +40,11 @@ const FILL: &str = "dd if=/dev/urandom of=/dev/vda bs=1M conv=fsync 2>&1 | tail 
 const WARM_UP: &str = "vvu-load measure --file /dev/vda --seconds 1 --seed 2 --pattern randread";
 /// Latencies in the output of `vvu-load`.
 const LATENCIES: [&str; 2] = ["latency_p50_us", "latency_p99_us"];
+
+/// Time from the launch of the first VM until the sibling's kernel has its disk.
+const LAUNCH: &str = "launch-to-vda";
+/// The same if both VMs boot at the same time and the disk is attached to the running sibling.
+const ATTACHED_LAUNCH: &str = "attached-launch-to-vda";
 
 /// What serves the sibling's disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,9 +96,24 @@ pub(super) fn measure(
     let comparison = Comparison::new(options, lab, progress)?;
     for round in (options.first_round..).take(usize::try_from(options.rounds)?) {
         let bare_boot = lab.bare_boot(lab.plain()?)?.as_secs_f64();
-        results.add(round, start_up("launch-to-vda"), Better::Lower, "bare-boot", bare_boot);
+        for test in [LAUNCH, ATTACHED_LAUNCH] {
+            results.add(round, start_up(test), Better::Lower, "bare-boot", bare_boot);
+        }
         // Over the rounds each variant goes first equally often.
         let first = usize::try_from(round)? % variants.len();
+        if variants.contains(&Variant::Vvu) {
+            let stage = progress.stage(format!("attached {round}"));
+            match comparison.attached() {
+                Ok(figures) => {
+                    for (key, better, value) in figures {
+                        results.add(round, key, better, Variant::Vvu.name(), value);
+                    }
+                    stage.done("");
+                }
+                Err(error) if interrupt::requested() => return Err(error),
+                Err(error) => results.skip(&format!("attached in round {round}"), format!("{error:#}")),
+            }
+        }
         for variant in variants[first..].iter().chain(&variants[..first]) {
             let name = variant.name();
             let stage = progress.stage(format!("{name} {round}"));
@@ -152,10 +170,11 @@ impl<'a> Comparison<'a> {
             ..VmConfig::new("sibling", MEMORY_MIB)
         })?;
         let started = served.device_vm.as_ref().map_or(sibling.launched(), Vm::launched);
-        sibling.wait_for(&Regex::new(VDA)?, self.lab.deadline(LIMIT))?;
+        let disk = served.device.announcement().context("the sibling has no disk")?;
+        sibling.wait_for(&Regex::new(disk)?, self.lab.deadline(LIMIT))?;
         let launched = started.elapsed();
         let mut figures = std::mem::take(&mut served.figures);
-        figures.push((start_up("launch-to-vda"), Better::Lower, launched.as_secs_f64()));
+        figures.push((start_up(LAUNCH), Better::Lower, launched.as_secs_f64()));
 
         let mut processes = served.processes();
         processes.push(("sibling", sibling.id()));
@@ -239,33 +258,72 @@ impl<'a> Comparison<'a> {
         words
     }
 
+    /// Measures how long it takes to the disk if both VMs boot at the same time and the disk is attached.
+    fn attached(&self) -> Result<Vec<Figure>> {
+        let vvu = ProxyConfig::new("attached", MEMORY_MIB, self.lab.sockets());
+        let proxy = self.lab.proxy(&vvu)?;
+        let device_vm = self.launch_device_vm(&vvu)?;
+        let config = VmConfig {
+            memory_file: Some(vvu.memory_file()),
+            attachable: vec![vvu.vhost_user_device(Frontend::default())],
+            managed: true,
+            ..VmConfig::new("sibling", MEMORY_MIB)
+        };
+        let sibling = self.lab.vm(&config)?;
+        device_vm.ready(self.lab.deadline(LIMIT))?;
+        let mut figures = Vec::new();
+        let mut stage = |test: &str| {
+            let seconds = device_vm.launched().elapsed().as_secs_f64();
+            figures.push((start_up(test), Better::Lower, seconds));
+        };
+        self.start_back_end(&device_vm, &vvu)?;
+        stage("attached-launch-to-back-end");
+        sibling.ready(self.lab.deadline(LIMIT))?;
+        stage("attached-launch-to-both");
+        let attached = self.lab.attach(&sibling, &config, 0, self.lab.deadline(LIMIT))?;
+        let launched = attached.at - device_vm.launched();
+        figures.push((start_up(ATTACHED_LAUNCH), Better::Lower, launched.as_secs_f64()));
+        drop((sibling, device_vm));
+        proxy.stop()?;
+        Ok(figures)
+    }
+
     fn serve_in_vm(&self, vvu: &ProxyConfig, device: Device) -> Result<Served> {
         let proxy = self.lab.proxy(vvu)?;
-        let vm = self.lab.vm(&VmConfig {
-            iommu: Some(Iommu::Virtio),
-            devices: vvu.devices(),
-            ..VmConfig::new("device", MEMORY_MIB)
-        })?;
+        let vm = self.launch_device_vm(vvu)?;
         vm.ready(self.lab.deadline(LIMIT))?;
         let mut figures = Vec::new();
         let mut stage = |test: &str, vm: &Vm| {
             figures.push((start_up(test), Better::Lower, vm.launched().elapsed().as_secs_f64()));
         };
         stage("launch-to-device-vm", &vm);
-        let bdf = vvu.slot;
-        let bind = format!(
-            "cd /sys/bus/pci && echo vfio-pci > devices/{bdf}/driver_override && \
-             echo {bdf} > drivers/virtio-pci/unbind && echo {bdf} > drivers/vfio-pci/bind && \
-             truncate -s {DISK_MIB}M /disk.img"
-        );
-        vm.run_until(&bind, self.lab.deadline(LIMIT))?;
-        let serve = ["vvu".to_owned()].into_iter().chain(self.block(Path::new("/disk.img")));
-        let serve = serve.chain(["--vfio".to_owned(), bdf.to_string()]).collect::<Vec<_>>().join(" ");
-        vm.spawn("backend", &serve, 0, self.lab.deadline(LIMIT))?;
-        vm.wait_for(&Regex::new(r"^\[backend\] .*ready")?, self.lab.deadline(LIMIT))?;
+        self.start_back_end(&vm, vvu)?;
         stage("launch-to-back-end", &vm);
         let memory = Some(vvu.memory_file());
         Ok(Served { memory, figures, proxy: Some(proxy), device_vm: Some(vm), ..Served::new(device) })
+    }
+
+    fn launch_device_vm(&self, vvu: &ProxyConfig) -> Result<Vm> {
+        self.lab.vm(&VmConfig {
+            iommu: Some(Iommu::Virtio),
+            devices: vvu.devices(),
+            ..VmConfig::new("device", MEMORY_MIB)
+        })
+    }
+
+    /// Serves a new disk in the device VM and waits until the back-end is ready.
+    fn start_back_end(&self, vm: &Vm, vvu: &ProxyConfig) -> Result<()> {
+        let bdf = vvu.slot;
+        let block = self.block(Path::new("/disk.img")).join(" ");
+        // One command for all: each is a round trip over a serial port.
+        let serve = format!(
+            "cd /sys/bus/pci && echo vfio-pci > devices/{bdf}/driver_override && \
+             echo {bdf} > drivers/virtio-pci/unbind && echo {bdf} > drivers/vfio-pci/bind && \
+             truncate -s {DISK_MIB}M /disk.img && exec vvu {block} --vfio {bdf}"
+        );
+        vm.spawn("backend", &serve, 0, self.lab.deadline(LIMIT))?;
+        vm.wait_for(&Regex::new(r"^\[backend\] .*ready")?, self.lab.deadline(LIMIT))?;
+        Ok(())
     }
 }
 

@@ -201,6 +201,17 @@ impl Console {
         }
     }
 
+    /// Passes over the lines that have arrived.
+    ///
+    /// # Errors
+    ///
+    /// Fails if one of them is a failure, or the console has ended.
+    pub(crate) fn skip(&mut self) -> Result<()> {
+        let line = Regex::new("(?m)^[^\n]*\n")?;
+        while self.poll(&line)?.is_some() {}
+        Ok(())
+    }
+
     /// Fails if the guest has printed a failure since the last wait or check.
     ///
     /// # Errors
@@ -344,6 +355,19 @@ mod tests {
         guest.write_all(b"Oops: 0002 [#1]\nend\n").expect("written");
         let error = wait(&mut console, "end").expect_err("failed").to_string();
         assert!(error.contains("Oops: 0002"), "{error}");
+    }
+
+    #[test]
+    fn lines_that_were_passed_over_are_not_found() {
+        let (mut console, mut guest) = console();
+        // One write arrives as a whole.
+        guest.write_all(b"first\n[vda] old\n").expect("written");
+        wait(&mut console, "first").expect("found");
+        console.skip().expect("no failure");
+        guest.write_all(b"[vda] new\n").expect("written");
+        assert_eq!(wait(&mut console, r"\[vda\].*").expect("found").line, "[vda] new");
+        guest.write_all(b"Oops: 1\nend\n").expect("written");
+        wait(&mut console, "end").expect_err("failed");
     }
 
     #[test]

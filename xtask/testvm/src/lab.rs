@@ -15,9 +15,10 @@ use crate::leftover::{self, RUN_VARIABLE};
 use crate::memory;
 use crate::process::{Process, Ready};
 use crate::proxy::ProxyConfig;
+use crate::qmp::Qmp;
 use crate::rundir::{RunDir, SocketDir};
 use crate::setup::{KernelId, Setup};
-use crate::vm::config::{Boot, Config, Serial};
+use crate::vm::config::{Boot, Config, Device, Serial};
 use crate::vm::{Logs, Vm};
 use crate::watch::{Watch, lock};
 
@@ -45,6 +46,15 @@ pub struct Lab<'a> {
     watch: Arc<Watch>,
     /// Sockets and links of all proxies so far.
     transient: Mutex<Vec<PathBuf>>,
+}
+
+/// A device that was attached to a running VM.
+#[derive(Debug, Clone)]
+pub struct Attached {
+    /// When the guest's kernel announced it; when the VMM took it if the kernel does not tell.
+    pub at: Instant,
+    /// What proves it.
+    pub evidence: String,
 }
 
 impl<'a> Lab<'a> {
@@ -102,9 +112,52 @@ impl<'a> Lab<'a> {
             console: self.run.file(&format!("{name}-console.log")),
             vmm: self.run.file(&format!("{name}-qemu.log")),
         };
-        let command = self.command(config, boot, Serial::Inherited(&logs.console))?;
+        let socket = config.managed.then(|| self.sockets.socket(&format!("{name}.manage")));
+        let management = socket.as_deref().map(Qmp::listen).transpose()?;
+        let serial = Serial::Inherited { log: &logs.console, management: socket.as_deref() };
+        let command = self.command(config, boot, serial)?;
         let failures = self.setup.vmm(config.vmm.as_deref())?.failures();
-        Vm::launch(name, command, logs, failures, self.setup.slowness, &self.watch)
+        Vm::launch(name, command, logs, management, failures, self.setup.slowness, &self.watch)
+    }
+
+    /// Attaches `config.attachable[index]` to `vm`, which was started with `config`, and waits until the guest can use it
+    /// if it is a disk.
+    ///
+    /// QEMU stands still, and its guest with it, until the back-end answers: attach a device when that is ready.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM refuses, as every wait does, and after `deadline`.
+    pub fn attach(&self, vm: &Vm, config: &Config, index: usize, deadline: Instant) -> Result<Attached> {
+        let exchanges = self.setup.vmm(config.vmm.as_deref())?.attach(config, index)?;
+        // A guest that still boots might miss the device, and it may have announced another one before.
+        vm.ready(deadline)?;
+        vm.skip_console()?;
+        vm.manage(&exchanges, deadline)?;
+        match config.attachable.get(index).and_then(Device::announcement) {
+            Some(line) => {
+                let found = vm.wait_for(&Regex::new(line)?, deadline)?;
+                let at = Instant::now();
+                // The kernel announces a disk a little before it can be opened.
+                let disk = found.value;
+                let usable = format!("until head -c 512 /dev/{disk} > /dev/null 2>&1; do sleep 0.01; done");
+                vm.run_until(&usable, deadline)?;
+                Ok(Attached { at, evidence: found.line })
+            }
+            None => Ok(Attached { at: Instant::now(), evidence: format!("{} took the device", vm.name()) }),
+        }
+    }
+
+    /// Detaches `config.attachable[index]` from `vm`, which was started with `config`, and waits until the guest has let
+    /// go of it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM or the guest refuses, as every wait does, and after `deadline`.
+    pub fn detach(&self, vm: &Vm, config: &Config, index: usize, deadline: Instant) -> Result<()> {
+        let exchanges = self.setup.vmm(config.vmm.as_deref())?.detach(config, index)?;
+        vm.ready(deadline)?;
+        vm.manage(&exchanges, deadline)
     }
 
     /// Starts a VM whose console is this program's terminal, with a shell on it. Call it on the main thread.

@@ -126,6 +126,18 @@ impl VmSpec {
             "memory_mib: {}: want 64 or more, the guest kernel needs them",
             self.memory_mib
         );
+        let most = self.most_memory_mib();
+        ensure!(
+            most >= self.memory_mib,
+            "max_memory_mib: {most}: want `memory_mib`, {}, or more",
+            self.memory_mib
+        );
+        let nodes = self.numa_nodes;
+        ensure!(
+            (1..=8).contains(&nodes) && self.memory_mib.is_multiple_of(nodes.into()),
+            "numa_nodes: {nodes}: want 1 to 8, among which {} MiB of RAM can be divided",
+            self.memory_mib
+        );
         ensure!((1..=8).contains(&self.cpus), "cpus: {}: want 1 to 8, as in the guest kernel", self.cpus);
         ensure!(!self.cmdline.contains(['\n', '\0']), "cmdline: want one line");
         self.programs.iter().try_for_each(|name| programs.check(name)).context("programs")?;

@@ -6,10 +6,9 @@ use anyhow::{Context, Result, ensure};
 
 use super::check::check_name;
 use super::placed::Placed;
-use super::scenario::{DiskFacts, ROUND, Scenario};
-use super::step::{
-    ConsoleStep, KillStep, ProxyStep, RepeatStep, RunStep, SpawnStep, Step, TraceStep, VmStep, WaitStep,
-};
+use super::scenario::{DiskFacts, ROUND, Scenario, VvuFacts};
+use super::step::{ConsoleStep, KillStep, RepeatStep, RunStep, SpawnStep, Step, VmStep, WaitStep};
+use super::step_host::{AttachStep, DetachStep, ExpectedReply, ProxyStep, QmpStep, TraceStep};
 use super::text::Values;
 
 /// Most rounds of a repeat.
@@ -48,6 +47,8 @@ struct State<'a> {
     vms: BTreeSet<&'a str>,
     /// vvu devices whose proxy runs.
     proxies: BTreeSet<&'a str>,
+    /// vvu devices that a step has attached to their sibling VM.
+    attached: BTreeSet<&'a str>,
 }
 
 impl<'a> State<'a> {
@@ -56,9 +57,10 @@ impl<'a> State<'a> {
         Self {
             scenario,
             // The values are known once the scenario runs; here only their names count.
-            values: scenario.values(|_| String::new(), |_| DiskFacts::default()),
+            values: scenario.values(|_| VvuFacts::default(), |_| DiskFacts::default()),
             vms: vms.map(String::as_str).collect(),
             proxies: scenario.vvu.keys().map(String::as_str).collect(),
+            attached: BTreeSet::new(),
         }
     }
 
@@ -84,12 +86,20 @@ impl<'a> State<'a> {
             Step::Start(VmStep { vm, .. }) => {
                 ensure!(self.vms.insert(vm), "start: {vm:?} runs already");
             }
-            Step::KillVm(VmStep { vm, .. }) => {
-                self.vms.remove(vm.as_str());
+            Step::KillVm(VmStep { vm, .. }) => self.ended(vm),
+            Step::PowerOff(power_off) => self.ended(&power_off.vm),
+            Step::Attach(AttachStep { vvu, .. }) => {
+                self.sibling_runs(vvu)?;
+                ensure!(self.attached.insert(vvu), "vvu: {vvu:?} is attached already");
             }
-            Step::PowerOff(power_off) => {
-                self.vms.remove(power_off.vm.as_str());
+            Step::Detach(DetachStep { vvu, .. }) => {
+                self.sibling_runs(vvu)?;
+                ensure!(
+                    self.attached.remove(vvu.as_str()),
+                    "vvu: {vvu:?} is not attached: an `attach` step must come before"
+                );
             }
+            Step::Qmp(qmp) => self.check_qmp(qmp)?,
             Step::Run(RunStep { command, expect, save, measure, .. }) => {
                 self.values.fill(command).context("command")?;
                 self.check_pattern("expect.stdout", expect.stdout.as_deref(), save.as_deref(), *measure)?;
@@ -114,6 +124,35 @@ impl<'a> State<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Notes that the VM `vm` is gone, and what was attached to it.
+    fn ended(&mut self, vm: &str) {
+        self.vms.remove(vm);
+        for (vvu, _) in self.scenario.vvu_of_sibling(vm) {
+            self.attached.remove(vvu);
+        }
+    }
+
+    fn sibling_runs(&self, vvu: &str) -> Result<()> {
+        self.known_vvu(vvu)?;
+        let sibling = self.scenario.vvu.get(vvu).map_or("", |vvu| &vvu.sibling_vm);
+        ensure!(
+            self.vms.contains(sibling),
+            "vvu: the sibling VM of {vvu:?}, {sibling:?}, does not run: a `start` step must come before"
+        );
+        Ok(())
+    }
+
+    fn check_qmp(&mut self, qmp: &QmpStep) -> Result<()> {
+        ensure!(!qmp.execute.is_empty(), "execute: want the name of a command");
+        for (name, argument) in &qmp.arguments {
+            self.values.fill_json(argument).with_context(|| format!("arguments.{name}"))?;
+        }
+        let ExpectedReply { result, error } = &qmp.expect;
+        ensure!(result.is_none() || error.is_none(), "expect: want one of `result` and `error`, not both");
+        self.check_pattern("expect.result", result.as_deref(), None, false)?;
+        self.check_pattern("expect.error", error.as_deref(), None, false)
     }
 
     fn check_trace(&mut self, trace: &TraceStep) -> Result<()> {

@@ -226,3 +226,53 @@ fn every_scenario_is_the_same_after_it_is_written_and_read() {
         assert_eq!(Scenario::parse(&text, &dir).expect(&name), scenario);
     }
 }
+
+#[test]
+fn what_is_attached_and_detached_is_followed_through_the_steps() {
+    let with = |steps: &str| MINIMAL.replace(LAST, &format!("{steps}, {LAST}"));
+    let attach = r#"{"attach": {"vvu": "vvu", "milestone": "disk-visible"}}"#;
+    let detach = r#"{"detach": {"vvu": "vvu"}}"#;
+    let restart = r#"{"kill_vm": {"vm": "sibling"}}, {"start": {"vm": "sibling"}}"#;
+    let start = r#"{"start": {"vm": "sibling"}}"#;
+    let valid = with(&[start, attach, detach, attach, restart, attach].join(", "));
+    let scenario = parse(&valid).expect("valid");
+    assert!(scenario.attaches("vvu") && scenario.manages("sibling") && !scenario.manages("device"));
+    assert_eq!(scenario.steps[2].milestone(), Some(Milestone::DiskVisible));
+    for (steps, want) in [
+        (vec![attach, attach], "\"vvu\" is attached already"),
+        (vec![detach], "an `attach` step must come before"),
+        (vec![start, attach, restart, detach], "an `attach` step must come before"),
+        (vec![attach, r#"{"power_off": {"vm": "sibling"}}"#, detach], "\"sibling\", does not run"),
+        (vec![r#"{"attach": {"vvu": "x"}}"#], "no vvu device is called \"x\""),
+    ] {
+        let error = format!("{:#}", parse(&with(&steps.join(", "))).expect_err(want));
+        assert!(error.contains(want), "{error}");
+    }
+}
+
+#[test]
+fn a_qmp_command_has_known_placeholders_and_one_expectation() {
+    let with = |fields: &str| {
+        let step = format!(r#"{{"qmp": {{"vm": "sibling", "execute": "x", {fields}}}}}, {LAST}"#);
+        parse(&MINIMAL.replace(LAST, &step))
+    };
+    let scenario = with(r#""arguments": {"a": [{"b": "{memory}"}]}, "event": "E""#).expect("valid");
+    assert!(scenario.manages("sibling") && !scenario.manages("device"));
+    for (fields, want) in [
+        (r#""arguments": {"a": [{"b": "{disc}"}]}"#, &["arguments.a", "{disc}"][..]),
+        (r#""expect": {"result": "a", "error": "b"}"#, &["one of `result` and `error`"]),
+        (r#""expect": {"error": "("}"#, &["expect.error"]),
+    ] {
+        let error = format!("{:#}", with(fields).expect_err(fields));
+        assert!(want.iter().all(|want| error.contains(want)), "{error}");
+    }
+}
+
+#[test]
+fn ram_that_can_be_added_counts_and_is_no_less_than_there_is() {
+    let sibling = r#""sibling": {"memory_mib": 256"#;
+    refused(sibling, &format!("{sibling}, \"max_memory_mib\": 128"), &["max_memory_mib: 128", "256"]);
+    refused(sibling, &format!("{sibling}, \"numa_nodes\": 3"), &["numa_nodes: 3", "256 MiB"]);
+    let more = MINIMAL.replace(sibling, &format!("{sibling}, \"max_memory_mib\": 1024"));
+    assert_eq!(parse(&more).expect("valid").memory_mib(), 256 + 1024);
+}

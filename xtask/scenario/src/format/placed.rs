@@ -59,6 +59,20 @@ impl Scenario {
         self.unrolled(1).iter().any(|placed| matches!(placed.step, Step::Start(start) if start.vm == vm))
     }
 
+    /// Returns true if a step attaches the vvu device `vvu` to its sibling VM. One that no step attaches is there from
+    /// the VM's start.
+    #[must_use]
+    pub fn attaches(&self, vvu: &str) -> bool {
+        self.unrolled(1).iter().any(|placed| matches!(placed.step, Step::Attach(attach) if attach.vvu == vvu))
+    }
+
+    /// Returns true if a step sends requests to the VMM of `vm` while the VM runs.
+    #[must_use]
+    pub fn manages(&self, vm: &str) -> bool {
+        self.unrolled(1).iter().any(|placed| matches!(placed.step, Step::Qmp(qmp) if qmp.vm == vm))
+            || self.vvu_of_sibling(vm).any(|(vvu, _)| self.attaches(vvu))
+    }
+
     /// Returns true if a step reboots the VM `vm`.
     #[must_use]
     pub fn reboots(&self, vm: &str) -> bool {

@@ -52,6 +52,13 @@ pub struct VmSpec {
     /// RAM in MiB.
     #[schemars(range(min = 64))]
     pub memory_mib: u64,
+    /// RAM in MiB that the VM can have once steps have added some to it; as much as `memory_mib` unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_mib: Option<u64>,
+    /// NUMA nodes among which the RAM is divided equally, each part a piece of the sibling memory file.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    #[schemars(range(min = 1, max = 8))]
+    pub numa_nodes: u32,
     /// Virtual CPUs.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     #[schemars(range(min = 1, max = 8))]
@@ -133,6 +140,15 @@ pub struct DiskSpec {
     pub seed: u64,
 }
 
+/// What is known of a vvu device once its scenario is planned.
+#[derive(Debug, Clone, Default)]
+pub struct VvuFacts {
+    /// The PCI address in the device VM.
+    pub bdf: String,
+    /// Path of the sibling memory file.
+    pub memory: String,
+}
+
 /// What is known of a disk image once it exists.
 #[derive(Debug, Clone, Default)]
 pub struct DiskFacts {
@@ -159,6 +175,14 @@ impl Pattern {
     }
 }
 
+impl VmSpec {
+    /// The most RAM that the VM can have, in MiB.
+    #[must_use]
+    pub fn most_memory_mib(&self) -> u64 {
+        self.max_memory_mib.unwrap_or(self.memory_mib)
+    }
+}
+
 impl VvuSpec {
     /// The virtqueues that the vvu device carries.
     #[must_use]
@@ -168,15 +192,18 @@ impl VvuSpec {
 }
 
 impl Scenario {
-    /// The placeholders of the scenario's texts: `bdf` gives the address of a vvu device, `disk` what is known of a
+    /// The placeholders of the scenario's texts: `vvu` tells what is known of a vvu device, `disk` what is known of a
     /// disk.
-    pub fn values(&self, bdf: impl Fn(&str) -> String, disk: impl Fn(&str) -> DiskFacts) -> Values {
+    pub fn values(&self, vvu: impl Fn(&str) -> VvuFacts, disk: impl Fn(&str) -> DiskFacts) -> Values {
         let mut values = Values::default();
         for name in self.vvu.keys() {
-            values.set(format!("{name}.bdf"), bdf(name));
+            let VvuFacts { bdf, memory } = vvu(name);
             if self.vvu.len() == 1 {
-                values.set("bdf", bdf(name));
+                values.set("bdf", &bdf);
+                values.set("memory", &memory);
             }
+            values.set(format!("{name}.bdf"), bdf);
+            values.set(format!("{name}.memory"), memory);
         }
         for name in self.disks.keys() {
             let DiskFacts { sha256, bytes } = disk(name);
@@ -201,10 +228,10 @@ impl Scenario {
         KernelId::new(self.kernel_source.as_deref(), &self.kernel)
     }
 
-    /// RAM of all VMs in MiB.
+    /// The most RAM of all VMs in MiB.
     #[must_use]
     pub fn memory_mib(&self) -> u64 {
-        self.vms.values().map(|vm| vm.memory_mib).fold(0, u64::saturating_add)
+        self.vms.values().map(VmSpec::most_memory_mib).fold(0, u64::saturating_add)
     }
 
     /// The vvu devices whose front-end is in `vm`.

@@ -5,7 +5,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::message::ExpectedMessage;
+use super::step_host::{AttachStep, DetachStep, ProxyStep, QmpStep, TraceStep};
 
 /// One step of a scenario.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -33,6 +33,13 @@ pub enum Step {
     KillProxy(ProxyStep),
     /// Start the proxy of a vvu device again and wait until it listens.
     StartProxy(ProxyStep),
+    /// Attach the front-end of a vvu device to its sibling VM while that runs; of a disk, wait until the guest can open
+    /// it. A vvu device with such a step is not there when the VM starts.
+    Attach(AttachStep),
+    /// Detach the front-end of a vvu device from its sibling VM, and wait until the guest has let go of it.
+    Detach(DetachStep),
+    /// Send a command to a VM's QEMU over QEMU's own protocol (QMP), and compare the answer.
+    Qmp(QmpStep),
     /// Look for messages among the vhost-user messages that a vvu device has carried so far.
     Trace(TraceStep),
     /// Carry out steps several times.
@@ -181,42 +188,6 @@ pub struct ConsoleStep {
     pub timeout_s: Option<u64>,
 }
 
-/// An action on the proxy of a vvu device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ProxyStep {
-    /// The check that this step belongs to.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub check: Option<String>,
-    /// The vvu device.
-    pub vvu: String,
-}
-
-/// A look at the messages of a vvu device.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct TraceStep {
-    /// The check that this step belongs to.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub check: Option<String>,
-    /// The vvu device.
-    pub vvu: String,
-    /// Messages that must be there in this order, with any others before, between and after them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub expect: Vec<ExpectedMessage>,
-    /// Regular expression that must match somewhere in the trace, one line of JSON for each message: for what
-    /// `expect` cannot say.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub matches: Option<String>,
-    /// Keeps the first capture group of `matches` (without a group, the whole match) as a placeholder of this name for
-    /// later steps.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub save: Option<String>,
-    /// Adds the saved number to the report's measurement of the same name.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub measure: bool,
-}
-
 /// Steps that are carried out several times.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -324,6 +295,9 @@ impl Step {
             | Step::KillVm(VmStep { check, .. })
             | Step::KillProxy(ProxyStep { check, .. })
             | Step::StartProxy(ProxyStep { check, .. })
+            | Step::Attach(AttachStep { check, .. })
+            | Step::Detach(DetachStep { check, .. })
+            | Step::Qmp(QmpStep { check, .. })
             | Step::Trace(TraceStep { check, .. })
             | Step::Repeat(RepeatStep { check, .. }) => check.as_deref(),
         }
@@ -341,8 +315,14 @@ impl Step {
             | Step::Console(ConsoleStep { vm, .. })
             | Step::PowerOff(VmWaitStep { vm, .. })
             | Step::Reboot(VmWaitStep { vm, .. })
+            | Step::Qmp(QmpStep { vm, .. })
             | Step::KillVm(VmStep { vm, .. }) => Some(vm),
-            Step::KillProxy(_) | Step::StartProxy(_) | Step::Trace(_) | Step::Repeat(_) => None,
+            Step::KillProxy(_)
+            | Step::StartProxy(_)
+            | Step::Attach(_)
+            | Step::Detach(_)
+            | Step::Trace(_)
+            | Step::Repeat(_) => None,
         }
     }
 
@@ -350,7 +330,9 @@ impl Step {
     #[must_use]
     pub fn milestone(&self) -> Option<Milestone> {
         match self {
-            Step::Run(RunStep { milestone, .. }) | Step::Console(ConsoleStep { milestone, .. }) => *milestone,
+            Step::Run(RunStep { milestone, .. })
+            | Step::Console(ConsoleStep { milestone, .. })
+            | Step::Attach(AttachStep { milestone, .. }) => *milestone,
             _ => None,
         }
     }
@@ -376,9 +358,11 @@ impl Step {
             Step::Console(ConsoleStep { timeout_s, .. })
             | Step::Reboot(VmWaitStep { timeout_s, .. })
             | Step::Wait(WaitStep { timeout_s, .. }) => (timeout_s, 30),
-            Step::Spawn(SpawnStep { timeout_s, .. }) | Step::Kill(KillStep { timeout_s, .. }) => {
-                (timeout_s, 10)
-            }
+            Step::Spawn(SpawnStep { timeout_s, .. })
+            | Step::Kill(KillStep { timeout_s, .. })
+            | Step::Attach(AttachStep { timeout_s, .. })
+            | Step::Detach(DetachStep { timeout_s, .. })
+            | Step::Qmp(QmpStep { timeout_s, .. }) => (timeout_s, 10),
             _ => (&None, 10),
         };
         (*given, default)
@@ -405,13 +389,16 @@ impl fmt::Display for Step {
             Step::KillVm(_) => f.write_str("SIGKILL to the VMM"),
             Step::KillProxy(ProxyStep { vvu, .. }) => write!(f, "SIGKILL to the proxy {vvu}"),
             Step::StartProxy(ProxyStep { vvu, .. }) => write!(f, "start of the proxy {vvu}"),
+            Step::Attach(AttachStep { vvu, .. }) => write!(f, "attach {vvu}"),
+            Step::Detach(DetachStep { vvu, .. }) => write!(f, "detach {vvu}"),
+            Step::Qmp(QmpStep { execute, .. }) => write!(f, "QMP {execute}"),
             Step::Trace(TraceStep { vvu, .. }) => write!(f, "messages of {vvu}"),
             Step::Repeat(RepeatStep { times, .. }) => write!(f, "{times} rounds"),
         }
     }
 }
 
-fn is_false(flag: &bool) -> bool {
+pub(super) fn is_false(flag: &bool) -> bool {
     !flag
 }
 

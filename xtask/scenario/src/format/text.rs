@@ -6,6 +6,7 @@ use std::sync::LazyLock;
 
 use anyhow::{Result, bail};
 use regex::{Captures, Regex};
+use serde_json::Value;
 
 /// Matches a shell's `${...}`, which stays as it is; `{{name}}`, which stands for the text `{name}`; or a placeholder.
 static PLACEHOLDER: LazyLock<Regex> =
@@ -37,6 +38,25 @@ impl Values {
     /// A placeholder is unknown; the message lists the known ones.
     pub fn fill(&self, text: &str) -> Result<String> {
         self.replace(text, |value| Cow::Borrowed(value))
+    }
+
+    /// Replaces the placeholders in every text of `value`, except in keys.
+    ///
+    /// # Errors
+    ///
+    /// A placeholder is unknown; the message lists the known ones.
+    pub fn fill_json(&self, value: &Value) -> Result<Value> {
+        Ok(match value {
+            Value::String(text) => Value::String(self.fill(text)?),
+            Value::Array(values) => {
+                Value::Array(values.iter().map(|value| self.fill_json(value)).collect::<Result<_>>()?)
+            }
+            Value::Object(fields) => {
+                let filled = fields.iter().map(|(key, value)| Ok((key.clone(), self.fill_json(value)?)));
+                Value::Object(filled.collect::<Result<_>>()?)
+            }
+            other => other.clone(),
+        })
     }
 
     /// Compiles the regular expression `text`, whose placeholders match exactly their values. `^` and `$` match at lines.

@@ -17,9 +17,10 @@ use super::layout::to_text;
 use super::matrix::Matrix;
 use super::scenario::{DiskSpec, Scenario, VmSpec, VvuSpec};
 use super::step::{
-    ConsoleStep, ExpectedExit, ExpectedResult, KillStep, Milestone, ProxyStep, RepeatStep, RunStep, Signal,
-    SpawnStep, Step, TraceStep, VmStep, VmWaitStep, WaitStep,
+    ConsoleStep, ExpectedExit, ExpectedResult, KillStep, Milestone, RepeatStep, RunStep, Signal, SpawnStep,
+    Step, VmStep, VmWaitStep, WaitStep,
 };
+use super::step_host::{ProxyStep, TraceStep};
 
 /// The check whose time the report gave, as it now gives that of the milestone `disk-visible`.
 const DISK_VISIBLE: &str = "vda-appears";
@@ -223,6 +224,8 @@ impl OldScenario {
 impl OldVm {
     fn upgraded(self) -> Result<VmSpec> {
         Ok(VmSpec {
+            max_memory_mib: None,
+            numa_nodes: 1,
             memory_mib: self.memory_mib,
             cpus: self.cpus.unwrap_or(1),
             cpu: self.cpu.as_deref().map(cpu_level).transpose()?,

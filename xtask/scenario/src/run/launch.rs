@@ -6,7 +6,7 @@ use std::fs;
 use anyhow::{Context, Result};
 use vvu_artifacts::kernel::Kernel;
 use vvu_process::progress::Progress;
-use vvu_testvm::{Boot, Lab, Process, Vm};
+use vvu_testvm::{Boot, Lab, Process, Vm, VmConfig};
 
 use super::images::Images;
 use super::plan::Plan;
@@ -36,6 +36,15 @@ impl<'a> Launcher<'a> {
             launch: Box::new(|name| self.vm(name)),
             launch_proxy: Box::new(|name| self.proxy(name)),
             trace: Box::new(|name| self.trace(name)),
+            attach: Box::new(|vms, vvu, deadline| {
+                let (vm, config, index) = self.attachment(vms, vvu)?;
+                Ok(self.lab.attach(vm, config, index, deadline)?.evidence)
+            }),
+            detach: Box::new(|vms, vvu, deadline| {
+                let (vm, config, index) = self.attachment(vms, vvu)?;
+                self.lab.detach(vm, config, index, deadline)?;
+                Ok(format!("{} gave {vvu} back", vm.name()))
+            }),
             launched: None,
             values,
             measurements: Measurements::new(),
@@ -102,6 +111,19 @@ impl<'a> Launcher<'a> {
     fn vm(&self, name: &str) -> Result<Vm> {
         let config = self.plan.vms.get(name).with_context(|| format!("no VM is called {name:?}"))?;
         self.lab.vm_with(config, self.boot(name))
+    }
+
+    /// The sibling VM of a vvu device, its configuration and the index of the front-end among what can be attached.
+    fn attachment<'v>(
+        &'v self,
+        vms: &'v BTreeMap<String, Vm>,
+        vvu: &str,
+    ) -> Result<(&'v Vm, &'v VmConfig, usize)> {
+        let (name, index) =
+            self.plan.attachments.get(vvu).with_context(|| format!("no step attaches {vvu:?}"))?;
+        let vm = vms.get(name).with_context(|| format!("the VM {name} does not run"))?;
+        let config = self.plan.vms.get(name).context("every VM is planned")?;
+        Ok((vm, config, *index))
     }
 
     fn boot(&self, vm: &str) -> Boot<'_> {

@@ -15,7 +15,7 @@ use vvu_process::progress::Progress;
 use vvu_testvm::facts::{self, Outcome};
 use vvu_testvm::{Lab, RunDir, Setup, memory};
 
-use crate::format::{self, Scenario};
+use crate::format::{self, Scenario, VvuFacts};
 use crate::report::{Check, CheckResult, Report, publish};
 
 use images::Images;
@@ -94,7 +94,7 @@ fn one(
     let plan = Plan::new(scenario, run, lab.sockets())?;
     let images = Images::build(scenario, &lab, &options.overlay, progress)?;
     let values = scenario.values(
-        |vvu| plan.proxies[vvu].slot.to_string(),
+        |vvu| VvuFacts { bdf: plan.proxies[vvu].slot.to_string(), memory: plan.proxies[vvu].memory_file() },
         |disk| images.disks.get(disk).cloned().unwrap_or_default(),
     );
     let launcher = Launcher { lab: &lab, kernel, plan: &plan, images: &images };

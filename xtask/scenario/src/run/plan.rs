@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use vvu_testvm::{Addr, Cpu, Device, Express, Iommu, ProxyConfig, RunDir, Slot, SocketDir, VmConfig};
 
-use crate::format::Scenario;
+use crate::format::{Scenario, VmSpec};
 
 /// The proxies and VMs to start.
 #[derive(Debug)]
@@ -15,6 +15,8 @@ pub(super) struct Plan {
     pub proxies: BTreeMap<String, ProxyConfig>,
     /// The VMs by name.
     pub vms: BTreeMap<String, VmConfig>,
+    /// By vvu device that steps attach: the sibling VM and the index among the devices that can be attached to it.
+    pub attachments: BTreeMap<String, (String, usize)>,
 }
 
 impl Plan {
@@ -30,7 +32,7 @@ impl Plan {
         for (name, vvu) in &scenario.vvu {
             let sibling = &vvu.sibling_vm;
             let first = scenario.vvu_of_sibling(sibling).next().map_or(name.as_str(), |(first, _)| first);
-            let memory_mib = scenario.vms.get(sibling).map_or(0, |vm| vm.memory_mib);
+            let memory_mib = scenario.vms.get(sibling).map_or(0, VmSpec::most_memory_mib);
             let fresh = ProxyConfig::new(name, memory_mib, sockets);
             let proxy = ProxyConfig {
                 slot: slots[name.as_str()],
@@ -49,38 +51,49 @@ impl Plan {
             proxies.insert(name.clone(), proxy);
         }
         let mut vms = BTreeMap::new();
+        let mut attachments = BTreeMap::new();
         for (name, spec) in &scenario.vms {
             let back_ends: Vec<_> = scenario.vvu_of_device(name).collect();
             let front_ends: Vec<_> = scenario.vvu_of_sibling(name).collect();
             // VFIO in a device VM needs an IOMMU.
             let iommu = spec.iommu.or((!back_ends.is_empty()).then_some(Iommu::Virtio));
             let own: Vec<_> = back_ends.iter().flat_map(|(vvu, _)| proxies[*vvu].devices()).collect();
-            let mut siblings = Vec::new();
+            let (mut siblings, mut attachable) = (Vec::new(), Vec::new());
             for (vvu, spec) in &front_ends {
-                let slot =
-                    Slot::first_free(|slot| own.iter().chain(&siblings).any(|device| device.slot() == slot));
-                siblings.push(Device::VhostUser {
+                let others = || own.iter().chain(&siblings).chain(&attachable);
+                let slot = Slot::first_free(|slot| others().any(|device: &Device| device.slot() == slot));
+                let device = Device::VhostUser {
                     slot: slot.with_context(|| format!("no PCI slot of {name:?} is left for {vvu:?}"))?,
                     socket: text(&proxies[*vvu].vhost_user),
                     frontend: spec.frontend.clone(),
                     reconnect_ms: spec.reconnect_ms,
-                });
+                };
+                if scenario.attaches(vvu) {
+                    attachments.insert((*vvu).to_owned(), (name.clone(), attachable.len()));
+                    attachable.push(device);
+                } else {
+                    siblings.push(device);
+                }
             }
             let config = VmConfig {
                 name: name.clone(),
                 vmm: spec.vmm.clone(),
                 memory_mib: spec.memory_mib,
+                max_memory_mib: spec.max_memory_mib,
+                numa_nodes: spec.numa_nodes,
                 cpus: spec.cpus,
                 cpu: spec.cpu.map_or(Cpu::Best, Cpu::Level),
                 memory_file: front_ends.first().map(|(vvu, _)| proxies[*vvu].memory_file()),
                 iommu,
                 devices: own.into_iter().chain(siblings).collect(),
+                attachable,
+                managed: scenario.manages(name),
                 cmdline: spec.cmdline.clone(),
                 reboots: scenario.reboots(name),
             };
             vms.insert(name.clone(), config);
         }
-        Ok(Self { proxies, vms })
+        Ok(Self { proxies, vms, attachments })
     }
 }
 
@@ -201,5 +214,22 @@ mod tests {
         let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().device()).collect();
         assert_eq!(slots, [0x10, 0x11]);
         assert_eq!(transient(&plan), 7);
+    }
+
+    #[test]
+    fn a_vvu_device_that_a_step_attaches_is_not_there_at_first() {
+        let plan = plan(
+            r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 512},
+                "sibling": {"memory_mib": 256, "max_memory_mib": 512}},
+                "vvu": {"a": {}, "b": {"addr": "auto"}}, "steps": [{"attach": {"vvu": "b"}}]}"#,
+        );
+        let sibling = &plan.vms["sibling"];
+        let slots =
+            |devices: &[Device]| devices.iter().map(|device| device.slot().device()).collect::<Vec<_>>();
+        assert_eq!((slots(&sibling.devices), slots(&sibling.attachable)), (vec![0x10], vec![0x11]));
+        assert!(sibling.managed && !plan.vms["device"].managed);
+        assert_eq!(plan.attachments, [("b".to_owned(), ("sibling".to_owned(), 0))].into());
+        assert_eq!((sibling.memory_mib, sibling.max_memory_mib), (256, Some(512)));
+        assert_eq!(plan.proxies["a"].memory_mib, Some(512));
     }
 }

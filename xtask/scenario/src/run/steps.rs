@@ -3,21 +3,28 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Context, Error, Result, bail, ensure};
 use regex::Regex;
+use serde_json::Value;
 use vvu_init::protocol::{End, Exit};
 
-use crate::format::{Milestone, Placed, ROUND, RunStep, Scenario, Step, TraceStep, Values, find_in_order};
+use crate::format::{
+    ExpectedReply, Milestone, Placed, QmpStep, ROUND, RunStep, Scenario, Step, TraceStep, Values,
+    find_in_order,
+};
 use crate::report::{Check, CheckResult};
 use vvu_process::interrupt;
 use vvu_process::progress::{Progress, Stage};
-use vvu_testvm::{Process, Vm, ending, printed};
+use vvu_testvm::{Process, Reply, Vm, ending, printed};
 
 /// The measurement that counts kills and reboots.
 const FAULTS: &str = "faults_injected";
 
 /// Starts or reads something by its name in the scenario.
 pub(super) type Launch<'a, T> = Box<dyn Fn(&str) -> Result<T> + 'a>;
+
+/// Attaches or detaches the front-end of a vvu device, given the running VMs; returns the evidence.
+pub(super) type Attach<'a> = Box<dyn Fn(&BTreeMap<String, Vm>, &str, Instant) -> Result<String> + 'a>;
 
 /// Numbers for the report, by name.
 pub(super) type Measurements = BTreeMap<String, f64>;
@@ -32,6 +39,10 @@ pub(super) struct Running<'a> {
     pub launch: Launch<'a, Vm>,
     /// Starts the proxy of a vvu device and waits until it listens.
     pub launch_proxy: Launch<'a, Process>,
+    /// Attaches the front-end of a vvu device to its sibling VM.
+    pub attach: Attach<'a>,
+    /// Detaches it.
+    pub detach: Attach<'a>,
     /// Reads the messages of a vvu device so far.
     pub trace: Launch<'a, String>,
     /// When the first VM was launched.
@@ -175,6 +186,8 @@ impl Running<'_> {
             Step::KillProxy(proxy) => self.kill_proxy(&proxy.vvu),
             Step::StartProxy(proxy) => self.start_proxy(&proxy.vvu),
             Step::Trace(trace) => self.look_at(trace),
+            Step::Attach(attach) => (self.attach)(&self.vms, &attach.vvu, self.deadline(step)),
+            Step::Detach(detach) => (self.detach)(&self.vms, &detach.vvu, self.deadline(step)),
             step => self.act_in_vm(step),
         }?;
         if step.is_fault() {
@@ -230,11 +243,10 @@ impl Running<'_> {
     }
 
     fn act(&mut self, vm: &Vm, step: &Step) -> Result<String> {
-        let seconds = step.timeout_s().saturating_mul(self.slowness.into());
-        let limit = Duration::from_secs(seconds.min(86_400));
+        let limit = self.limit(step);
         let deadline = Instant::now() + limit;
         let values = &self.values;
-        if !matches!(step, Step::Console(_)) {
+        if !matches!(step, Step::Console(_) | Step::Qmp(_)) {
             vm.ready(deadline)?;
         }
         Ok(match step {
@@ -263,6 +275,7 @@ impl Running<'_> {
                 self.save(step.save.as_deref(), step.measure, Some(found.value))?;
                 found.line
             }
+            Step::Qmp(step) => ask(vm, step, values, deadline)?,
             Step::Reboot(_) => {
                 vm.reboot(deadline)?;
                 format!("{} rebooted", vm.name())
@@ -275,9 +288,21 @@ impl Running<'_> {
             | Step::KillVm(_)
             | Step::KillProxy(_)
             | Step::StartProxy(_)
+            | Step::Attach(_)
+            | Step::Detach(_)
             | Step::Trace(_)
             | Step::Repeat(_) => bail!("{step} is not done inside a VM"),
         })
+    }
+
+    /// How long a step may take.
+    fn limit(&self, step: &Step) -> Duration {
+        let seconds = step.timeout_s().saturating_mul(self.slowness.into());
+        Duration::from_secs(seconds.min(86_400))
+    }
+
+    fn deadline(&self, step: &Step) -> Instant {
+        Instant::now() + self.limit(step)
     }
 
     /// Saves what a step found as the placeholder `name`, and adds it to the measurement of that name with `measure`.
@@ -304,6 +329,33 @@ fn shown(name: &str, trace: &str, pattern: &Regex) -> Result<(Option<String>, St
     let value = found.get(1).or_else(|| found.get(0)).map(|found| found.as_str().to_owned());
     let line = found.get(0).and_then(|found| found.as_str().lines().next()).unwrap_or_default().to_owned();
     Ok((value, line))
+}
+
+/// Sends a QMP command and compares the answer with what the step expects. Returns the evidence.
+fn ask(vm: &Vm, step: &QmpStep, values: &Values, deadline: Instant) -> Result<String> {
+    let arguments = values.fill_json(&Value::Object(step.arguments.clone()))?;
+    let reply = vm.qmp(&step.execute, &arguments, deadline)?;
+    let evidence = answered(step, &reply, values)?;
+    if let Some(event) = &step.event {
+        return Ok(vm.qmp_event(event, &Value::Null, deadline)?.to_string());
+    }
+    Ok(evidence)
+}
+
+/// Compares the answer to a QMP command with what the step expects. Returns the evidence.
+fn answered(step: &QmpStep, reply: &Reply, values: &Values) -> Result<String> {
+    let QmpStep { execute, expect: ExpectedReply { result, error }, .. } = step;
+    let (pattern, text) = match (reply, error) {
+        (Reply::Return(value), None) => (result, value.to_string()),
+        (Reply::Error(text), Some(_)) => (error, text.clone()),
+        (Reply::Return(value), Some(_)) => bail!("{execute} returned {value}, want an error"),
+        (Reply::Error(text), None) => bail!("{execute} failed: {text}"),
+    };
+    if let Some(pattern) = pattern {
+        let pattern = values.pattern(pattern)?;
+        ensure!(pattern.is_match(&text), "{execute} gave {text}, which /{pattern}/ does not match");
+    }
+    Ok(format!("{execute}: {text}"))
 }
 
 /// Compares a command's exit code and output with what the step expects. Returns the value to save and the evidence.
@@ -346,5 +398,28 @@ mod tests {
         assert_eq!(found, (Some("2".to_owned()), "\"size\":1}".to_owned()));
         let error = look("\"size\":3").expect_err("not there").to_string();
         assert!(error.contains("no messages of vvu match") && error.contains("among 2"), "{error}");
+    }
+
+    #[test]
+    fn an_answer_of_qmp_must_be_the_one_that_the_step_expects() {
+        let answer = |expect: &str, reply: Reply| {
+            let step = format!(r#"{{"vm": "sibling", "execute": "x", "expect": {expect}}}"#);
+            let step: QmpStep = serde_json::from_str(&step).expect("a step");
+            answered(&step, &reply, &Values::default()).map_err(|error| error.to_string())
+        };
+        let returned = || Reply::Return(serde_json::json!({"slots": 4}));
+        let failed = || Reply::Error("no such slot".to_owned());
+        assert_eq!(answer("{}", returned()).expect("as wanted"), r#"x: {"slots":4}"#);
+        assert_eq!(answer(r#"{"result": ":4"}"#, returned()).expect("as wanted"), r#"x: {"slots":4}"#);
+        assert_eq!(answer(r#"{"error": "slot$"}"#, failed()).expect("as wanted"), "x: no such slot");
+        for (expect, reply, want) in [
+            ("{}", failed(), "x failed: no such slot"),
+            (r#"{"error": ""}"#, returned(), "want an error"),
+            (r#"{"result": ":5"}"#, returned(), "does not match"),
+            (r#"{"error": "disk"}"#, failed(), "does not match"),
+        ] {
+            let error = answer(expect, reply).expect_err(expect);
+            assert!(error.contains(want), "{error}");
+        }
     }
 }

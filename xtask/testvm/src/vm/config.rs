@@ -25,6 +25,10 @@ pub struct Config {
     pub vmm: Option<String>,
     /// RAM in MiB.
     pub memory_mib: u64,
+    /// RAM in MiB that the VM can have once some has been added while it runs; `None`: none can be added.
+    pub max_memory_mib: Option<u64>,
+    /// NUMA nodes among which the RAM is divided equally, each part a piece of `memory_file`; 0 and 1: there are none.
+    pub numa_nodes: u32,
     /// Virtual CPUs.
     pub cpus: u32,
     /// What the CPUs can do.
@@ -35,6 +39,11 @@ pub struct Config {
     pub iommu: Option<Iommu>,
     /// The devices.
     pub devices: Vec<Device>,
+    /// The devices that are not there at first and can be attached and detached while the VM runs. Each has a port of
+    /// its own, which is at the device's address.
+    pub attachable: Vec<Device>,
+    /// Whether the VMM takes requests while the VM runs, such as to attach a device.
+    pub managed: bool,
     /// Words that are added to the kernel command line.
     pub cmdline: String,
     /// The VMM starts the guest again when it reboots. Otherwise the VMM exits.
@@ -98,6 +107,18 @@ impl Device {
         }
     }
 
+    /// The line that a Linux guest prints on its console once it has the device, as a regular expression whose group is
+    /// the name of the disk; `None` if it prints none.
+    #[must_use]
+    pub fn announcement(&self) -> Option<&'static str> {
+        let disk = match self {
+            Device::VhostUser { frontend, .. } => matches!(frontend, Frontend::Block(_)),
+            Device::VirtioBlk { .. } => true,
+            Device::Vvu { .. } | Device::Express { .. } => false,
+        };
+        disk.then_some(r"virtio_blk virtio\d+: \[(vd[a-z]+)\] \d+ 512-byte logical blocks.*")
+    }
+
     /// The unix socket that it is connected to.
     pub(crate) fn socket(&self) -> Option<&str> {
         match self {
@@ -112,12 +133,17 @@ impl Device {
 /// What the two serial ports are connected to.
 #[derive(Debug, Clone, Copy)]
 pub enum Serial<'a> {
-    /// The console is the pipe that the VMM inherits as its standard output, and goes to this log as well; the control
+    /// The console is the pipe that the VMM inherits as its standard output, and goes to a log as well; the control
     /// port is the socket that it inherits as its standard input.
     ///
     /// Not a socket for the console: one holds some 270 of the single bytes that a serial port writes, and a guest
     /// kernel drops what does not leave its port within 10 ms.
-    Inherited(&'a Path),
+    Inherited {
+        /// The log of the console.
+        log: &'a Path,
+        /// The socket at which somebody waits for the VMM's management connection, if the VM is managed.
+        management: Option<&'a Path>,
+    },
     /// The console is the terminal, with a shell on it; there is no control port.
     Terminal,
 }

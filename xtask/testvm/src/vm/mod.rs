@@ -6,6 +6,7 @@ pub(crate) mod cpu;
 pub(crate) mod frontend;
 pub(crate) mod iommu;
 mod log;
+mod manage;
 
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
@@ -24,6 +25,7 @@ use vvu_process::text::printable;
 
 use crate::console::{Console, Found};
 use crate::control::Control;
+use crate::qmp::Qmp;
 use crate::spawned::ending;
 use crate::watch::{Part, Watch, lock};
 use log::VmmLog;
@@ -62,6 +64,7 @@ struct State {
     vmm: Running,
     console: Console,
     control: Control,
+    management: Option<Qmp>,
     /// The log of the console.
     console_log: PathBuf,
     vmm_log: VmmLog,
@@ -73,12 +76,13 @@ impl Vm {
     /// Default limit of [`Vm::run`], at native speed.
     pub const RUN_LIMIT: Duration = Duration::from_secs(20);
 
-    /// Starts `command`, a VMM with the ports of `Serial::Inherited`. It cannot go on after it has printed one of
-    /// `failures`.
+    /// Starts `command`, a VMM with the ports of `Serial::Inherited`, which connects to `management` if the VM is managed.
+    /// It cannot go on after it has printed one of `failures`.
     pub(crate) fn launch(
         name: &str,
         mut command: Command,
         logs: Logs,
+        management: Option<Qmp>,
         failures: &'static [&'static str],
         slowness: u32,
         watch: &Arc<Watch>,
@@ -95,7 +99,16 @@ impl Vm {
         let id = vmm.id();
         let (console, control) = (Console::new(console)?, Control::new(control)?);
         let console_log = logs.console;
-        let state = State { name: name.to_owned(), vmm, console, control, console_log, vmm_log, over: false };
+        let state = State {
+            name: name.to_owned(),
+            vmm,
+            console,
+            control,
+            management,
+            console_log,
+            vmm_log,
+            over: false,
+        };
         let state = Arc::new(Mutex::new(state));
         let part: Arc<Mutex<dyn Part>> = state.clone();
         watch.add(Arc::downgrade(&part));
@@ -143,6 +156,16 @@ impl Vm {
             self.watch.check()
         });
         found.map_err(|error| state.explain(&error))
+    }
+
+    /// Passes over the lines that the console has so far, so that [`Vm::wait_for`] finds only later ones.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the guest has failed.
+    pub(crate) fn skip_console(&self) -> Result<()> {
+        let mut state = self.lock();
+        state.console.skip().map_err(|error| state.explain(&error))
     }
 
     /// Runs a shell command in the guest, waits for the guest to be ready first, and returns what the command printed

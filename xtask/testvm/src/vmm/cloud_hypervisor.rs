@@ -16,6 +16,7 @@ use vvu_artifacts::machine::Machine;
 use super::cmdline::cmdline;
 use super::interface::{Capabilities, Vmm, check_devices};
 use super::words::Words;
+use crate::qmp::Exchange;
 use crate::vm::config::{Boot, Config, Device, Serial};
 use crate::vm::frontend::Frontend;
 
@@ -77,6 +78,8 @@ impl Vmm for CloudHypervisor {
             inherited_ports: false,
             cpu_models: false,
             iommus: false,
+            numa: false,
+            hot_plug: false,
         }
     }
 
@@ -90,6 +93,14 @@ impl Vmm for CloudHypervisor {
 
     fn argv_prefix(&self) -> Vec<String> {
         vec![self.program.display().to_string()]
+    }
+
+    fn attach(&self, config: &Config, _index: usize) -> Result<Vec<Exchange>> {
+        bail!("{}: {} is not asked to attach devices here", config.name, self.name())
+    }
+
+    fn detach(&self, config: &Config, _index: usize) -> Result<Vec<Exchange>> {
+        bail!("{}: {} is not asked to detach devices here", config.name, self.name())
     }
 
     fn arguments(

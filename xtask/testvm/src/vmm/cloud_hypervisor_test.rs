@@ -61,7 +61,7 @@ fn a_run_that_it_cannot_do_is_refused_with_the_reason() {
     let tcg = refused(&sibling(), Kind::Tcg, Serial::Terminal);
     assert_eq!(tcg, "sibling: Cloud Hypervisor does not run on tcg: it needs kvm");
     let console = Path::new("/r/console.log");
-    let ports = refused(&sibling(), Kind::Kvm, Serial::Inherited(console));
+    let ports = refused(&sibling(), Kind::Kvm, Serial::Inherited { log: console, management: None });
     assert!(ports.contains("cannot inherit a control port"), "{ports}");
     let device = refused(&device(), Kind::Kvm, Serial::Terminal);
     assert!(device.contains("such as QEMU 10.1 or later"), "{device}");

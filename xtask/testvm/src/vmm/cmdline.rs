@@ -18,7 +18,7 @@ pub(super) fn cmdline(machine: &Machine, config: &Config, serial: Serial<'_>) ->
     let mut words = vec![format!("console={console}"), COMMON.to_owned(), machine.cmdline.to_owned()];
     words.push(format!("vvu.hostname={}", config.name));
     words.push(match serial {
-        Serial::Inherited(_) => format!("vvu.control={control}"),
+        Serial::Inherited { .. } => format!("vvu.control={control}"),
         Serial::Terminal => "vvu.shell".to_owned(),
     });
     let iommu = match config.iommu {

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use vvu_artifacts::accel::Kind;
 
 use crate::facts;
+use crate::qmp::Exchange;
 use crate::rundir::MAX_SOCKET_PATH;
 use crate::vm::addr::Slot;
 use crate::vm::config::{Boot, Config, Device, Serial};
@@ -35,6 +36,21 @@ pub trait Vmm: fmt::Debug + Send + Sync {
 
     /// The words that a shell script writes before a VM's arguments.
     fn argv_prefix(&self) -> Vec<String>;
+
+    /// The exchanges that attach `config.attachable[index]` to its running VM.
+    ///
+    /// # Errors
+    ///
+    /// The VMM cannot attach such a device.
+    fn attach(&self, config: &Config, index: usize) -> Result<Vec<Exchange>>;
+
+    /// The exchanges that detach `config.attachable[index]` from its running VM. The last ones happen once the guest has
+    /// let go of it.
+    ///
+    /// # Errors
+    ///
+    /// The VMM cannot detach such a device.
+    fn detach(&self, config: &Config, index: usize) -> Result<Vec<Exchange>>;
 
     /// The arguments that start a VM. Equal input gives equal arguments.
     ///
@@ -71,6 +87,10 @@ pub struct Capabilities {
     pub cpu_models: bool,
     /// It has IOMMUs.
     pub iommus: bool,
+    /// It has NUMA nodes.
+    pub numa: bool,
+    /// It attaches devices and adds RAM while a VM runs.
+    pub hot_plug: bool,
 }
 
 impl Capabilities {
@@ -103,6 +123,12 @@ impl Capabilities {
             "{vm}: {name} offers the host's CPU only: leave `cpu` out"
         );
         ensure!(self.iommus || config.iommu.is_none(), "{vm}: no IOMMU of {name} is supported here");
+        ensure!(self.numa || config.numa_nodes <= 1, "{vm}: {name} is given no NUMA nodes here");
+        let plain = config.attachable.is_empty() && !config.managed && config.max_memory_mib.is_none();
+        ensure!(
+            self.hot_plug || plain,
+            "{vm}: devices and RAM cannot be added to a running VM of {name} here"
+        );
         Ok(())
     }
 }
@@ -110,7 +136,7 @@ impl Capabilities {
 /// Fails if two devices of a VM are at one address, of which `taken` has some, or the path of a socket is too long.
 pub(super) fn check_devices(config: &Config, taken: &[Slot]) -> Result<()> {
     let mut taken = taken.to_vec();
-    for device in &config.devices {
+    for device in config.devices.iter().chain(&config.attachable) {
         let slot = device.slot();
         ensure!(
             !taken.contains(&slot),

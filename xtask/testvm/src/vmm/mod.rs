@@ -7,6 +7,7 @@ mod cloud_hypervisor;
 mod cmdline;
 mod interface;
 mod qemu;
+mod qemu_hot_plug;
 mod words;
 
 use anyhow::{Context, Result};

@@ -11,7 +11,9 @@ use vvu_artifacts::qemu::{EXPRESS_DEVICE, Qemu};
 
 use super::cmdline::cmdline;
 use super::interface::{Capabilities, Vmm, check_devices};
+use super::qemu_hot_plug;
 use super::words::Words;
+use crate::qmp::Exchange;
 use crate::vm::addr::Slot;
 use crate::vm::config::{Boot, Config, Device, Serial};
 use crate::vm::cpu::Cpu;
@@ -23,6 +25,8 @@ const IOMMU_SLOT: Slot = Slot::new(5);
 /// Milliseconds that QEMU waits for an answer of the proxy before it gives the vvu device up. Its own 5 s are too few
 /// on a loaded machine.
 const VFIO_USER_TIMEOUT_MS: u32 = 60_000;
+/// How often RAM can be added to a VM.
+const MEMORY_SLOTS: u32 = 8;
 
 impl Vmm for Qemu {
     fn name(&self) -> &'static str {
@@ -44,6 +48,8 @@ impl Vmm for Qemu {
             inherited_ports: true,
             cpu_models: true,
             iommus: true,
+            numa: true,
+            hot_plug: true,
         }
     }
 
@@ -57,6 +63,14 @@ impl Vmm for Qemu {
 
     fn argv_prefix(&self) -> Vec<String> {
         Qemu::argv_prefix(self)
+    }
+
+    fn attach(&self, config: &Config, index: usize) -> Result<Vec<Exchange>> {
+        qemu_hot_plug::attach(config, index)
+    }
+
+    fn detach(&self, config: &Config, index: usize) -> Result<Vec<Exchange>> {
+        qemu_hot_plug::detach(config, index)
     }
 
     fn arguments(
@@ -92,7 +106,8 @@ pub(super) fn arguments(
     words.pair("-display", "none").pair("-name", escaped(&config.name));
     // Interrupt remapping needs the interrupt controller of the I/O bus in QEMU itself.
     let irqchip = if config.iommu == Some(Iommu::Intel) { ",kernel-irqchip=split" } else { "" };
-    words.pair("-machine", format!("{},memory-backend=mem{irqchip}", machine.qemu.machine));
+    let whole = if config.numa_nodes > 1 { "" } else { ",memory-backend=mem" };
+    words.pair("-machine", format!("{}{whole}{irqchip}", machine.qemu.machine));
     words.pair(
         "-accel",
         match accelerator {
@@ -103,26 +118,25 @@ pub(super) fn arguments(
     if let Some(model) = cpu(machine, config, accelerator)? {
         words.pair("-cpu", model);
     }
-    words.pair("-smp", config.cpus.to_string()).pair("-m", format!("{}M", config.memory_mib));
-    let memory = format!("id=mem,size={}M,share=on", config.memory_mib);
-    words.pair(
-        "-object",
-        match &config.memory_file {
-            None => format!("memory-backend-memfd,{memory}"),
-            Some(path) => format!("memory-backend-file,{memory},mem-path={}", escaped(path)),
-        },
-    );
+    words.pair("-smp", config.cpus.to_string()).pair("-m", memory_size(config));
+    memory(&mut words, config);
     words.pair("-kernel", boot.kernel.display().to_string());
     words.pair("-initrd", boot.initramfs.display().to_string());
     words.pair("-append", cmdline(machine, config, serial));
     match serial {
-        Serial::Inherited(log) => {
+        Serial::Inherited { log, management } => {
             let log = escaped(&log.display().to_string());
             words
                 .pair("-chardev", format!("file,id=console,path=/proc/self/fd/1,logfile={log},logappend=on"))
                 .pair("-serial", "chardev:console")
                 .pair("-chardev", "socket,id=control,fd=0")
                 .pair("-serial", "chardev:control");
+            if let Some(socket) = management {
+                let socket = escaped(&socket.display().to_string());
+                words
+                    .pair("-chardev", format!("socket,id=management,path={socket}"))
+                    .pair("-mon", "chardev=management,mode=control");
+            }
         }
         Serial::Terminal => {
             words.pair("-serial", "mon:stdio");
@@ -134,9 +148,63 @@ pub(super) fn arguments(
     let taken = if config.iommu.is_some() { &[IOMMU_SLOT][..] } else { &[] };
     check_devices(config, taken)?;
     for (number, device) in config.devices.iter().enumerate() {
-        self::device(&mut words, number, device);
+        self::device(&mut words, number, Place::Bus(device.slot()), device);
     }
+    qemu_hot_plug::ports(&mut words, config);
     Ok(words.done())
+}
+
+/// Where a device is.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    /// On the root bus.
+    Bus(Slot),
+    /// In this port, to which it is attached while the VM runs.
+    Port(usize),
+}
+
+impl Place {
+    /// The name of the device that is attached to port `index`.
+    pub(super) fn id(index: usize) -> String {
+        format!("attached{index}")
+    }
+
+    /// The properties of a device that say where it is.
+    fn properties(self) -> String {
+        match self {
+            Place::Bus(slot) => format!("addr={}", address(slot)),
+            Place::Port(index) => format!("bus=port{index},id={}", Self::id(index)),
+        }
+    }
+}
+
+/// Adds the RAM: one piece, or one for each NUMA node.
+fn memory(words: &mut Words, config: &Config) {
+    let nodes = u64::from(config.numa_nodes.max(1));
+    let size = config.memory_mib / nodes;
+    for node in 0..nodes {
+        let id = if nodes > 1 { format!("mem{node}") } else { "mem".to_owned() };
+        let memory = format!("id={id},size={size}M,share=on");
+        let offset = if node > 0 { format!(",offset={}M", node * size) } else { String::new() };
+        words.pair(
+            "-object",
+            match &config.memory_file {
+                None => format!("memory-backend-memfd,{memory}"),
+                Some(path) => format!("memory-backend-file,{memory},mem-path={}{offset}", escaped(path)),
+            },
+        );
+        if nodes > 1 {
+            words.pair("-numa", format!("node,memdev={id}"));
+        }
+    }
+}
+
+/// The value of `-m`. Each addition of RAM takes a slot.
+fn memory_size(config: &Config) -> String {
+    match config.max_memory_mib {
+        None => format!("{}M", config.memory_mib),
+        Some(max) => format!("{}M,slots={MEMORY_SLOTS},maxmem={max}M", config.memory_mib),
+    }
 }
 
 /// The CPU model; `None` for QEMU's default.
@@ -170,14 +238,14 @@ fn iommu(machine: &Machine, config: &Config, iommu: Iommu) -> Result<String> {
 }
 
 /// Adds a device; `number` tells the back-ends of a VM apart.
-fn device(words: &mut Words, number: usize, device: &Device) {
-    let addr = address(device.slot());
+pub(super) fn device(words: &mut Words, number: usize, place: Place, device: &Device) {
+    let properties = place.properties();
     match device {
-        Device::Vvu { socket, .. } => {
+        Device::Vvu { slot, socket } => {
             let device = json!({
                 "driver": "vfio-user-pci",
                 "socket": {"type": "unix", "path": socket},
-                "addr": addr,
+                "addr": address(*slot),
                 "rombar": 0,
                 "x-msg-timeout": VFIO_USER_TIMEOUT_MS,
             });
@@ -185,7 +253,7 @@ fn device(words: &mut Words, number: usize, device: &Device) {
         }
         Device::Express { socket, .. } => {
             words.pair("-chardev", format!("socket,id=express{number},path={}", escaped(socket)));
-            words.pair("-device", format!("{EXPRESS_DEVICE},chardev=express{number},vectors=2,addr={addr}"));
+            words.pair("-device", format!("{EXPRESS_DEVICE},chardev=express{number},vectors=2,{properties}"));
         }
         Device::VhostUser { socket, frontend, reconnect_ms, .. } => {
             let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));
@@ -193,7 +261,7 @@ fn device(words: &mut Words, number: usize, device: &Device) {
                 chardev.push_str(&format!(",reconnect-ms={reconnect_ms}"));
             }
             words.pair("-chardev", chardev);
-            self::frontend(words, number, &addr, frontend);
+            self::frontend(words, number, &properties, frontend);
         }
         Device::VirtioBlk { file, .. } => {
             let disk = json!({
@@ -202,14 +270,14 @@ fn device(words: &mut Words, number: usize, device: &Device) {
                 "file": {"driver": "file", "filename": file},
             });
             words.pair("-blockdev", disk.to_string());
-            words.pair("-device", format!("virtio-blk-pci,drive=disk{number},addr={addr},num-queues=1"));
+            words.pair("-device", format!("virtio-blk-pci,drive=disk{number},{properties},num-queues=1"));
         }
     }
 }
 
 /// Adds the front-end whose socket is the character device `vhost{number}`.
-fn frontend(words: &mut Words, number: usize, addr: &str, frontend: &Frontend) {
-    let chardev = format!("chardev=vhost{number},addr={addr}");
+fn frontend(words: &mut Words, number: usize, place: &str, frontend: &Frontend) {
+    let chardev = format!("chardev=vhost{number},{place}");
     let (mut device, queue_size) = match frontend {
         Frontend::Block(block) => {
             (format!("vhost-user-blk-pci,{chardev},num-queues={}", block.queues), &["queue-size"][..])
@@ -231,7 +299,7 @@ fn frontend(words: &mut Words, number: usize, addr: &str, frontend: &Frontend) {
             let queues = net.queue_pairs;
             words.pair("-netdev", format!("vhost-user,id=net{number},chardev=vhost{number},queues={queues}"));
             let multiqueue = if queues > 1 { ",mq=on" } else { "" };
-            let device = format!("virtio-net-pci,netdev=net{number},addr={addr},romfile={multiqueue}");
+            let device = format!("virtio-net-pci,netdev=net{number},{place},romfile={multiqueue}");
             (device, &["rx_queue_size", "tx_queue_size"][..])
         }
     };
@@ -255,7 +323,7 @@ fn frontend(words: &mut Words, number: usize, addr: &str, frontend: &Frontend) {
 }
 
 /// A slot as the property `addr` has it: device and function, `10.0`.
-fn address(slot: Slot) -> String {
+pub(super) fn address(slot: Slot) -> String {
     format!("{:02x}.0", slot.device())
 }
 

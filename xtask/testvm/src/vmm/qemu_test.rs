@@ -1,9 +1,15 @@
 use vvu_artifacts::accel::Kind;
 use vvu_artifacts::machine::{AARCH64, X86_64};
 
+use super::super::qemu_hot_plug::{attach, detach};
 use super::super::rig::{boot, device, sibling, with_frontend};
 use super::*;
 use crate::vm::cpu::CpuLevel;
+
+/// Ports of a VM that is managed at this socket, or not at all.
+fn inherited(management: Option<&str>) -> Serial<'_> {
+    Serial::Inherited { log: Path::new("/r/console.log"), management: management.map(Path::new) }
+}
 
 fn line_of(machine: &Machine, config: &Config, serial: Serial<'_>) -> String {
     arguments(machine, config, Kind::Tcg, boot(), serial).expect("valid").join(" ")
@@ -15,7 +21,7 @@ fn line(config: &Config, serial: Serial<'_>) -> String {
 
 #[test]
 fn the_device_vm_is_as_measured() {
-    let line = line(&device(), Serial::Inherited(Path::new("/r/console.log")));
+    let line = line(&device(), inherited(None));
     assert_eq!(
         line,
         "-no-user-config -nodefaults -no-reboot -display none -name device \
@@ -33,7 +39,7 @@ fn the_device_vm_is_as_measured() {
 
 #[test]
 fn another_machine_takes_nothing_but_its_profile() {
-    let line = line_of(&AARCH64, &device(), Serial::Inherited(Path::new("/r/console.log")));
+    let line = line_of(&AARCH64, &device(), inherited(None));
     assert!(line.contains(" -machine virt,gic-version=max,memory-backend=mem "), "{line}");
     assert!(
         line.contains("console=ttyAMA0 loglevel=6 panic=-1 vvu.hostname=device vvu.control=ttyAMA1 "),
@@ -126,4 +132,92 @@ fn what_cannot_work_is_refused() {
     let mut config = device();
     config.devices = vec![Device::Vvu { slot: Slot::DEFAULT, socket: "/".repeat(108) }];
     assert!(refused(&config).contains("108 bytes"));
+}
+
+/// The sibling VM, whose disk is attached while it runs.
+fn attachable() -> Config {
+    let Config { devices, .. } = sibling();
+    Config {
+        devices: Vec::new(),
+        attachable: devices,
+        managed: true,
+        max_memory_mib: Some(1024),
+        ..sibling()
+    }
+}
+
+#[test]
+fn a_device_that_comes_later_has_a_port_and_its_vm_a_monitor() {
+    let line = line(&attachable(), inherited(Some("/r/a,b/s.qmp")));
+    assert!(
+        line.ends_with(
+            "-chardev socket,id=management,path=/r/a,,b/s.qmp -mon chardev=management,mode=control \
+             -device pcie-root-port,id=port0,chassis=1,slot=1,addr=10.0"
+        ),
+        "{line}"
+    );
+    assert!(
+        line.contains(" -m 256M,slots=8,maxmem=1024M ") && line.contains(",size=256M,share=on,"),
+        "{line}"
+    );
+    assert!(!line.contains("vhost0"), "{line}");
+}
+
+#[test]
+fn a_device_is_attached_in_the_words_of_the_command_line() {
+    let words = |words: &str| Exchange::Words(words.to_owned());
+    let command = |execute, arguments| Exchange::Command { execute, arguments };
+    assert_eq!(
+        attach(&attachable(), 0).expect("attached"),
+        [
+            words(r#"chardev-add "socket,id=vhost0,path=/r/a,,b/v.sock,reconnect-ms=100""#),
+            words(r#"device_add "vhost-user-blk-pci,chardev=vhost0,bus=port0,id=attached0,num-queues=2""#),
+        ]
+    );
+    assert_eq!(
+        detach(&attachable(), 0).expect("detached"),
+        [
+            command("device_del", json!({"id": "attached0"})),
+            Exchange::Event { name: "DEVICE_DELETED", data: json!({"device": "attached0"}) },
+            command("chardev-remove", json!({"id": "vhost0"})),
+        ]
+    );
+    let net = Config { attachable: with_frontend(r#"{"net": {}}"#).devices, ..attachable() };
+    assert_eq!(
+        attach(&net, 0).expect("attached")[1..],
+        [
+            words(r#"netdev_add "vhost-user,id=net0,chardev=vhost0,queues=1""#),
+            words(r#"device_add "virtio-net-pci,netdev=net0,bus=port0,id=attached0,romfile=""#),
+        ]
+    );
+    assert_eq!(detach(&net, 0).expect("detached")[2], command("netdev_del", json!({"id": "net0"})));
+    let file = "/d \"q\".img".to_owned();
+    let disk = Device::VirtioBlk { slot: Slot::DEFAULT, file: file.clone() };
+    let disk = Config { attachable: vec![disk], devices: sibling().devices, ..attachable() };
+    let node = json!({"driver": "raw", "node-name": "disk1", "file": {"driver": "file", "filename": file}});
+    assert_eq!(
+        attach(&disk, 0).expect("attached"),
+        [
+            command("blockdev-add", node),
+            words(r#"device_add "virtio-blk-pci,drive=disk1,bus=port0,id=attached0,num-queues=1""#),
+        ]
+    );
+    assert!(attach(&attachable(), 1).is_err());
+    let vvu = Config { attachable: device().devices, ..attachable() };
+    let error = attach(&vvu, 0).expect_err("refused").to_string();
+    assert!(error.contains("a vvu device cannot be attached"), "{error}");
+}
+
+#[test]
+fn numa_nodes_have_pieces_of_one_memory_file() {
+    let line = line(&Config { numa_nodes: 2, ..sibling() }, Serial::Terminal);
+    assert!(line.contains("-machine q35,hpet=off,sata=off,smbus=off -accel"), "{line}");
+    assert!(
+        line.contains(
+            "-object memory-backend-file,id=mem0,size=128M,share=on,mem-path=/r/a,,b/memory -numa node,memdev=mem0 \
+             -object memory-backend-file,id=mem1,size=128M,share=on,mem-path=/r/a,,b/memory,offset=128M \
+             -numa node,memdev=mem1 "
+        ),
+        "{line}"
+    );
 }
