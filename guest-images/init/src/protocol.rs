@@ -360,8 +360,8 @@ mod tests {
         ];
         let pieces =
             ["", "{", "}", "\"", "\\u0000", "[[[[", ",", ":", "-1", "1e999", "null", "id", "\u{fffd}", "\0"];
-        let edit = (0..80usize, 0..20usize, proptest::sample::select(&pieces[..]));
-        (proptest::sample::select(&lines[..]), proptest::collection::vec(edit, 0..6)).prop_map(
+        let edit = (0..80usize, 0..20usize, proptest::sample::select(pieces.to_vec()));
+        (proptest::sample::select(lines.to_vec()), proptest::collection::vec(edit, 0..6)).prop_map(
             |(line, edits)| {
                 let mut bytes = line.as_bytes().to_vec();
                 for (at, len, piece) in edits {

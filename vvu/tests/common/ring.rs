@@ -61,7 +61,7 @@ impl Ring {
 
     pub fn new(memory: &SiblingMemory, base: u64, size: u16, event_idx: bool) -> Self {
         assert!(size <= 1024, "descriptors have four pages");
-        memory.write(base, &[0; 0x8000]);
+        memory.write(base, &vec![0; usize::try_from(Self::END).expect("small")]);
         let free = (0..size).rev().collect();
         Self { kick: event(), call: event(), size, base, event_idx, free, next_avail: 0, last_used: 0 }
     }

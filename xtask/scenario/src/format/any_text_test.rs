@@ -59,7 +59,7 @@ fn changed(texts: Vec<String>) -> impl Strategy<Value = String> {
 
 fn read(text: &str) -> bool {
     if let Ok(value) = serde_json::from_str(text) {
-        is_old(&value);
+        let _ = is_old(&value);
     }
     let upgraded = upgraded(text);
     if let Ok(text) = &upgraded {
