@@ -6,8 +6,7 @@
 
 use std::io;
 use std::num::NonZeroI32;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, AsRawFd};
 
 /// The id of a process that connected to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,13 +18,13 @@ impl Peer {
     ///
     /// # Errors
     /// When the kernel has no credentials for the socket.
-    pub(crate) fn of(stream: &UnixStream) -> io::Result<Option<Self>> {
+    pub(crate) fn of(stream: impl AsFd) -> io::Result<Option<Self>> {
         let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
         let mut size = libc::socklen_t::try_from(size_of::<libc::ucred>()).map_err(io::Error::other)?;
         // SAFETY: the kernel writes at most `size` bytes, which is the size of `credentials`, a plain structure.
         let result = unsafe {
             libc::getsockopt(
-                stream.as_raw_fd(),
+                stream.as_fd().as_raw_fd(),
                 libc::SOL_SOCKET,
                 libc::SO_PEERCRED,
                 (&raw mut credentials).cast(),
@@ -36,6 +35,16 @@ impl Peer {
             return Err(io::Error::last_os_error());
         }
         Ok(NonZeroI32::new(credentials.pid).map(Self))
+    }
+
+    /// The process with this id.
+    pub(crate) fn with_id(id: NonZeroI32) -> Self {
+        Self(id)
+    }
+
+    /// The id of the process.
+    pub(crate) fn id(self) -> NonZeroI32 {
+        self.0
     }
 }
 
@@ -50,6 +59,7 @@ impl Peer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn the_peer_of_a_connection_is_its_process() {

@@ -66,6 +66,14 @@ impl Trace {
         Self { out, start: Instant::now() }
     }
 
+    /// Makes a second handle of the same trace.
+    ///
+    /// # Errors
+    /// When there is no file descriptor left.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self { out: self.out.try_clone()?, start: self.start })
+    }
+
     /// Copies a message before the device treats it; `None` if there is no trace.
     pub(super) fn arrived(trace: &Option<Self>, message: &Message) -> Option<Arrived> {
         trace.as_ref().map(|_| Arrived {
