@@ -65,7 +65,7 @@ mod watch;
 pub use console::Found;
 pub use lab::Lab;
 pub use obtain::SetupOptions;
-pub use process::{Process, Ready};
+pub use process::{Process, Ready, WorkerSignal};
 pub use proxy::{Express, ProxyConfig};
 pub use rundir::{MAX_SOCKET_PATH, RunDir, SocketDir, runs};
 pub use setup::{KernelId, Needs, Setup};

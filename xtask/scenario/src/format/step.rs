@@ -33,6 +33,11 @@ pub enum Step {
     KillProxy(ProxyStep),
     /// Start the proxy of a vvu device again and wait until it listens.
     StartProxy(ProxyStep),
+    /// Kill the worker of the supervised proxy of a vvu device with SIGKILL, and wait until there is another one.
+    KillWorker(ProxyStep),
+    /// Tell the supervised proxy of a vvu device to run its program anew, with SIGUSR2, and wait until there is another
+    /// worker.
+    UpgradeProxy(ProxyStep),
     /// Look for messages among the vhost-user messages that a vvu device has carried so far.
     Trace(TraceStep),
     /// Carry out steps several times.
@@ -324,6 +329,8 @@ impl Step {
             | Step::KillVm(VmStep { check, .. })
             | Step::KillProxy(ProxyStep { check, .. })
             | Step::StartProxy(ProxyStep { check, .. })
+            | Step::KillWorker(ProxyStep { check, .. })
+            | Step::UpgradeProxy(ProxyStep { check, .. })
             | Step::Trace(TraceStep { check, .. })
             | Step::Repeat(RepeatStep { check, .. }) => check.as_deref(),
         }
@@ -342,7 +349,12 @@ impl Step {
             | Step::PowerOff(VmWaitStep { vm, .. })
             | Step::Reboot(VmWaitStep { vm, .. })
             | Step::KillVm(VmStep { vm, .. }) => Some(vm),
-            Step::KillProxy(_) | Step::StartProxy(_) | Step::Trace(_) | Step::Repeat(_) => None,
+            Step::KillProxy(_)
+            | Step::StartProxy(_)
+            | Step::KillWorker(_)
+            | Step::UpgradeProxy(_)
+            | Step::Trace(_)
+            | Step::Repeat(_) => None,
         }
     }
 
@@ -387,7 +399,10 @@ impl Step {
     /// Returns true if the step kills a process on which others rely.
     #[must_use]
     pub fn is_fault(&self) -> bool {
-        matches!(self, Step::Kill(_) | Step::Reboot(_) | Step::KillVm(_) | Step::KillProxy(_))
+        matches!(
+            self,
+            Step::Kill(_) | Step::Reboot(_) | Step::KillVm(_) | Step::KillProxy(_) | Step::KillWorker(_)
+        )
     }
 }
 
@@ -405,6 +420,8 @@ impl fmt::Display for Step {
             Step::KillVm(_) => f.write_str("SIGKILL to the VMM"),
             Step::KillProxy(ProxyStep { vvu, .. }) => write!(f, "SIGKILL to the proxy {vvu}"),
             Step::StartProxy(ProxyStep { vvu, .. }) => write!(f, "start of the proxy {vvu}"),
+            Step::KillWorker(ProxyStep { vvu, .. }) => write!(f, "SIGKILL to the worker of {vvu}"),
+            Step::UpgradeProxy(ProxyStep { vvu, .. }) => write!(f, "SIGUSR2 to the proxy {vvu}"),
             Step::Trace(TraceStep { vvu, .. }) => write!(f, "messages of {vvu}"),
             Step::Repeat(RepeatStep { times, .. }) => write!(f, "{times} rounds"),
         }
