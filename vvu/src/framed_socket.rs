@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::io::Errno;
@@ -13,6 +13,10 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+
+use serde::{Deserialize, Serialize};
+
+use crate::durable::{Adopted, Fd, Held, Landed, Ledger, RestoreError};
 
 /// Most file descriptors in a message of any protocol.
 const FDS_MAX: usize = 32;
@@ -103,11 +107,44 @@ pub enum SocketError<E> {
 /// message that they were sent with: the kernel ends a read behind the bytes that were sent together with file
 /// descriptors, so the descriptors of a read belong to the message of its last byte (unix(7), "Ancillary messages").
 /// This holds for peers that send a message with one or more calls, and never two messages with one call.
+///
+/// A socket with a [`Ledger`] outlives its process. It reads at most once for each call of [`receive`](Self::receive), and
+/// it sends only when [`flush`](Self::flush) is called, so that its owner can commit before.
 #[derive(Debug)]
 pub struct FramedSocket<H> {
-    stream: UnixStream,
+    stream: Fd,
     incoming: Incoming<H>,
     outgoing: VecDeque<Outgoing>,
+    durable: Option<Durable>,
+}
+
+/// The ledger of a socket, and the positions that its state is about.
+#[derive(Debug)]
+struct Durable {
+    ledger: Ledger,
+    sent: u32,
+    received: u32,
+    /// The last call of `receive` read a part of a message.
+    unfinished: bool,
+}
+
+/// The state of a socket as it is saved.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SavedSocket {
+    stream: RawFd,
+    sent: u32,
+    received: u32,
+    bytes: Vec<u8>,
+    fds: Vec<RawFd>,
+    earlier_fds: usize,
+    outgoing: Vec<SavedOutgoing>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedOutgoing {
+    bytes: Vec<u8>,
+    sent: usize,
+    fds: Vec<RawFd>,
 }
 
 /// A message that is being received, and perhaps the beginning of the next.
@@ -118,14 +155,14 @@ struct Incoming<H> {
     /// Space for the bytes wanted, the first `filled` of which are there.
     bytes: Vec<u8>,
     filled: usize,
-    fds: Vec<OwnedFd>,
+    fds: Vec<Fd>,
     /// Number of the `fds` that came before the last read.
     earlier_fds: usize,
 }
 
 impl<H: Framing> Incoming<H> {
     /// Begins with `bytes`, the rest of the last read, and the `fds` of that read.
-    fn new(bytes: &[u8], fds: Vec<OwnedFd>) -> Self {
+    fn new(bytes: &[u8], fds: Vec<Fd>) -> Self {
         let filled = bytes.len();
         let mut all = vec![0; H::FIRST_READ.max(filled)];
         all[..filled].copy_from_slice(bytes);
@@ -153,7 +190,18 @@ impl<H: Framing> Incoming<H> {
         let next = Self::new(rest, later);
         let Self { mut bytes, fds, .. } = std::mem::replace(self, next);
         bytes.truncate(size);
+        let fds = fds.into_iter().map(Held::into_inner).collect();
         Ok(Some(Message { header, bytes, fds }))
+    }
+
+    /// Adds what was read last.
+    fn add(&mut self, bytes: &[u8], fds: impl IntoIterator<Item = Fd>) {
+        self.earlier_fds = self.fds.len();
+        self.fds.extend(fds);
+        let end = self.filled + bytes.len();
+        self.bytes.resize(self.bytes.len().max(end), 0);
+        self.bytes[self.filled..end].copy_from_slice(bytes);
+        self.filled = end;
     }
 }
 
@@ -161,7 +209,7 @@ impl<H: Framing> Incoming<H> {
 struct Outgoing {
     bytes: Vec<u8>,
     sent: usize,
-    fds: Vec<OwnedFd>,
+    fds: Vec<Fd>,
 }
 
 fn too_many_fds<H: Framing>() -> SocketError<H::Error> {
@@ -172,7 +220,78 @@ impl<H: Framing> FramedSocket<H> {
     /// Uses a connected stream, in blocking mode or not.
     #[must_use]
     pub fn new(stream: UnixStream) -> Self {
-        Self { stream, incoming: Incoming::new(&[], Vec::new()), outgoing: VecDeque::new() }
+        Self::with_ledger(stream, None)
+    }
+
+    /// Uses a connected stream whose state is kept in `ledger`, if there is one.
+    #[must_use]
+    pub fn with_ledger(stream: impl Into<Fd>, ledger: Option<Ledger>) -> Self {
+        let durable = ledger.map(|ledger| {
+            let (sent, received) = ledger.unused_positions();
+            Durable { ledger, sent, received, unfinished: false }
+        });
+        let incoming = Incoming::new(&[], Vec::new());
+        Self { stream: stream.into(), incoming, outgoing: VecDeque::new(), durable }
+    }
+
+    /// Returns the state, or `None` for a socket without a ledger.
+    #[must_use]
+    pub fn save(&self) -> Option<SavedSocket> {
+        let Durable { sent, received, .. } = *self.durable.as_ref()?;
+        let Incoming { bytes, filled, fds, earlier_fds, .. } = &self.incoming;
+        let numbers = |fds: &[Fd]| fds.iter().map(Fd::number).collect::<Vec<_>>();
+        let outgoing = self.outgoing.iter().map(|message| SavedOutgoing {
+            bytes: message.bytes.clone(),
+            sent: message.sent,
+            fds: numbers(&message.fds),
+        });
+        Some(SavedSocket {
+            stream: self.stream.number(),
+            sent,
+            received,
+            bytes: bytes[..*filled].to_vec(),
+            fds: numbers(fds),
+            earlier_fds: *earlier_fds,
+            outgoing: outgoing.collect(),
+        })
+    }
+
+    /// Restores a socket: the state that was saved last, and what the kernel did since.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub fn restore(saved: SavedSocket, ledger: Ledger, left: &mut Adopted) -> Result<Self, RestoreError> {
+        let mut adopt_all =
+            |numbers: Vec<RawFd>| numbers.into_iter().map(|fd| left.adopt(fd)).collect::<Result<Vec<_>, _>>();
+        let mut incoming = Incoming::new(&saved.bytes, adopt_all(saved.fds)?);
+        incoming.earlier_fds = saved.earlier_fds.min(incoming.fds.len());
+        let Landed { bytes, fds, .. } = ledger.landed(saved.received);
+        if !bytes.is_empty() {
+            incoming.add(&bytes, adopt_all(fds)?);
+        }
+        let mut since = ledger.sent_since(saved.sent);
+        let sent = saved.sent.wrapping_add(position(since));
+        let mut outgoing = VecDeque::new();
+        for SavedOutgoing { bytes, sent, fds } in saved.outgoing {
+            let now = since.min(bytes.len().saturating_sub(sent));
+            since -= now;
+            let sent = sent + now;
+            // Descriptors leave with the first byte, and are closed then.
+            let fds = if sent == 0 { adopt_all(fds)? } else { Vec::new() };
+            if sent < bytes.len() {
+                outgoing.push_back(Outgoing { bytes, sent, fds });
+            }
+        }
+        let received = saved.received.wrapping_add(position(bytes.len()));
+        let durable = Some(Durable { ledger, sent, received, unfinished: false });
+        Ok(Self { stream: left.adopt(saved.stream)?, incoming, outgoing, durable })
+    }
+
+    /// Whether the last call of [`receive`](Self::receive) read a part of a message, after which there may be more to read.
+    /// Only a socket with a ledger stops there.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        self.durable.as_ref().is_some_and(|durable| durable.unfinished)
     }
 
     /// Receives the next message; `None` if it is not complete yet.
@@ -180,6 +299,9 @@ impl<H: Framing> FramedSocket<H> {
     /// # Errors
     /// Any [`SocketError`]; the socket is of no further use.
     pub fn receive(&mut self) -> Result<Option<Message<H>>, SocketError<H::Error>> {
+        if self.durable.is_some() {
+            return self.receive_durably();
+        }
         loop {
             if let Some(message) = self.incoming.take()? {
                 return Ok(Some(message));
@@ -188,6 +310,34 @@ impl<H: Framing> FramedSocket<H> {
                 return Ok(None);
             }
         }
+    }
+
+    /// As [`receive`](Self::receive), with at most one read: the next one needs the room of its notes.
+    fn receive_durably(&mut self) -> Result<Option<Message<H>>, SocketError<H::Error>> {
+        let Some(durable) = &mut self.durable else { return Ok(None) };
+        durable.unfinished = false;
+        if let Some(message) = self.incoming.take()? {
+            return Ok(Some(message));
+        }
+        let room = self.incoming.bytes.len() - self.incoming.filled;
+        let mut landed = match durable.ledger.receive(&self.stream, durable.received, room) {
+            Ok(landed) => landed,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+            Err(Errno::CONNRESET) => return Err(SocketError::Closed),
+            Err(error) => return Err(SocketError::Io(error)),
+        };
+        durable.received = durable.received.wrapping_add(position(landed.bytes.len()));
+        let fds: Vec<_> = landed.take_fds().into_iter().map(Fd::from).collect();
+        self.incoming.add(&landed.bytes, fds);
+        if landed.truncated || self.incoming.fds.len() > H::FDS_MAX {
+            return Err(too_many_fds::<H>());
+        }
+        if landed.bytes.is_empty() {
+            return Err(SocketError::Closed);
+        }
+        let message = self.incoming.take()?;
+        durable.unfinished = message.is_none();
+        Ok(message)
     }
 
     /// Returns whether [`receive`](Self::receive) may have a message of bytes that were read already: the socket does not
@@ -215,7 +365,7 @@ impl<H: Framing> FramedSocket<H> {
         };
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(received) = message {
-                fds.extend(received);
+                fds.extend(received.map(Fd::from));
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > H::FDS_MAX {
@@ -228,14 +378,16 @@ impl<H: Framing> FramedSocket<H> {
         Ok(true)
     }
 
-    /// Sends a message, and keeps the part that the peer does not take yet for [`flush`](Self::flush). Callers keep memory
-    /// bounded by sending only when the socket is not [congested](Self::is_congested).
+    /// Sends a message, and keeps the part that the peer does not take yet for [`flush`](Self::flush); a socket with a ledger
+    /// keeps all of it. Callers keep memory bounded by sending only when the socket is not
+    /// [congested](Self::is_congested).
     ///
     /// # Errors
     /// Any [`SocketError`]; the socket is of no further use.
     pub fn send(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) -> Result<(), SocketError<H::Error>> {
+        let fds = fds.into_iter().map(Fd::from).collect();
         self.outgoing.push_back(Outgoing { bytes, sent: 0, fds });
-        self.flush()
+        if self.durable.is_some() { Ok(()) } else { self.flush() }
     }
 
     /// Sends the parts that were kept, as far as the peer takes them.
@@ -245,16 +397,17 @@ impl<H: Framing> FramedSocket<H> {
     pub fn flush(&mut self) -> Result<(), SocketError<H::Error>> {
         while let Some(message) = self.outgoing.front_mut() {
             let fds: Vec<_> = message.fds.iter().map(AsFd::as_fd).collect();
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
-                return Err(too_many_fds::<H>());
-            }
-            let rest = [IoSlice::new(&message.bytes[message.sent..])];
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match sendmsg(&self.stream, &rest, &mut control, flags) {
+            let rest = &message.bytes[message.sent..];
+            let result = match &self.durable {
+                Some(durable) => durable.ledger.send(&self.stream, durable.sent, rest, &fds),
+                None => Self::send_now(&self.stream, rest, &fds)?,
+            };
+            match result {
                 Ok(sent) => {
                     message.sent += sent;
+                    if let Some(durable) = &mut self.durable {
+                        durable.sent = durable.sent.wrapping_add(position(sent));
+                    }
                     message.fds.clear();
                     if message.sent == message.bytes.len() {
                         self.outgoing.pop_front();
@@ -269,11 +422,32 @@ impl<H: Framing> FramedSocket<H> {
         Ok(())
     }
 
+    /// Makes one call; the inner result is that of the call.
+    fn send_now(
+        stream: &Fd,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Result<usize, Errno>, SocketError<H::Error>> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(too_many_fds::<H>());
+        }
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        Ok(sendmsg(stream, &[IoSlice::new(bytes)], &mut control, flags))
+    }
+
     /// Returns whether the peer has yet to take a part of a message.
     #[must_use]
     pub fn is_congested(&self) -> bool {
         !self.outgoing.is_empty()
     }
+}
+
+/// A number of bytes as positions count them.
+#[expect(clippy::cast_possible_truncation, reason = "positions are numbers modulo 2^32")]
+fn position(bytes: usize) -> u32 {
+    bytes as u32
 }
 
 impl<H: Framing> AsFd for FramedSocket<H> {

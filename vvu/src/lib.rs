@@ -11,6 +11,8 @@ pub mod vfio_user;
 
 // What the binary, the tests and the fuzz targets share with the library; no part of its interface.
 #[doc(hidden)]
+pub mod durable;
+#[doc(hidden)]
 pub mod framed_socket;
 #[doc(hidden)]
 pub mod listening_socket;

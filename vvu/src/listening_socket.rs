@@ -64,6 +64,13 @@ pub struct ListeningSocket {
 }
 
 impl ListeningSocket {
+    /// Takes over a socket that listens at `path`.
+    #[must_use]
+    pub fn inherit(listener: UnixListener, path: &Path) -> Self {
+        let id = fs::symlink_metadata(path).map_or((0, 0), |file| (file.dev(), file.ino()));
+        Self { listener, path: path.to_owned(), id }
+    }
+
     /// Listens at `path`. A socket that a dead process left there is replaced.
     ///
     /// # Errors

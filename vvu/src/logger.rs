@@ -59,8 +59,11 @@ pub(crate) fn init(verbosity: u8) -> io::Result<()> {
 
 /// Writes the last line of the process, after all others. Gives up after [`LAST_LINES`].
 pub(crate) fn finish(text: Option<&str>) {
-    if let Some(text) = text {
-        LOGGER.put(format!("vvu: {text}\n"));
+    match text {
+        // A supervisor has no thread to write its lines.
+        Some(text) if LOGGER.queue.get().is_none() => eprintln!("vvu: {text}"),
+        Some(text) => drop(LOGGER.put(format!("vvu: {text}\n"))),
+        None => {}
     }
     LOGGER.flush();
 }

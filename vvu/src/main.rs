@@ -49,22 +49,28 @@ enum Command {
     /// Remove the names of a proxy when it ends; started by `vvu proxy`
     #[command(hide = true)]
     RemoveNames(commands::names::Args),
+    /// Print the version of the state that supervised proxies save
+    #[command(hide = true)]
+    StateFormat,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Err(error) = logger::init(cli.verbose) {
+    // A supervisor must not have threads; its workers have logs of their own.
+    let logs = !matches!(&cli.command, Command::Proxy(args) if args.is_supervised());
+    if logs && let Err(error) = logger::init(cli.verbose) {
         eprintln!("vvu: {}", explain(&anyhow::Error::new(error).context("cannot start to log")));
         return ExitCode::FAILURE;
     }
     let result = match cli.command {
-        Command::Proxy(args) => commands::proxy::run(&args),
+        Command::Proxy(args) => commands::proxy::run(args, cli.verbose),
         Command::Device(args) => commands::device::run(&args),
         Command::Bind(args) => commands::bind::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Trace(args) => commands::trace::run(&args),
         Command::Supervise(args) => commands::supervise::run(&args),
         Command::RemoveNames(args) => commands::names::run(&args),
+        Command::StateFormat => commands::proxy::state_format(),
     };
     logger::finish(result.as_ref().err().map(explain).as_deref());
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }

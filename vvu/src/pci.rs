@@ -11,6 +11,7 @@ use vm_memory::{GuestMemory, MmapRegion};
 
 pub use direct::DirectDoorbells;
 
+use crate::durable::{Adopted, RestoreError};
 use crate::event::Event;
 use crate::spec::addr::Iova;
 use crate::spec::pci::Region;
@@ -67,6 +68,28 @@ pub trait PciFunction {
 
     /// Puts the function into its state after power-on.
     fn reset(&mut self);
+
+    /// Returns the state for a successor in another process, if it has changed since the last call.
+    #[doc(hidden)]
+    fn save(&mut self) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// Drops what was kept for the last commit, and sends what had to wait for the new one.
+    #[doc(hidden)]
+    fn committed(&mut self, released: Vec<Box<dyn Send>>) {
+        drop(released);
+    }
+
+    /// Takes over from a predecessor: what it saved, and the descriptors that it left. `saved` is empty if it saved nothing.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    #[doc(hidden)]
+    fn restore<H: Host>(&mut self, host: &H, saved: &[u8], left: &mut Adopted) -> Result<(), RestoreError> {
+        let _ = (host, saved, left);
+        Err(RestoreError::Value("this function saves nothing".to_owned()))
+    }
 }
 
 /// A file that can be mapped for a BAR.

@@ -85,6 +85,9 @@ const ALLOWED: &[c_long] = &[
     // Open sockets, eventfds, log lines.
     libc::SYS_accept4,
     libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_getsockname,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_getsockopt,

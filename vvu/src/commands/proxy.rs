@@ -16,6 +16,8 @@ use vvu::listening_socket::ListeningSocket;
 use vvu::spec::PAGE_SIZE;
 use vvu::vfio_user::server::Server;
 
+mod supervised;
+
 use super::names::NameRemover;
 use crate::{sandbox, stop};
 
@@ -46,6 +48,10 @@ pub(crate) struct Args {
     /// Whether to refuse system calls and file access that a running proxy does not need.
     #[arg(long, value_enum, default_value_t = Sandbox::On)]
     sandbox: Sandbox,
+    /// Run the device in a worker process. When the worker dies, another one takes over, and both VMs go on; on SIGUSR2 the
+    /// new one runs the program that is then in the place of this one.
+    #[arg(long)]
+    supervised: bool,
 }
 
 /// Whether the proxy runs in its sandbox.
@@ -99,6 +105,11 @@ impl Memory {
 }
 
 impl Args {
+    /// Whether the device runs in a worker process.
+    pub(crate) fn is_supervised(&self) -> bool {
+        self.supervised
+    }
+
     /// The UUID of the device. The guest finds the express device by it, so two devices must not share one.
     fn uuid(&self) -> anyhow::Result<Uuid> {
         match (self.uuid, &self.express) {
@@ -115,7 +126,16 @@ impl Args {
 }
 
 /// Serves the device until a signal asks the process to end.
-pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: Args, verbosity: u8) -> anyhow::Result<()> {
+    if args.supervised { supervised::run(args, verbosity) } else { run_alone(&args) }
+}
+
+/// Prints the version of the state that supervised proxies save.
+pub(crate) fn state_format() -> anyhow::Result<()> {
+    writeln!(io::stdout(), "{}", vvu::durable::FORMAT).context("cannot write to standard output")
+}
+
+fn run_alone(args: &Args) -> anyhow::Result<()> {
     let stop = stop::on_signal().context("cannot catch signals")?;
     let (memory, link) = args.memory.open()?;
     let vhost_user = ListeningSocket::bind(&args.vhost_user)?;
@@ -195,6 +215,12 @@ impl MemoryLink {
             );
         }
         Ok(link)
+    }
+
+    /// Takes over the link that an earlier program of this process made.
+    fn inherit(path: &Path, memory: i32) -> Self {
+        let target = PathBuf::from(format!("/proc/{}/fd/{memory}", std::process::id()));
+        Self { path: path.to_owned(), target }
     }
 }
 

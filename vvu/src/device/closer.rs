@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use crate::durable::hold_until_commit;
+
 /// Values that may wait to be dropped before the device takes nothing more from peers.
 const WAITING_MAX: usize = 64;
 
@@ -47,13 +49,22 @@ impl Closer {
 
     /// Drops `value` in the thread. The queue is bounded only if callers take nothing more from peers while
     /// the closer [is full](Self::is_full).
+    ///
+    /// A value that the saved state may name is dropped after the next commit.
     pub(super) fn close(&self, value: impl Send + 'static) {
         if cfg!(fuzzing) {
             // Fuzz targets close nothing that blocks, and a thread would slow them down.
             return drop(value);
         }
+        if let Some(value) = hold_until_commit(value) {
+            self.close_now(Box::new(value));
+        }
+    }
+
+    /// As [`close`](Self::close), for a value that waited for a commit already.
+    pub(super) fn close_now(&self, value: Box<dyn Send>) {
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        if let Err(error) = self.queue.send(Box::new(value)) {
+        if let Err(error) = self.queue.send(value) {
             // The thread ends only after the closer, unless dropping a value panicked. Better to keep the
             // value than to block.
             log::error!("cannot close a peer's file descriptors: {error}");

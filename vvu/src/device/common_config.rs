@@ -1,9 +1,11 @@
 //! The registers of the virtio common configuration (virtio 1.2, 4.1.4.3), and the virtqueues that the
 //! driver sets up with them.
 
-use virtio_queue::{Queue, QueueT};
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueState, QueueT};
 
 use super::copy_at;
+use crate::durable::RestoreError;
 use crate::spec::virtio::{
     NO_VECTOR, QUEUE_COUNT, QUEUE_SIZE_MAX, RX_QUEUE, TX_QUEUE, common, feature, status,
 };
@@ -21,6 +23,58 @@ impl VirtQueue {
         queue.set_size(QUEUE_SIZE_MAX);
         Self { queue, vector: NO_VECTOR }
     }
+
+    fn save(&self) -> SavedQueue {
+        let QueueState { next_avail, next_used, event_idx_enabled, size, ready, .. } = self.queue.state();
+        let QueueState { desc_table, avail_ring, used_ring, .. } = self.queue.state();
+        let rings = [desc_table, avail_ring, used_ring];
+        let vector = self.vector;
+        SavedQueue { next_avail, next_used, event_idx: event_idx_enabled, size, ready, rings, vector }
+    }
+
+    fn restore(saved: SavedQueue) -> Result<Self, RestoreError> {
+        let SavedQueue { next_avail, next_used, event_idx, size, ready, rings, vector } = saved;
+        let [desc_table, avail_ring, used_ring] = rings;
+        let state = QueueState {
+            max_size: QUEUE_SIZE_MAX,
+            next_avail,
+            next_used,
+            event_idx_enabled: event_idx,
+            size,
+            ready,
+            desc_table,
+            avail_ring,
+            used_ring,
+        };
+        let queue = Queue::try_from(state).map_err(|error| RestoreError::Value(error.to_string()))?;
+        Ok(Self { queue, vector })
+    }
+}
+
+/// A virtqueue as it is saved.
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedQueue {
+    next_avail: u16,
+    next_used: u16,
+    event_idx: bool,
+    size: u16,
+    ready: bool,
+    /// Descriptor table, available ring, used ring.
+    rings: [u64; 3],
+    vector: u16,
+}
+
+/// The registers as they are saved.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct SavedCommonConfig {
+    rx: SavedQueue,
+    tx: SavedQueue,
+    config_vector: u16,
+    status: u8,
+    feature_selects: [u32; 2],
+    driver_features: u64,
+    config_generation: u8,
+    queue_select: u16,
 }
 
 #[derive(Debug)]
@@ -56,6 +110,40 @@ impl CommonConfig {
 
     pub(crate) fn reset(&mut self) {
         *self = Self::new(self.vectors);
+    }
+
+    pub(crate) fn save(&self) -> SavedCommonConfig {
+        SavedCommonConfig {
+            rx: self.rx.save(),
+            tx: self.tx.save(),
+            config_vector: self.config_vector,
+            status: self.status,
+            feature_selects: [self.device_feature_select, self.driver_feature_select],
+            driver_features: self.driver_features,
+            config_generation: self.config_generation,
+            queue_select: self.queue_select,
+        }
+    }
+
+    /// Restores what [`save`](Self::save) returned.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub(crate) fn restore(&mut self, saved: SavedCommonConfig) -> Result<(), RestoreError> {
+        let [device_feature_select, driver_feature_select] = saved.feature_selects;
+        *self = Self {
+            rx: VirtQueue::restore(saved.rx)?,
+            tx: VirtQueue::restore(saved.tx)?,
+            config_vector: saved.config_vector,
+            vectors: self.vectors,
+            status: saved.status,
+            device_feature_select,
+            driver_feature_select,
+            driver_features: saved.driver_features,
+            config_generation: saved.config_generation,
+            queue_select: saved.queue_select,
+        };
+        Ok(())
     }
 
     /// Whether `DRIVER_OK` is set and `DEVICE_NEEDS_RESET` is not.

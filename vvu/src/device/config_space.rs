@@ -57,6 +57,16 @@ impl ConfigSpace {
         self.bytes = self.initial.bytes;
     }
 
+    /// All bytes, as they are saved.
+    pub(crate) fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Restores what [`save`](Self::save) returned; false if it did not.
+    pub(crate) fn restore(&mut self, saved: &[u8]) -> bool {
+        saved.try_into().map(|bytes| self.bytes = bytes).is_ok()
+    }
+
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         copy_at(&self.bytes, offset, data);
     }

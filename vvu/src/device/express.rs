@@ -22,14 +22,18 @@ use self::same_file::is_same_file;
 use super::events::Source;
 use super::resources::Resources;
 use super::vrings::Eventfd;
+use crate::durable::{Fd, hold_until_commit};
 use crate::event::Event;
 use crate::framed_socket::{FramedSocket, Framing, SocketError};
 use crate::spec::addr::QueueIndex;
 use crate::spec::express::page::{self, Entry, Header};
 use crate::spec::express::{PeerId, ServerMessage, VECTORS};
 
+mod keep;
 pub(crate) mod peers;
 mod same_file;
+
+pub(super) use keep::SavedExpress;
 
 /// The server, for one VMM at a time. Further ones stay in the backlog.
 #[derive(Debug)]
@@ -39,7 +43,7 @@ pub(super) struct Express {
     page: SharedPage,
     peers: Peers<Eventfd>,
     /// Eventfds that the guest signals to confirm a peer.
-    confirmations: HashMap<PeerId, Event>,
+    confirmations: HashMap<PeerId, Fd>,
     vmm: Option<FramedSocket<FromVmm>>,
     /// The user has been told that the numbers of peers are used up.
     exhausted: bool,
@@ -122,7 +126,8 @@ impl Express {
         if or_warn(resources.events.add(&stream, Source::Express)).is_none() {
             return;
         }
-        let mut vmm = FramedSocket::new(stream);
+        let ledger = resources.ledgers.map(|ledgers| ledgers.express);
+        let mut vmm = FramedSocket::with_ledger(OwnedFd::from(stream), ledger);
         let greeting = [
             (ServerMessage::Version, vec![]),
             (ServerMessage::OwnId, vec![]),
@@ -131,7 +136,8 @@ impl Express {
         let outcome =
             greeting.into_iter().try_for_each(|(message, fds)| vmm.send(message.to_bytes().to_vec(), fds));
         log::info!("a VMM connected to the express device");
-        (self.page, self.vmm) = (shared, Some(vmm));
+        drop(hold_until_commit(std::mem::replace(&mut self.page, shared)));
+        self.vmm = Some(vmm);
         self.keep(resources, outcome);
     }
 
@@ -173,7 +179,7 @@ impl Express {
         let confirmation = Event::new().map_err(errno)?;
         let theirs = confirmation.try_clone().map_err(errno)?.into();
         resources.events.add(&confirmation, Source::Confirmation(id))?;
-        self.confirmations.insert(id, confirmation);
+        self.confirmations.insert(id, OwnedFd::from(confirmation).into());
         Ok([call, theirs])
     }
 
@@ -253,11 +259,16 @@ impl SharedPage {
         let file = memfd_create("vvu-express", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&file, page::SIZE as u64)?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let file = File::from(file);
+        let this = Self::open(File::from(file))?;
+        let start = this.memory.as_volatile_slice().write_slice(&header.to_bytes(), 0);
+        start.map_err(io::Error::other)?;
+        Ok(this)
+    }
+
+    /// Maps the file of a page.
+    fn open(file: File) -> io::Result<Self> {
         let memory = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), page::SIZE);
         let memory = memory.map_err(io::Error::other)?;
-        let start = memory.as_volatile_slice().write_slice(&header.to_bytes(), 0);
-        start.map_err(io::Error::other)?;
         Ok(Self { file, memory })
     }
 

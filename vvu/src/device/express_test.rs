@@ -34,7 +34,7 @@ impl Rig {
         let events = Events::new().expect("events");
         let closer = Closer::new(events.again_event()).expect("thread");
         let memory = SiblingMemory::create(1 << 20).expect("memory");
-        let resources = Resources { memory, queues, events, closer, trace: None };
+        let resources = Resources { memory, queues, events, closer, trace: None, ledgers: None };
         let express = Express::new(listener, [7; 16], &resources).expect("express");
         Self { express, resources, can_connect: false, dir }
     }
@@ -62,7 +62,7 @@ impl Rig {
     }
 
     fn set_call(&mut self, queue: QueueIndex, call: &Event) {
-        let call = Eventfd::new(call.try_clone().expect("clone").into());
+        let call = Eventfd::new(std::os::fd::OwnedFd::from(call.try_clone().expect("clone")));
         self.express.set_call(&self.resources, queue, Some(&call));
     }
 }

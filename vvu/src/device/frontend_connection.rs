@@ -1,13 +1,18 @@
 //! The connection of one front-end, from accept to hang-up.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+
+use serde::{Deserialize, Serialize};
 
 use super::events::Source;
 use super::peer::Peer;
-use super::resources::Resources;
+use super::resources::{Ledgers, Resources};
 use super::trace::{Did, From, Trace};
 use super::treatment::{MessageRefusal, Treatment, treat_backend_request, treat_reply, treat_request};
+use crate::durable::{Adopted, Fd, RestoreError};
+use crate::framed_socket::{Framing, SavedSocket};
 use crate::message_socket::{Message, MessageSocket, SocketError};
 use crate::spec::vhost_user::{Header, Request};
 use rustix::io::Errno;
@@ -52,6 +57,8 @@ pub(super) struct FrontendConnection {
     unanswered: VecDeque<u32>,
     /// A message for the driver that waits for a receive buffer.
     pub(super) to_driver: Option<Message>,
+    /// A message of the driver that was read and not passed on yet, and the head of its buffer until that is given back.
+    pub(super) from_driver: Option<(Option<u16>, Message)>,
     /// Answers to requests of the back-end that failed here; they go to the driver next.
     pub(super) answers: VecDeque<Message>,
     /// Headers of the back-end's requests that the front-end has yet to acknowledge.
@@ -59,14 +66,15 @@ pub(super) struct FrontendConnection {
 }
 
 impl FrontendConnection {
-    pub(super) fn new(stream: UnixStream, peer: Option<Peer>) -> Self {
+    pub(super) fn new(stream: impl Into<Fd>, peer: Option<Peer>, ledgers: Option<Ledgers>) -> Self {
         Self {
-            frontend: MessageSocket::new(stream),
+            frontend: MessageSocket::with_ledger(stream, ledgers.map(|ledgers| ledgers.frontend)),
             peer,
             channel: None,
             reply_ack: false,
             unanswered: VecDeque::new(),
             to_driver: None,
+            from_driver: None,
             answers: VecDeque::new(),
             asked: VecDeque::new(),
         }
@@ -86,7 +94,8 @@ impl FrontendConnection {
     /// Uses `stream` for requests of the back-end from now on.
     pub(super) fn set_channel(&mut self, stream: UnixStream, resources: &Resources) -> Result<(), Errno> {
         self.close_channel(resources);
-        let channel = MessageSocket::new(stream);
+        let ledger = resources.ledgers.map(|ledgers| ledgers.channel);
+        let channel = MessageSocket::with_ledger(OwnedFd::from(stream), ledger);
         let watched = resources.events.add(&channel, Source::Socket);
         self.channel = Some(channel);
         watched
@@ -133,6 +142,9 @@ impl FrontendConnection {
                 None => Ok(Received::Done),
             };
         }
+        if self.frontend.is_unfinished() {
+            return Ok(Received::Done);
+        }
         let Some(channel) = &mut self.channel else { return Ok(Received::Nothing) };
         match channel.receive() {
             Ok(Some(mut message)) => {
@@ -140,6 +152,7 @@ impl FrontendConnection {
                 resources.close_all(&mut message.fds);
                 answer.map(|()| Received::Message(message, Treatment::Relay))
             }
+            Ok(None) if channel.is_unfinished() => Ok(Received::Done),
             Ok(None) => Ok(Received::Nothing),
             Err(error) => {
                 self.channel_broke(&error, resources);
@@ -256,6 +269,75 @@ impl FrontendConnection {
         }
         Ok(())
     }
+}
+
+/// A connection as it is saved. Messages are their bytes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SavedConnection {
+    frontend: SavedSocket,
+    channel: Option<SavedSocket>,
+    reply_ack: bool,
+    unanswered: VecDeque<u32>,
+    to_driver: Option<Vec<u8>>,
+    from_driver: Option<(Option<u16>, Vec<u8>)>,
+    answers: Vec<Vec<u8>>,
+    asked: Vec<Vec<u8>>,
+}
+
+impl FrontendConnection {
+    /// Returns the state for a successor; `None` if it is not to be kept.
+    pub(super) fn save(&self) -> Option<SavedConnection> {
+        let header = |header: &Header| header.to_bytes().to_vec();
+        Some(SavedConnection {
+            frontend: self.frontend.save()?,
+            channel: self.channel.as_ref().and_then(MessageSocket::save),
+            reply_ack: self.reply_ack,
+            unanswered: self.unanswered.clone(),
+            to_driver: self.to_driver.as_ref().map(|message| message.bytes.clone()),
+            from_driver: self.from_driver.as_ref().map(|(head, message)| (*head, message.bytes.clone())),
+            answers: self.answers.iter().map(|message| message.bytes.clone()).collect(),
+            asked: self.asked.iter().map(header).collect(),
+        })
+    }
+
+    /// Restores what [`save`](Self::save) returned.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub(super) fn restore(
+        saved: SavedConnection,
+        ledgers: Ledgers,
+        left: &mut Adopted,
+    ) -> Result<Self, RestoreError> {
+        let frontend = MessageSocket::restore(saved.frontend, ledgers.frontend, left)?;
+        let channel = saved.channel.map(|saved| MessageSocket::restore(saved, ledgers.channel, left));
+        let from_driver =
+            saved.from_driver.map(|(head, bytes)| Ok::<_, RestoreError>((head, message(bytes)?)));
+        Ok(Self {
+            peer: Peer::of(&frontend)?,
+            frontend,
+            channel: channel.transpose()?,
+            reply_ack: saved.reply_ack,
+            unanswered: saved.unanswered,
+            to_driver: saved.to_driver.map(message).transpose()?,
+            from_driver: from_driver.transpose()?,
+            answers: saved.answers.into_iter().map(message).collect::<Result<_, _>>()?,
+            asked: saved.asked.iter().map(|bytes| header(bytes)).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Begins to wait for messages of the channel, if there is one.
+    pub(super) fn watch_channel(&self, resources: &Resources) -> Result<(), Errno> {
+        self.channel.as_ref().map_or(Ok(()), |channel| resources.events.add(channel, Source::Socket))
+    }
+}
+
+fn header(bytes: &[u8]) -> Result<Header, RestoreError> {
+    Header::from_wire(bytes).map_err(|error| RestoreError::Value(error.to_string()))
+}
+
+fn message(bytes: Vec<u8>) -> Result<Message, RestoreError> {
+    Ok(Message { header: header(&bytes)?, bytes, fds: Vec::new() })
 }
 
 /// The answer to a request that failed.

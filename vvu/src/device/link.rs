@@ -2,10 +2,12 @@
 
 use std::mem;
 
+use serde::{Deserialize, Serialize};
+
 use super::frontend_connection::FrontendConnection;
 
 /// State of the link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum LinkState {
     /// The guest driver does not ask for a front-end. A front-end that connects stays in the backlog.
     Down,
@@ -121,6 +123,17 @@ impl Link {
         }
     }
 
+    /// Restores a link in `state`, with the connection it had.
+    pub(super) fn restore(&mut self, state: LinkState, connection: Option<FrontendConnection>) {
+        *self = match (state, connection) {
+            (LinkState::Connected, Some(connection)) => Self::Connected(connection),
+            (LinkState::Waiting, _) => Self::Waiting,
+            (LinkState::Leaving | LinkState::Connected, _) => Self::Leaving,
+            (LinkState::Broken, _) => Self::Broken,
+            (LinkState::Down, _) => Self::Down,
+        };
+    }
+
     /// Connects a front-end. Nothing changes unless the link is [`Link::Waiting`].
     pub(super) fn connect(&mut self, connection: FrontendConnection) -> Option<Transition> {
         self.follow(LinkEvent::FrontendConnected, Some(connection))
@@ -225,7 +238,7 @@ mod tests {
     }
 
     fn connection() -> FrontendConnection {
-        FrontendConnection::new(std::os::unix::net::UnixStream::pair().expect("pair").0, None)
+        FrontendConnection::new(std::os::unix::net::UnixStream::pair().expect("pair").0, None, None)
     }
 
     /// The link in each state, reached by events.

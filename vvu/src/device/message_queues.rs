@@ -1,6 +1,7 @@
 //! The guest driver's virtqueues: each vhost-user message is one buffer.
 
 use std::io::{Read, Write};
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemory;
@@ -56,9 +57,8 @@ impl<H: Host> DriverQueues<'_, H> {
             return Err(QueueError::NotSetUp);
         }
         for _ in 0..self.tx.queue.size() {
-            if self.take()?.is_none() {
-                break;
-            }
+            let Some((head, _)) = self.read()? else { break };
+            self.give_back(head)?;
         }
         Ok(())
     }
@@ -72,14 +72,45 @@ impl<H: Host> DriverQueues<'_, H> {
         Ok(placed)
     }
 
-    /// Takes the next message of the driver, if there is one.
-    pub(super) fn take(&mut self) -> Result<Option<Message>, QueueError> {
-        let message = take(&mut self.tx.queue, self.host.memory())?;
-        if message.is_some() {
-            interrupt(self.host, self.tx, self.isr)?;
-        }
-        Ok(message)
+    /// Reads the next message of the driver, if there is one, and returns the head of its buffer.
+    pub(super) fn read(&mut self) -> Result<Option<(u16, Message)>, QueueError> {
+        read(&mut self.tx.queue, self.host.memory())
     }
+
+    /// Gives the buffer of a message that was read back to the driver.
+    pub(super) fn give_back(&mut self, head: u16) -> Result<(), QueueError> {
+        self.tx.queue.add_used(self.host.memory(), head, 0)?;
+        interrupt(self.host, self.tx, self.isr)
+    }
+
+    /// Finds out how many buffers of the receive queue a predecessor used after its last commit, and takes note.
+    pub(super) fn catch_up_receive(&mut self) -> u16 {
+        let count = used_since(&self.rx.queue, self.host.memory());
+        advance(&mut self.rx.queue, count, count);
+        count
+    }
+
+    /// As [`catch_up_receive`](Self::catch_up_receive), for the transmit queue; the first `read` of the buffers were read before the commit.
+    pub(super) fn catch_up_transmit(&mut self, read: u16) -> u16 {
+        let count = used_since(&self.tx.queue, self.host.memory());
+        advance(&mut self.tx.queue, count.saturating_sub(read), count);
+        count
+    }
+}
+
+/// The number of buffers that the used ring has and `queue` does not know of; 0 if the driver changed it to nonsense.
+fn used_since(queue: &Queue, memory: &impl GuestMemory) -> u16 {
+    if !queue.ready() {
+        return 0;
+    }
+    let used = queue.used_idx(memory, Ordering::Acquire).map_or(queue.next_used(), |used| used.0);
+    Some(used.wrapping_sub(queue.next_used())).filter(|count| *count <= queue.size()).unwrap_or(0)
+}
+
+/// Moves both positions of `queue` on.
+fn advance(queue: &mut Queue, avail: u16, used: u16) {
+    queue.set_next_avail(queue.next_avail().wrapping_add(avail));
+    queue.set_next_used(queue.next_used().wrapping_add(used));
 }
 
 /// Interrupts the driver for a virtqueue if the driver wants that.
@@ -118,7 +149,7 @@ fn place<M: GuestMemory>(queue: &mut Queue, memory: &M, bytes: &[u8]) -> Result<
     Ok(Placed::Yes)
 }
 
-fn take<M: GuestMemory>(queue: &mut Queue, memory: &M) -> Result<Option<Message>, QueueError> {
+fn read<M: GuestMemory>(queue: &mut Queue, memory: &M) -> Result<Option<(u16, Message)>, QueueError> {
     let chain = match queue.pop_descriptor_chain(memory) {
         Some(chain) => chain,
         None if queue.enable_notification(memory)? => match queue.pop_descriptor_chain(memory) {
@@ -138,6 +169,5 @@ fn take<M: GuestMemory>(queue: &mut Queue, memory: &M) -> Result<Option<Message>
     if got != want {
         return Err(QueueError::Length { got, want });
     }
-    queue.add_used(memory, head, 0)?;
-    Ok(Some(message))
+    Ok(Some((head, message)))
 }

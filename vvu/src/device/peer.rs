@@ -6,13 +6,13 @@
 
 use std::io;
 use std::num::NonZeroI32;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::fs::{fstat, fstatfs};
+use serde::{Deserialize, Serialize};
 
 /// A process that connected to a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Peer {
     /// Inode of the process's pidfd, which no other process gets, whatever its PID namespace (Linux 6.9).
     Inode(u64),
@@ -26,7 +26,8 @@ impl Peer {
     ///
     /// # Errors
     /// When the kernel has no credentials for the socket.
-    pub(crate) fn of(stream: &UnixStream) -> io::Result<Option<Self>> {
+    pub(crate) fn of(stream: impl AsFd) -> io::Result<Option<Self>> {
+        let stream = stream.as_fd();
         // An older kernel has no pidfd, and neither has a process that has ended.
         if let Ok(inode) = pidfd(stream).and_then(|pidfd| inode(&pidfd))
             && let Some(inode) = inode
@@ -41,7 +42,7 @@ impl Peer {
 }
 
 /// The pidfd of the process that made the connection (Linux 6.5).
-fn pidfd(stream: &UnixStream) -> io::Result<OwnedFd> {
+fn pidfd(stream: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     const SO_PEERPIDFD: libc::c_int = 77;
     // SAFETY: any bytes are a valid integer.
     let fd: RawFd = unsafe { option(stream, SO_PEERPIDFD, -1)? };
@@ -60,7 +61,7 @@ fn inode(pidfd: &OwnedFd) -> io::Result<Option<u64>> {
 ///
 /// # Safety
 /// Any bytes are a valid `T`.
-unsafe fn option<T>(stream: &UnixStream, name: libc::c_int, mut value: T) -> io::Result<T> {
+unsafe fn option<T>(stream: BorrowedFd<'_>, name: libc::c_int, mut value: T) -> io::Result<T> {
     let mut size = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
     // SAFETY: the kernel writes at most `size` bytes, which is the size of `value`. Any bytes are a valid `T`.
     let result = unsafe {
@@ -84,6 +85,7 @@ impl Peer {
 mod tests {
     use super::*;
     use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn the_peer_of_a_connection_is_its_process() {

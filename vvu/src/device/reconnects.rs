@@ -7,7 +7,8 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
@@ -15,12 +16,16 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
 use super::closer::Closer;
 use super::peer::Peer;
 use super::resources::hang_up;
+use crate::durable::{Adopted, Fd, RestoreError};
 
 /// Most front-ends that wait outside of the socket's backlog.
 const WAITING_MAX: usize = 8;
 
 /// An accepted front-end, and its process if the kernel can name it.
-pub(super) type Accepted = (UnixStream, Option<Peer>);
+pub(super) type Accepted = (Fd, Option<Peer>);
+
+/// [`Reconnects`] as they are saved: the front-ends that wait, and the process to turn away.
+pub(super) type SavedReconnects = (Vec<RawFd>, Option<Peer>);
 
 #[derive(Debug)]
 pub(super) struct Reconnects {
@@ -35,6 +40,34 @@ impl Reconnects {
     /// `listener` must be in non-blocking mode.
     pub(super) fn new(listener: UnixListener) -> Self {
         Self { listener, waiting: VecDeque::new(), turned_away: None }
+    }
+
+    /// Returns the state for a successor.
+    pub(super) fn save(&self) -> SavedReconnects {
+        let waiting = self.waiting.iter().map(|(stream, _)| stream.number()).collect();
+        (waiting, self.turned_away)
+    }
+
+    /// Restores what [`save`](Self::save) returned, and what a predecessor accepted and did not come to save.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub(super) fn restore(
+        &mut self,
+        (waiting, turned_away): SavedReconnects,
+        left: &mut Adopted,
+    ) -> Result<(), RestoreError> {
+        for number in waiting {
+            let stream = left.adopt(number)?;
+            let peer = Peer::of(&stream)?;
+            self.waiting.push_back((stream, peer));
+        }
+        for stream in left.connections_to(&self.listener) {
+            let peer = Peer::of(&stream)?;
+            self.waiting.push_back((stream.into(), peer));
+        }
+        self.turned_away = turned_away;
+        Ok(())
     }
 
     /// From now on, hangs up on connections of `peer` while there is no back-end; with `None`, on nobody.
@@ -88,7 +121,7 @@ impl Reconnects {
 }
 
 /// Whether the other end of `stream` is closed.
-fn has_left(stream: &UnixStream) -> bool {
+fn has_left(stream: &Fd) -> bool {
     let mut byte = [0];
     let mut parts = [IoSliceMut::new(&mut byte)];
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -102,7 +135,7 @@ fn accept(listener: &UnixListener) -> io::Result<Option<Accepted>> {
     match listener.accept() {
         Ok((stream, _)) => {
             let peer = Peer::of(&stream)?;
-            Ok(Some((stream, peer)))
+            Ok(Some((OwnedFd::from(stream).into(), peer)))
         }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
         Err(error) => Err(error),
@@ -112,6 +145,7 @@ fn accept(listener: &UnixListener) -> io::Result<Option<Accepted>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
 
     /// The directory of the socket `s`, those who connect to it, and a peer that is not this process.
     fn setup() -> (tempfile::TempDir, Reconnects, Option<Peer>) {

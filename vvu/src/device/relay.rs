@@ -20,6 +20,10 @@ use super::vrings::{Eventfd, Notification, Vrings};
 use crate::spec::addr::QueueIndex;
 use crate::spec::express::PeerId;
 
+mod keep;
+
+pub(super) use keep::SavedRelay;
+
 /// The front-end's side of a device.
 #[derive(Debug)]
 pub(super) struct Relay {
@@ -61,7 +65,7 @@ impl Relay {
         let events = Events::new()?;
         events.add(&listener, Source::Listener)?;
         let closer = Closer::new(events.again_event())?;
-        let resources = Resources { memory, queues, events, closer, trace: None };
+        let resources = Resources { memory, queues, events, closer, trace: None, ledgers: None };
         let vrings = Vrings::new(queues)?;
         let reconnects = Reconnects::new(listener);
         Ok(Self { resources, vrings, reconnects, link: Link::default(), express: None })
@@ -208,7 +212,7 @@ impl Relay {
             Ok(None) => return Progress::default(),
             Err(error) => return self.cannot_accept(&error),
         };
-        let connection = FrontendConnection::new(stream, peer);
+        let connection = FrontendConnection::new(stream, peer, self.resources.ledgers);
         if let Err(error) = connection.watch(&self.resources) {
             log::warn!("cannot wait for messages of a front-end: {error}");
             return true.into();
@@ -224,9 +228,10 @@ impl Relay {
         Progress::default()
     }
 
-    /// Moves at most one message each way.
+    /// Moves at most one message each way, or does one step of that if the state is kept: reading a message and handing it
+    /// over are two.
     fn exchange<H: Host>(&mut self, driver: &mut DriverQueues<'_, H>) -> Progress {
-        let received = self.relay_to_driver(driver);
+        let received = self.flush().map_err(ExchangeError::from).and_then(|()| self.relay_to_driver(driver));
         let moved = received.and_then(|received| Ok(self.relay_to_frontend(driver)? || received));
         match moved {
             Ok(moved) => moved.into(),
@@ -238,6 +243,14 @@ impl Relay {
                 self.follow(LinkEvent::FrontendLeft).into()
             }
             Err(ExchangeError::Driver(error)) => self.driver_violation(&error).into(),
+        }
+    }
+
+    /// Sends what the front-end did not take before.
+    fn flush(&mut self) -> Result<(), ConnectionError> {
+        match &mut self.link {
+            Link::Connected(connection) => connection.flush(&self.resources),
+            _ => Ok(()),
         }
     }
 
@@ -258,6 +271,9 @@ impl Relay {
                     connection.to_driver = Some(message);
                     self.apply(treatment)?;
                 }
+            }
+            if self.resources.is_kept() {
+                return Ok(true);
             }
         }
         let Link::Connected(connection) = &mut self.link else { return Ok(false) };
@@ -314,11 +330,19 @@ impl Relay {
         driver: &mut DriverQueues<'_, H>,
     ) -> Result<bool, ExchangeError> {
         let Link::Connected(connection) = &mut self.link else { return Ok(false) };
-        connection.flush(&self.resources)?;
         if connection.is_congested() || !connection.answers.is_empty() {
             return Ok(false);
         }
-        let Some(message) = driver.take()? else { return Ok(false) };
+        if connection.from_driver.is_none() {
+            connection.from_driver = driver.read()?.map(|(head, message)| (Some(head), message));
+            if self.resources.is_kept() {
+                return Ok(connection.from_driver.is_some());
+            }
+        }
+        let Some((head, message)) = connection.from_driver.take() else { return Ok(false) };
+        if let Some(head) = head {
+            driver.give_back(head)?;
+        }
         connection.deliver(message, &mut self.resources)?;
         Ok(true)
     }

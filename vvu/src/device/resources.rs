@@ -8,6 +8,7 @@ use super::closer::Closer;
 use super::events::Events;
 use super::sibling_memory::SiblingMemory;
 use super::trace::Trace;
+use crate::durable::Ledger;
 
 #[derive(Debug)]
 pub(super) struct Resources {
@@ -17,9 +18,25 @@ pub(super) struct Resources {
     pub(super) events: Events,
     pub(super) closer: Closer,
     pub(super) trace: Option<Trace>,
+    /// Where the kernel notes what happens on the device's sockets, if the state is kept for a successor.
+    pub(super) ledgers: Option<Ledgers>,
+}
+
+/// The ledgers of a device's sockets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ledgers {
+    pub(super) frontend: Ledger,
+    pub(super) channel: Ledger,
+    pub(super) express: Ledger,
 }
 
 impl Resources {
+    /// Whether the state is kept for a successor: it is committed after each step of the device, so a step may do one thing
+    /// that others see.
+    pub(super) fn is_kept(&self) -> bool {
+        self.ledgers.is_some()
+    }
+
     /// Stops watching `socket` and closes it in the closer. The peer notices at once.
     pub(super) fn disconnect(&self, socket: impl AsFd + Send + 'static) {
         self.events.remove(&socket);

@@ -92,7 +92,7 @@ impl From<Errno> for OpenError {
 pub struct SiblingMemory {
     file: File,
     /// Holds the claim on the in-flight region; never handed out.
-    _claims: File,
+    claims: File,
     ram: u64,
     /// Offset of the in-flight region of this device.
     inflight: u64,
@@ -162,10 +162,42 @@ impl SiblingMemory {
         for region in 0..INFLIGHT_REGIONS {
             let inflight = ram + region * INFLIGHT_SIZE;
             if claim(&claims, inflight)? {
-                return Ok(Self { file, _claims: claims, ram, inflight, identity, huge });
+                return Ok(Self { file, claims, ram, inflight, identity, huge });
             }
         }
         Err(OpenError::Full)
+    }
+
+    /// Takes over what [`parts`](Self::parts) returned in an earlier program of this process.
+    ///
+    /// # Errors
+    /// [`OpenError::Kind`], [`OpenError::Io`].
+    #[doc(hidden)]
+    pub fn inherit(file: File, claims: File, inflight: u64) -> Result<Self, OpenError> {
+        let stat = fstat(&file)?;
+        let ram = u64::try_from(stat.st_size).unwrap_or(0).saturating_sub(TAIL_SIZE);
+        if ram == 0 || inflight < ram {
+            return Err(OpenError::Kind);
+        }
+        let identity = (stat.st_dev, stat.st_ino);
+        let huge = fstatfs(&file)?.f_type == libc::HUGETLBFS_MAGIC;
+        Ok(Self { file, claims, ram, inflight, identity, huge })
+    }
+
+    /// Makes a second handle of the same file and in-flight region.
+    ///
+    /// # Errors
+    /// When there is no file descriptor left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let (file, claims) = (self.file.try_clone()?, self.claims.try_clone()?);
+        Ok(Self { file, claims, ..*self })
+    }
+
+    /// The file, the description that holds the claim, and the offset of the in-flight region.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn parts(&self) -> (&File, &File, u64) {
+        (&self.file, &self.claims, self.inflight)
     }
 
     /// The file, which begins with the sibling's RAM.

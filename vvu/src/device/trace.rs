@@ -81,6 +81,14 @@ impl Trace {
     /// # Errors
     /// When the system has no thread left.
     pub fn new(out: impl Write + Send + 'static) -> io::Result<Self> {
+        Self::since(Instant::now(), out)
+    }
+
+    /// As [`new`](Self::new), for a trace that another process began at `start`.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn since(start: Instant, out: impl Write + Send + 'static) -> io::Result<Self> {
         let (lines, queue) = sync_channel(QUEUE_SIZE);
         let (ends, written) = channel();
         let (running, is_running) = channel::<()>();
@@ -91,7 +99,7 @@ impl Trace {
         })?;
         // The end of the channel is the signal. What a thread does at its start, the sandbox of the proxy forbids.
         let _ = is_running.recv();
-        Ok(Self { lines: Some(lines), written, start: Instant::now(), lost: 0 })
+        Ok(Self { lines: Some(lines), written, start, lost: 0 })
     }
 
     /// Copies a message before the device treats it; `None` if there is no trace.

@@ -2,17 +2,19 @@
 //! write of the guest signals an eventfd of the front-end.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
+use crate::durable::{Adopted, Fd, RestoreError};
 use crate::event::signaller::Signaller;
 use crate::spec::addr::QueueIndex;
 use crate::spec::virtio::NO_VECTOR;
 
 /// An eventfd of the front-end.
 #[derive(Debug)]
-pub(crate) struct Eventfd(OwnedFd);
+pub(crate) struct Eventfd(Fd);
 
 /// Why a file descriptor cannot be used for notifications.
 #[derive(Debug, thiserror::Error)]
@@ -25,8 +27,8 @@ pub(crate) enum EventfdError {
 
 impl Eventfd {
     /// An eventfd that [`check`](Self::check) has accepted.
-    pub(crate) fn new(fd: OwnedFd) -> Self {
-        Self(fd)
+    pub(crate) fn new(fd: impl Into<Fd>) -> Self {
+        Self(fd.into())
     }
 
     /// Checks that `fd` is an eventfd. That does not ask a file system, which might not answer.
@@ -45,13 +47,18 @@ impl Eventfd {
 
     /// Makes a second handle of the same eventfd.
     pub(crate) fn try_clone(&self) -> Result<Self, Errno> {
-        rustix::io::fcntl_dupfd_cloexec(&self.0, 0).map(Self)
+        rustix::io::fcntl_dupfd_cloexec(&self.0, 0).map(Self::new)
+    }
+
+    /// The number by which the saved state names it.
+    pub(crate) fn number(&self) -> RawFd {
+        self.0.number()
     }
 }
 
 impl From<Eventfd> for OwnedFd {
     fn from(eventfd: Eventfd) -> Self {
-        eventfd.0
+        eventfd.0.into_inner()
     }
 }
 
@@ -77,6 +84,16 @@ impl Vring {
     fn new() -> Self {
         Self { kick: None, call: None, err: None, vector: NO_VECTOR, kick_pending: false }
     }
+}
+
+/// A vhost queue as it is saved.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SavedVring {
+    kick: Option<RawFd>,
+    call: Option<RawFd>,
+    err: Option<RawFd>,
+    vector: u16,
+    kick_pending: bool,
 }
 
 /// One of the three eventfds of a vhost queue.
@@ -117,6 +134,39 @@ impl Vrings {
             Notification::Err => &mut vring.err,
         };
         std::mem::replace(slot, fd)
+    }
+
+    /// Returns the state for a successor.
+    pub(super) fn save(&self) -> Vec<SavedVring> {
+        let number = |eventfd: &Option<Eventfd>| eventfd.as_ref().map(Eventfd::number);
+        let saved = |Vring { kick, call, err, vector, kick_pending }: &Vring| SavedVring {
+            kick: number(kick),
+            call: number(call),
+            err: number(err),
+            vector: *vector,
+            kick_pending: *kick_pending,
+        };
+        self.vrings.iter().map(saved).collect()
+    }
+
+    /// Restores what [`save`](Self::save) returned.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub(super) fn restore(&mut self, saved: Vec<SavedVring>, left: &mut Adopted) -> Result<(), RestoreError> {
+        let mut adopt = |number| Ok::<_, RestoreError>(left.adopt_some(number)?.map(Eventfd::new));
+        for (vring, saved) in self.vrings.iter_mut().zip(saved) {
+            let SavedVring { kick, call, err, vector, kick_pending } = saved;
+            let (kick, call, err) = (adopt(kick)?, adopt(call)?, adopt(err)?);
+            *vring = Vring { kick, call, err, vector, kick_pending };
+        }
+        Ok(())
+    }
+
+    /// Returns the kick eventfds that are set.
+    pub(super) fn kicks(&self) -> impl Iterator<Item = (QueueIndex, &Eventfd)> {
+        let queues = (0..).map(QueueIndex).zip(&self.vrings);
+        queues.filter_map(|(queue, vring)| Some((queue, vring.kick.as_ref()?)))
     }
 
     /// Returns the call eventfds that are set.

@@ -13,11 +13,14 @@ use super::relay::{Progress, Relay};
 use super::sibling_memory::SiblingMemory;
 use super::trace::Trace;
 use super::{Host, copy_at};
+use crate::durable::{Adopted, RestoreError};
 use crate::pci::{MappableBar, PciFunction};
 use crate::spec::addr::QueueIndex;
 use crate::spec::express::PeerId;
 use crate::spec::pci::{self, Region};
 use crate::spec::virtio::{NO_VECTOR, common, device_config, isr, vector_select};
+
+mod keep;
 
 /// Messages moved in one direction before other events get their turn.
 const MESSAGES_PER_TURN: usize = 64;
@@ -48,6 +51,8 @@ pub struct VvuDevice {
     backend_up: bool,
     vector_select: u16,
     relay: Relay,
+    /// The state differs from the one that was saved.
+    changed: bool,
 }
 
 impl VvuDevice {
@@ -78,6 +83,7 @@ impl VvuDevice {
             backend_up: false,
             vector_select: 0,
             relay: Relay::new(memory, listener, queues)?,
+            changed: true,
         })
     }
 
@@ -140,6 +146,7 @@ impl VvuDevice {
         if let Some(at) = pci::COMMON_CFG.locate(bar, offset, len) {
             self.common.read(at, data);
         } else if pci::ISR_CFG.locate(bar, offset, len).is_some() {
+            self.changed |= self.isr != 0;
             data.fill(std::mem::take(&mut self.isr));
         } else if let Some(at) = pci::DEVICE_CFG.locate(bar, offset, len) {
             copy_at(&self.device_config(), at, data);
@@ -171,10 +178,14 @@ impl VvuDevice {
     fn write_register<H: Host>(&mut self, host: &H, bar: u8, offset: u64, data: &[u8]) {
         let len = data.len();
         if let Some(at) = pci::DOORBELL_CFG.locate(bar, offset, len) {
+            // A doorbell changes nothing here, and is written often.
             if let Ok(doorbell) = usize::try_from(at / u64::from(pci::NOTIFY_MULTIPLIER)) {
                 self.relay.vrings.ring(doorbell);
             }
-        } else if pci::NOTIFY_CFG.locate(bar, offset, len).is_some() {
+            return;
+        }
+        self.changed = true;
+        if pci::NOTIFY_CFG.locate(bar, offset, len).is_some() {
             self.pump(host);
         } else if let Some(at) = pci::COMMON_CFG.locate(bar, offset, len) {
             if at == common::DEVICE_STATUS && data == [0] {
@@ -232,6 +243,7 @@ impl VvuDevice {
 
     /// Moves messages both ways until nothing can be moved, or others should have their turn.
     fn pump<H: Host>(&mut self, host: &H) {
+        self.changed = true;
         for _ in 0..MESSAGES_PER_TURN {
             let (relay, mut driver) = self.split(host);
             let Progress { moved, transition } = relay.advance(&mut driver);
@@ -240,6 +252,9 @@ impl VvuDevice {
             }
             if !moved {
                 return;
+            }
+            if self.relay.resources.is_kept() {
+                break;
             }
         }
         self.relay.resources.events.again();
@@ -297,6 +312,7 @@ impl PciFunction for VvuDevice {
                     && let Some(window) = self.config_space.window()
                 {
                     let mut bytes = [0; 4];
+                    self.changed = true;
                     self.read(Region::Bar(window.bar), window.offset, &mut bytes[..window.len]);
                     self.config_space.set_window_data(window, &bytes[..window.len]);
                 }
@@ -310,9 +326,13 @@ impl PciFunction for VvuDevice {
     fn write<H: Host>(&mut self, host: &H, region: Region, offset: u64, data: &[u8]) {
         match region {
             Region::Config => match self.config_space.write(offset, data) {
-                Effect::None => self.update_link(host),
+                Effect::None => {
+                    self.changed = true;
+                    self.update_link(host);
+                }
                 Effect::Reset => self.reset(),
                 Effect::WindowWrite => {
+                    self.changed = true;
                     if let Some(window) = self.config_space.window() {
                         let bytes = self.config_space.window_data(window);
                         self.write(host, Region::Bar(window.bar), window.offset, &bytes[..window.len]);
@@ -328,18 +348,21 @@ impl PciFunction for VvuDevice {
         let (mut pump, mut express) = (false, false);
         for source in self.relay.resources.events.take() {
             match source {
-                Source::Kick(queue) => {
-                    if let Some(vector) = self.relay.vrings.kicked(queue) {
-                        host.signal(vector);
-                    }
-                }
+                Source::Kick(queue) => match self.relay.vrings.kicked(queue) {
+                    Some(vector) => host.signal(vector),
+                    None => self.changed = true,
+                },
                 Source::Listener | Source::Socket => pump = true,
                 Source::Express => express = true,
                 Source::Again => (pump, express) = (true, true),
-                Source::Confirmation(peer) => self.relay.confirm(peer),
+                Source::Confirmation(peer) => {
+                    self.changed = true;
+                    self.relay.confirm(peer);
+                }
             }
         }
         if express {
+            self.changed = true;
             self.relay.process_express();
         }
         if pump {
@@ -348,8 +371,23 @@ impl PciFunction for VvuDevice {
     }
 
     fn reset(&mut self) {
+        self.changed = true;
         self.config_space.reset();
         self.reset_virtio();
+    }
+
+    fn save(&mut self) -> Option<Vec<u8>> {
+        self.save_changes()
+    }
+
+    fn committed(&mut self, released: Vec<Box<dyn Send>>) {
+        released.into_iter().for_each(|value| self.relay.resources.closer.close_now(value));
+        // The channel of a front-end may turn out to be gone.
+        self.changed |= self.relay.send_committed();
+    }
+
+    fn restore<H: Host>(&mut self, host: &H, saved: &[u8], left: &mut Adopted) -> Result<(), RestoreError> {
+        self.take_over(host, saved, left)
     }
 }
 

@@ -5,14 +5,16 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
+use rustix::net::{Shutdown, shutdown};
 
+use crate::durable::{Adopted, RestoreError, SocketSlot, Store, hold_until_commit};
 use crate::event::StopToken;
 use crate::pci::PciFunction;
 use crate::shortage::is_shortage;
@@ -27,6 +29,7 @@ mod dma;
 mod host;
 #[cfg(fuzzing)]
 pub mod hostile_client;
+mod keep;
 #[cfg(test)]
 mod tests;
 
@@ -39,6 +42,12 @@ pub enum ServerError {
     /// The listening socket failed.
     #[error("cannot accept a vfio-user client: {0}")]
     Accept(io::Error),
+    /// The state for a successor cannot be saved.
+    #[error("cannot save the state: {0}")]
+    Save(io::Error),
+    /// The state of a predecessor cannot be taken over.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
 }
 
 /// A vfio-user server.
@@ -49,6 +58,15 @@ pub struct Server {
     _stop: StopToken,
     /// Waits for the stop, the device, the listener while there is no client, and the client.
     poll: OwnedFd,
+    kept: Option<Kept>,
+}
+
+/// What makes a server outlive its process.
+#[derive(Debug)]
+struct Kept {
+    store: Store,
+    /// The descriptors that a predecessor has left, until they are taken over.
+    left: Option<Adopted>,
 }
 
 /// Source of an event.
@@ -78,6 +96,8 @@ struct Client {
     socket: MessageSocket,
     commands: CommandHandler,
     refusals: u32,
+    /// The poll set waits until the client takes more, not until it sends.
+    waits_for_room: bool,
 }
 
 /// Pause before the next attempt to accept a client when the last one failed for want of a resource.
@@ -95,7 +115,15 @@ impl Server {
         let poll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&poll, &stop, Source::Stop.data(), EventFlags::IN)?;
         epoll::add(&poll, &listener, Source::Listener.data(), EventFlags::IN)?;
-        Ok(Self { listener, _stop: stop, poll })
+        Ok(Self { listener, _stop: stop, poll, kept: None })
+    }
+
+    /// Commits the state to `store` after each event, and first takes over what a predecessor has saved there; `left` are
+    /// the descriptors that it left.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_store(self, store: Store, left: Adopted) -> Self {
+        Self { kept: Some(Kept { store, left: Some(left) }), ..self }
     }
 
     /// Serves `device` to one client after the other until the stop is requested. The device is reset after each
@@ -107,6 +135,7 @@ impl Server {
         epoll::add(&self.poll, device.events(), Source::Device.data(), EventFlags::IN)?;
         let host = VmmHost::new(device.vector_count());
         let mut service = Service { server: self, device, host, client: None, accept_at: None };
+        service.take_over()?;
         let result = service.run();
         service.device.reset();
         result
@@ -136,6 +165,8 @@ impl<D: PciFunction> Service<'_, D> {
                     Some(Source::Client) => self.step()?,
                     Some(Source::Listener) | None => {}
                 }
+                self.commit()?;
+                self.watch_client()?;
             }
         }
     }
@@ -194,8 +225,14 @@ impl<D: PciFunction> Service<'_, D> {
         if self.accept_at.take().is_none() {
             epoll::delete(&self.server.poll, &self.server.listener)?;
         }
+        self.serve_client(stream)
+    }
+
+    fn serve_client(&mut self, stream: UnixStream) -> Result<(), ServerError> {
+        let ledger = self.server.kept.as_ref().map(|kept| kept.store.ledger(SocketSlot::Client));
+        let socket = MessageSocket::with_ledger(OwnedFd::from(stream), ledger);
         let client =
-            Client { socket: MessageSocket::new(stream), commands: CommandHandler::default(), refusals: 0 };
+            Client { socket, commands: CommandHandler::default(), refusals: 0, waits_for_room: false };
         epoll::add(&self.server.poll, &client.socket, Source::Client.data(), EventFlags::IN)?;
         self.client = Some(client);
         Ok(())
@@ -204,19 +241,29 @@ impl<D: PciFunction> Service<'_, D> {
     /// Goes on with the client, if there is one, and makes room for the next when it is gone.
     fn step(&mut self) -> Result<(), ServerError> {
         let Some(client) = &mut self.client else { return Ok(()) };
-        let was_congested = client.socket.is_congested();
         if let Err(error) = client.step(&mut self.host, self.device) {
             match error {
                 SocketError::Closed => log::info!("the vfio-user client disconnected"),
                 error => log::error!("disconnecting the vfio-user client: {error}"),
             }
-            // Closing the socket takes it out of the poll set.
+            // A descriptor that is still open elsewhere stays in the poll set when it is closed here.
+            epoll::delete(&self.server.poll, &client.socket)?;
+            // It fails if the client has left already.
+            let _ = shutdown(&client.socket, Shutdown::Both);
             self.client = None;
             self.device.reset();
             self.host = VmmHost::new(self.device.vector_count());
             epoll::add(&self.server.poll, &self.server.listener, Source::Listener.data(), EventFlags::IN)?;
-        } else if client.socket.is_congested() != was_congested {
-            let interest = if was_congested { EventFlags::IN } else { EventFlags::OUT };
+        }
+        Ok(())
+    }
+
+    /// Waits for messages of the client, or until it takes its reply.
+    fn watch_client(&mut self) -> Result<(), ServerError> {
+        let Some(client) = &mut self.client else { return Ok(()) };
+        let is_congested = client.socket.is_congested();
+        if std::mem::replace(&mut client.waits_for_room, is_congested) != is_congested {
+            let interest = if is_congested { EventFlags::OUT } else { EventFlags::IN };
             epoll::modify(&self.server.poll, client.socket.as_fd(), Source::Client.data(), interest)?;
         }
         Ok(())
@@ -238,6 +285,7 @@ impl Client {
         let Some(message) = self.socket.receive()? else { return Ok(()) };
         let header = message.header;
         if header.is_reply() {
+            drop(hold_until_commit(message));
             return Err(SocketError::Message(MessageError::Type { got: 1 }));
         }
         let answer = self.commands.answer(message, host, device);

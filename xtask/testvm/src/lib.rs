@@ -66,7 +66,7 @@ mod watch;
 pub use console::Found;
 pub use lab::{Attached, Lab};
 pub use obtain::SetupOptions;
-pub use process::{Process, Ready};
+pub use process::{Process, Ready, WorkerSignal};
 pub use proxy::{Express, ProxyConfig};
 pub use qmp::{Exchange, Reply};
 pub use rundir::{MAX_SOCKET_PATH, RunDir, SocketDir, runs};

@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use regex::Regex;
+use rustix::process::{Pid, Signal, kill_process};
 use vvu_process::children::{self, Running};
 
 use crate::watch::{Part, Watch, lock};
@@ -21,6 +22,8 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 const LOG_LIMIT: Duration = Duration::from_secs(1);
 /// How often to look whether the file of [`Ready::File`] exists.
 const FILE_PERIOD: Duration = Duration::from_millis(20);
+/// How often to look whether a program has another worker.
+const WORKER_PERIOD: Duration = Duration::from_millis(2);
 /// Bytes of its log that an error shows.
 const TAIL: usize = 1500;
 
@@ -31,6 +34,15 @@ pub enum Ready {
     Line(Regex),
     /// It makes this file.
     File(PathBuf),
+}
+
+/// How a worker is replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WorkerSignal {
+    /// SIGKILL to the worker.
+    Kill,
+    /// SIGUSR2 to the program.
+    Upgrade,
 }
 
 /// A running program. Dropping it kills its process group.
@@ -129,6 +141,39 @@ impl Process {
                 bail!("{} did not end within {END_LIMIT:?} of SIGTERM{}", state.name, state.tail())
             }
         }
+    }
+
+    /// Makes the program replace its worker, the child whose process has the name `worker`, and waits until it has.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no worker, or no other one before `deadline`.
+    pub fn replace_worker(&self, worker: &str, signal: WorkerSignal, deadline: Instant) -> Result<()> {
+        let before = self.child_named(worker).with_context(|| format!("there is no process {worker}"))?;
+        let (target, signal) = match signal {
+            WorkerSignal::Kill => (before, Signal::KILL),
+            WorkerSignal::Upgrade => {
+                (Pid::from_raw(self.id.cast_signed()).context("no process id")?, Signal::USR2)
+            }
+        };
+        kill_process(target, signal).context("cannot send a signal")?;
+        loop {
+            self.check()?;
+            if self.child_named(worker).is_some_and(|now| now != before) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "no other process {worker} in time");
+            thread::sleep(WORKER_PERIOD);
+        }
+    }
+
+    /// The child of the program whose process has this name.
+    fn child_named(&self, name: &str) -> Option<Pid> {
+        let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.id)).ok()?;
+        let has_name = |id: &i32| {
+            std::fs::read_to_string(format!("/proc/{id}/comm")).is_ok_and(|found| found.trim_end() == name)
+        };
+        children.split_whitespace().filter_map(|id| id.parse().ok()).find(has_name).and_then(Pid::from_raw)
     }
 
     /// Kills the program.

@@ -30,6 +30,8 @@ pub struct ProxyConfig {
     pub trace: Option<PathBuf>,
     /// vhost queues of the device.
     pub queues: u32,
+    /// Runs the device in a worker that may be killed.
+    pub supervised: bool,
 }
 
 /// The express device of a vvu device.
@@ -56,6 +58,7 @@ impl ProxyConfig {
             huge_pages: false,
             trace: None,
             queues: 1,
+            supervised: false,
         }
     }
 
@@ -102,6 +105,9 @@ impl ProxyConfig {
         option("--queues", self.queues.to_string());
         if let Some(trace) = &self.trace {
             option("--trace", text(trace));
+        }
+        if self.supervised {
+            words.push("--supervised".to_owned());
         }
         if self.huge_pages && self.memory_mib.is_some() {
             words.push("--huge-pages".to_owned());

@@ -4,6 +4,10 @@
 //! unmasks an interrupt. A peer that is not its queue's newest may be disconnected at any moment: when the newest changes,
 //! the front-end's message is on its way to the guest driver, which then signals by way of the proxy once.
 
+use std::os::fd::RawFd;
+
+use serde::{Deserialize, Serialize};
+
 use crate::spec::addr::QueueIndex;
 use crate::spec::express::page::Entry;
 use crate::spec::express::{PeerId, VECTORS};
@@ -45,6 +49,16 @@ struct Peer<E> {
     id: PeerId,
     call: E,
     registered: bool,
+}
+
+/// A peer as it is saved: number, call eventfd, and whether it is registered.
+type SavedPeer = (u16, RawFd, bool);
+
+/// Peers as they are saved: those of each queue, and whether the first of them is the queue's newest.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct SavedPeers {
+    queues: Vec<(Vec<SavedPeer>, bool)>,
+    next: Option<u16>,
 }
 
 /// Messages for the VMM, in this order.
@@ -120,6 +134,33 @@ impl<E> Peers<E> {
             }
             queue.peers.retain(|peer| peer.id != id);
         }
+    }
+
+    /// Returns the state for a successor; `number` names a call eventfd there.
+    pub(crate) fn save(&self, number: impl Fn(&E) -> RawFd) -> SavedPeers {
+        let peer = |peer: &Peer<E>| (peer.id.get(), number(&peer.call), peer.registered);
+        let queue = |queue: &Queue<E>| (queue.peers.iter().map(peer).collect(), queue.current);
+        SavedPeers { queues: self.queues.iter().map(queue).collect(), next: self.next.map(PeerId::get) }
+    }
+
+    /// Restores what [`save`](Self::save) returned; `adopt` makes a call eventfd of its number.
+    ///
+    /// # Errors
+    /// Those of `adopt`.
+    pub(crate) fn restore<F>(
+        saved: SavedPeers,
+        mut adopt: impl FnMut(RawFd) -> Result<E, F>,
+    ) -> Result<Self, F> {
+        let mut queues = Vec::new();
+        for (saved, current) in saved.queues {
+            let mut peers = Vec::new();
+            for (id, call, registered) in saved {
+                let call = adopt(call)?;
+                peers.extend(PeerId::new(id).map(|id| Peer { id, call, registered }));
+            }
+            queues.push(Queue { peers, current });
+        }
+        Ok(Self { limits: LIMITS, queues, next: saved.next.and_then(PeerId::new) })
     }
 
     /// Forgets all peers and returns them; their numbers stay used.

@@ -7,6 +7,7 @@ use vm_memory::Permissions;
 
 use super::dma::DmaError;
 use super::host::VmmHost;
+use crate::durable::Fd;
 use crate::pci::{MappableBar, PciFunction};
 use crate::spec::addr::Iova;
 use crate::spec::pci::Region;
@@ -83,7 +84,7 @@ impl Refusal {
 /// Carries out the commands of one client.
 #[derive(Debug, Default)]
 pub(super) struct CommandHandler {
-    version_agreed: bool,
+    pub(super) version_agreed: bool,
 }
 
 impl CommandHandler {
@@ -95,7 +96,7 @@ impl CommandHandler {
         device: &mut D,
     ) -> Result<Answer, Refusal> {
         let header = message.header;
-        let fds = std::mem::take(&mut message.fds);
+        let fds: Vec<Fd> = std::mem::take(&mut message.fds).into_iter().map(Fd::from).collect();
         let payload = message.payload();
         let command = Command::from_number(header.command).ok_or(Refusal::Unsupported(header.command))?;
         if self.version_agreed == (command == Command::Version) {
@@ -134,7 +135,7 @@ fn version(payload: &[u8]) -> Result<Answer, Refusal> {
     Ok(Answer::payload([&version.to_bytes()[..], &Capabilities::OURS.to_bytes()].concat()))
 }
 
-fn dma_map(payload: &[u8], fds: Vec<OwnedFd>, host: &mut VmmHost) -> Result<Answer, Refusal> {
+fn dma_map(payload: &[u8], fds: Vec<Fd>, host: &mut VmmHost) -> Result<Answer, Refusal> {
     let (map, _) = DmaMap::parse(payload)?;
     if fds.len() > 1 {
         return Err(Refusal::Fds { fds: fds.len() });
@@ -146,7 +147,7 @@ fn dma_map(payload: &[u8], fds: Vec<OwnedFd>, host: &mut VmmHost) -> Result<Answ
         (false, false) => Permissions::No,
     };
     let file = fds.into_iter().next().map(|fd| (fd, map.offset));
-    host.dma.map(Iova(map.iova), map.size, access, file)?;
+    host.dma.map_held(Iova(map.iova), map.size, access, file)?;
     Ok(Answer::default())
 }
 
@@ -230,7 +231,7 @@ fn irq_info(payload: &[u8], device: &impl PciFunction) -> Result<Answer, Refusal
     Ok(Answer::payload(info.to_bytes()))
 }
 
-fn set_irqs(payload: &[u8], eventfds: Vec<OwnedFd>, host: &mut VmmHost) -> Result<Answer, Refusal> {
+fn set_irqs(payload: &[u8], eventfds: Vec<Fd>, host: &mut VmmHost) -> Result<Answer, Refusal> {
     const DISABLE: u32 = IRQ_DATA_NONE | IRQ_TRIGGER;
     const SET: u32 = IRQ_DATA_EVENTFD | IRQ_TRIGGER;
     let (request, _) = SetIrqs::parse(payload)?;

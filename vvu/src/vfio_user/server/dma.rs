@@ -4,10 +4,10 @@
 //! client that shrinks a file after it has lent it ends this process; QEMU seals its memory files against that.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::iter::FusedIterator;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Weak};
 
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
@@ -18,6 +18,7 @@ use vm_memory::{
     VolatileMemory, VolatileSlice,
 };
 
+use crate::durable::{Adopted, Fd, Held, RestoreError};
 use crate::spec::addr::Iova;
 use crate::vfio_user::protocol::DMA_MAPS_MAX;
 
@@ -113,10 +114,16 @@ pub struct DmaSpace {
     /// Maps by first address, without overlaps.
     maps: BTreeMap<u64, Map>,
     /// Mappings of files, each for as long as a map shows a part of it. A file that has grown has several.
-    mappings: Vec<(FileId, Weak<MmapRegion>)>,
+    mappings: Vec<(FileId, Weak<Held<MmapRegion>>)>,
     /// The log says already that memory is inaccessible.
     reported: Cell<bool>,
+    /// The maps differ from those that were saved.
+    changed: bool,
 }
+
+/// A map as it is saved: first and last address, access as bits 0 (read) and 1 (write), and where its bytes are: the number
+/// of a descriptor and an offset.
+pub(super) type SavedMap = (u64, u64, u8, Option<(RawFd, u64)>);
 
 #[derive(Debug)]
 struct Map {
@@ -129,7 +136,7 @@ struct Map {
 
 #[derive(Debug, Clone)]
 struct Memory {
-    file: Arc<MmapRegion>,
+    file: Arc<Held<MmapRegion>>,
     offset: u64,
 }
 
@@ -152,6 +159,17 @@ impl DmaSpace {
         access: Permissions,
         file: Option<(OwnedFd, u64)>,
     ) -> Result<(), DmaError> {
+        self.map_held(iova, size, access, file.map(|(fd, offset)| (fd.into(), offset)))
+    }
+
+    /// As [`map`](Self::map), with a descriptor that the saved state may name.
+    pub(super) fn map_held(
+        &mut self,
+        iova: Iova,
+        size: u64,
+        access: Permissions,
+        file: Option<(Fd, u64)>,
+    ) -> Result<(), DmaError> {
         let last = last_address(iova, size)?;
         if access == Permissions::No {
             return Err(DmaError::NoAccess { iova });
@@ -170,18 +188,71 @@ impl DmaSpace {
             None => None,
         };
         self.maps.insert(iova.0, Map { last, access, memory });
+        self.changed = true;
+        Ok(())
+    }
+
+    /// Returns the maps if they have changed since the last call.
+    pub(super) fn save(&mut self) -> Option<Vec<SavedMap>> {
+        let number = |memory: &Memory| memory.file.file_offset().map_or(-1, |file| file.file().as_raw_fd());
+        let saved = |(first, map): (&u64, &Map)| {
+            let access =
+                u8::from(map.access.allow(Permissions::Read)) | u8::from(map.access.has_write()) << 1;
+            (*first, map.last, access, map.memory.as_ref().map(|memory| (number(memory), memory.offset)))
+        };
+        std::mem::take(&mut self.changed).then(|| self.maps.iter().map(saved).collect())
+    }
+
+    /// Restores the maps.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub(super) fn restore(&mut self, saved: Vec<SavedMap>, left: &mut Adopted) -> Result<(), RestoreError> {
+        let mut files: HashMap<RawFd, Arc<Held<MmapRegion>>> = HashMap::new();
+        for (first, last, access, memory) in saved {
+            let access = match access {
+                1 => Permissions::Read,
+                2 => Permissions::Write,
+                _ => Permissions::ReadWrite,
+            };
+            let size = last.wrapping_sub(first).wrapping_add(1);
+            let memory = match memory {
+                None => None,
+                Some((number, offset)) => {
+                    let file = match files.get(&number) {
+                        Some(file) => file.clone(),
+                        None => {
+                            // The kernel mapped it before; the range was checked against what the file has.
+                            let file =
+                                self.map_file(left.adopt(number)?, Iova(first), 0, 0, Permissions::Read);
+                            let file = file.map_err(|error| RestoreError::Value(error.to_string()))?;
+                            files.entry(number).or_insert(file).clone()
+                        }
+                    };
+                    let end = offset.checked_add(size).and_then(|end| usize::try_from(end).ok());
+                    if end.is_none_or(|end| end > file.size()) {
+                        return Err(RestoreError::Value(format!(
+                            "the file of the DMA map at {first:#x} has shrunk"
+                        )));
+                    }
+                    Some(Memory { file, offset })
+                }
+            };
+            self.maps.insert(first, Map { last, access, memory });
+        }
+        self.changed = true;
         Ok(())
     }
 
     /// Maps the file `fd`, which has to hold `size` bytes at `offset`.
     fn map_file(
         &mut self,
-        fd: OwnedFd,
+        fd: Fd,
         iova: Iova,
         size: u64,
         offset: u64,
         access: Permissions,
-    ) -> Result<Arc<MmapRegion>, DmaError> {
+    ) -> Result<Arc<Held<MmapRegion>>, DmaError> {
         let refused = |errno| DmaError::Mmap { iova, errno };
         let stat = fstat(&fd).map_err(refused)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -209,12 +280,14 @@ impl DmaSpace {
         }
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-        let file = FileOffset::new(File::from(fd), 0);
-        let mapped = MmapRegion::build(Some(file), length, protection, flags).map_err(|error| {
+        let file = Arc::new(File::from(fd.into_inner()));
+        let offset = FileOffset::from_arc(Arc::clone(&file), 0);
+        let mapped = MmapRegion::build(Some(offset), length, protection, flags).map_err(|error| {
             log::debug!("mmap of {length:#x} bytes: {error}");
+            drop(Held::new(Arc::clone(&file)));
             refused(Errno::NOMEM)
         })?;
-        let mapped = Arc::new(mapped);
+        let mapped = Arc::new(Held::new(mapped));
         self.mappings.push((id, Arc::downgrade(&mapped)));
         Ok(mapped)
     }
@@ -235,6 +308,7 @@ impl DmaSpace {
             return Err(DmaError::TooManyMaps);
         }
         while let Some((&start, _)) = self.last_overlap(first, last) {
+            self.changed = true;
             let Some(map) = self.maps.remove(&start) else { break };
             if map.last > last {
                 let skipped = last - start + 1;
@@ -251,7 +325,7 @@ impl DmaSpace {
 
     /// Removes all maps.
     pub fn clear(&mut self) {
-        *self = Self::default();
+        *self = Self { changed: true, ..Self::default() };
     }
 
     /// Returns the last map with an address in `first..=last`.

@@ -1,11 +1,12 @@
 //! Memory and interrupts that the connected client lends to the device.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
 use super::dma::DmaSpace;
+use crate::durable::{Adopted, Fd, RestoreError};
 use crate::pci::Host;
 
 /// The client's memory for DMA and its eventfds for MSI-X vectors. Both are empty without a client.
@@ -13,14 +14,17 @@ use crate::pci::Host;
 pub struct VmmHost {
     /// Device-VM memory by I/O virtual address.
     pub(crate) dma: DmaSpace,
-    vectors: Vec<Option<OwnedFd>>,
+    vectors: Vec<Option<Fd>>,
 }
 
 impl VmmHost {
     /// Makes a host that lends nothing yet, for a device with `vectors` MSI-X vectors.
     #[must_use]
     pub fn new(vectors: u16) -> Self {
-        Self { dma: DmaSpace::default(), vectors: (0..vectors).map(|_| None).collect() }
+        let mut dma = DmaSpace::default();
+        // The maps of the client before are to be forgotten in the saved state, too.
+        dma.clear();
+        Self { dma, vectors: (0..vectors).map(|_| None).collect() }
     }
 
     /// Sets the eventfds of `count` vectors from `start` on, or removes those that the vectors have if `eventfds` is empty.
@@ -32,8 +36,9 @@ impl VmmHost {
         &mut self,
         start: u32,
         count: u32,
-        eventfds: Vec<OwnedFd>,
+        eventfds: Vec<impl Into<Fd>>,
     ) -> Result<(), Errno> {
+        let eventfds: Vec<Fd> = eventfds.into_iter().map(Into::into).collect();
         let vectors = vector_range(start, count).and_then(|range| self.vectors.get_mut(range));
         let vectors = vectors.ok_or(Errno::INVAL)?;
         if !eventfds.is_empty() && eventfds.len() != vectors.len() {
@@ -46,6 +51,26 @@ impl VmmHost {
         let mut eventfds = eventfds.into_iter();
         for vector in vectors {
             *vector = eventfds.next();
+        }
+        Ok(())
+    }
+
+    /// The eventfds of the vectors, as they are saved.
+    pub(super) fn save_vectors(&self) -> Vec<Option<RawFd>> {
+        self.vectors.iter().map(|vector| vector.as_ref().map(Fd::number)).collect()
+    }
+
+    /// Restores the eventfds of the vectors.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub(super) fn restore_vectors(
+        &mut self,
+        saved: Vec<Option<RawFd>>,
+        left: &mut Adopted,
+    ) -> Result<(), RestoreError> {
+        for (vector, number) in self.vectors.iter_mut().zip(saved) {
+            *vector = left.adopt_some(number)?;
         }
         Ok(())
     }
@@ -71,7 +96,7 @@ fn vector_range(start: u32, count: u32) -> Option<std::ops::Range<usize>> {
     Some(usize::try_from(start).ok()?..end)
 }
 
-fn signal(eventfd: &OwnedFd) {
+fn signal(eventfd: &Fd) {
     // A full counter means that a signal is pending.
     if let Err(error) = rustix::io::write(eventfd, &1u64.to_ne_bytes())
         && error != Errno::AGAIN
@@ -98,7 +123,7 @@ impl Host for VmmHost {
 mod tests {
     use super::*;
     use rustix::event::{EventfdFlags, eventfd};
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, OwnedFd};
 
     /// An eventfd that would block, and a second handle of it to read.
     fn event() -> (OwnedFd, OwnedFd) {
@@ -133,7 +158,7 @@ mod tests {
         host.signal(1);
         assert_eq!((count(&read_a), count(&read_c)), (0, 1));
 
-        host.set_vectors(1, 1, Vec::new()).expect("take away");
+        host.set_vectors(1, 1, Vec::<OwnedFd>::new()).expect("take away");
         host.signal(1);
         host.signal(2);
         assert_eq!((count(&read_c), count(&read_b)), (0, 1));
@@ -151,7 +176,7 @@ mod tests {
         let (a, read_a) = event();
         host.set_vectors(0, 1, vec![a]).expect("set");
         for (start, count) in [(2, 1), (0, 3), (u32::MAX, 2), (1, u32::MAX)] {
-            assert_eq!(host.set_vectors(start, count, Vec::new()), Err(Errno::INVAL));
+            assert_eq!(host.set_vectors(start, count, Vec::<OwnedFd>::new()), Err(Errno::INVAL));
             assert_eq!(host.fire_vectors(start, count), Err(Errno::INVAL));
         }
         assert_eq!(host.set_vectors(0, 2, vec![event().0]), Err(Errno::INVAL));

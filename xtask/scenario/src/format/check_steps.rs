@@ -120,6 +120,12 @@ impl<'a> State<'a> {
                 self.known_vvu(vvu)?;
                 ensure!(self.proxies.insert(vvu), "vvu: the proxy of {vvu:?} runs already");
             }
+            Step::KillWorker(ProxyStep { vvu, .. }) | Step::UpgradeProxy(ProxyStep { vvu, .. }) => {
+                self.known_vvu(vvu)?;
+                ensure!(self.proxies.contains(vvu.as_str()), "vvu: the proxy of {vvu:?} does not run");
+                let supervised = self.scenario.vvu.get(vvu).is_some_and(|vvu| vvu.supervised);
+                ensure!(supervised, "vvu: {vvu:?} is not `supervised`");
+            }
             Step::Kill(KillStep { .. }) | Step::Wait(WaitStep { .. }) | Step::Reboot(_) | Step::Repeat(_) => {
             }
         }

@@ -109,6 +109,7 @@ fn errors_name_the_json_path_and_what_is_wanted() {
         (r#"{"runn": {"vm": "device"}}"#, &["at steps[1]", "`runn`", "`run`", "`power_off`"]),
         (r#"{"kill_proxy": {"vvu": "x"}}"#, &["at steps[1]", "\"x\"", "`vvu` has vvu"]),
         (r#"{"start_proxy": {"vvu": "vvu"}}"#, &["at steps[1]", "runs already"]),
+        (r#"{"kill_worker": {"vvu": "vvu"}}"#, &["at steps[1]", "is not `supervised`"]),
         (r#"{"start_proxy": {"vvu": "vvu", "vm": "device"}}"#, &["at steps[1].start_proxy.vm"]),
         (r#"{"trace": {"vvu": "x", "matches": "y"}}"#, &["at steps[1]", "no vvu device is called \"x\""]),
         (r#"{"trace": {"vvu": "vvu"}}"#, &["at steps[1]", "want `expect`, `matches` or both"]),

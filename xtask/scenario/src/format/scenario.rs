@@ -107,6 +107,9 @@ pub struct VvuSpec {
     /// proxy; a VMM that has no such device leaves it out.
     #[serde(default = "yes", skip_serializing_if = "is_true")]
     pub express: bool,
+    /// Whether its proxy runs the device in a worker, which `kill_worker` kills and `upgrade_proxy` replaces.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub supervised: bool,
     /// Milliseconds after which a front-end that lost its connection makes another one; 0: it never does.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub reconnect_ms: u32,

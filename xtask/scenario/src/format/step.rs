@@ -40,6 +40,11 @@ pub enum Step {
     Detach(DetachStep),
     /// Send a command to a VM's QEMU over QEMU's own protocol (QMP), and compare the answer.
     Qmp(QmpStep),
+    /// Kill the worker of the supervised proxy of a vvu device with SIGKILL, and wait until there is another one.
+    KillWorker(ProxyStep),
+    /// Tell the supervised proxy of a vvu device to run its program anew, with SIGUSR2, and wait until there is another
+    /// worker.
+    UpgradeProxy(ProxyStep),
     /// Look for messages among the vhost-user messages that a vvu device has carried so far.
     Trace(TraceStep),
     /// Carry out steps several times.
@@ -298,6 +303,8 @@ impl Step {
             | Step::Attach(AttachStep { check, .. })
             | Step::Detach(DetachStep { check, .. })
             | Step::Qmp(QmpStep { check, .. })
+            | Step::KillWorker(ProxyStep { check, .. })
+            | Step::UpgradeProxy(ProxyStep { check, .. })
             | Step::Trace(TraceStep { check, .. })
             | Step::Repeat(RepeatStep { check, .. }) => check.as_deref(),
         }
@@ -321,6 +328,8 @@ impl Step {
             | Step::StartProxy(_)
             | Step::Attach(_)
             | Step::Detach(_)
+            | Step::KillWorker(_)
+            | Step::UpgradeProxy(_)
             | Step::Trace(_)
             | Step::Repeat(_) => None,
         }
@@ -371,7 +380,10 @@ impl Step {
     /// Returns true if the step kills a process on which others rely.
     #[must_use]
     pub fn is_fault(&self) -> bool {
-        matches!(self, Step::Kill(_) | Step::Reboot(_) | Step::KillVm(_) | Step::KillProxy(_))
+        matches!(
+            self,
+            Step::Kill(_) | Step::Reboot(_) | Step::KillVm(_) | Step::KillProxy(_) | Step::KillWorker(_)
+        )
     }
 }
 
@@ -392,6 +404,8 @@ impl fmt::Display for Step {
             Step::Attach(AttachStep { vvu, .. }) => write!(f, "attach {vvu}"),
             Step::Detach(DetachStep { vvu, .. }) => write!(f, "detach {vvu}"),
             Step::Qmp(QmpStep { execute, .. }) => write!(f, "QMP {execute}"),
+            Step::KillWorker(ProxyStep { vvu, .. }) => write!(f, "SIGKILL to the worker of {vvu}"),
+            Step::UpgradeProxy(ProxyStep { vvu, .. }) => write!(f, "SIGUSR2 to the proxy {vvu}"),
             Step::Trace(TraceStep { vvu, .. }) => write!(f, "messages of {vvu}"),
             Step::Repeat(RepeatStep { times, .. }) => write!(f, "{times} rounds"),
         }

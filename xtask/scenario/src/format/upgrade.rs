@@ -261,6 +261,7 @@ impl OldVvu {
             reconnect_ms: self.reconnect_ms,
             frontend: self.frontend.upgraded(queues)?,
             express: true,
+            supervised: false,
             backend: None,
         })
     }

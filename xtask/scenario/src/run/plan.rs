@@ -46,6 +46,7 @@ impl Plan {
                 huge_pages: scenario.vms.get(sibling).is_some_and(|vm| vm.huge_pages),
                 trace: Some(run.file(&format!("trace-{name}.jsonl"))),
                 queues: vvu.virtqueues().into(),
+                supervised: vvu.supervised,
                 ..fresh
             };
             proxies.insert(name.clone(), proxy);

@@ -15,10 +15,15 @@ use crate::format::{
 use crate::report::{Check, CheckResult};
 use vvu_process::interrupt;
 use vvu_process::progress::{Progress, Stage};
-use vvu_testvm::{Process, Reply, Vm, ending, printed};
+use vvu_testvm::{Process, Reply, Vm, WorkerSignal, ending, printed};
 
 /// The measurement that counts kills and reboots.
 const FAULTS: &str = "faults_injected";
+
+/// Name of the process that is the worker of a supervised proxy.
+const WORKER: &str = "vvu-worker";
+/// How long a supervised proxy may take at native speed to have another worker.
+const WORKER_LIMIT: Duration = Duration::from_secs(10);
 
 /// Starts or reads something by its name in the scenario.
 pub(super) type Launch<'a, T> = Box<dyn Fn(&str) -> Result<T> + 'a>;
@@ -185,6 +190,8 @@ impl Running<'_> {
             Step::Start(start) => self.start(&start.vm).map(|()| String::new()),
             Step::KillProxy(proxy) => self.kill_proxy(&proxy.vvu),
             Step::StartProxy(proxy) => self.start_proxy(&proxy.vvu),
+            Step::KillWorker(proxy) => self.replace_worker(&proxy.vvu, WorkerSignal::Kill),
+            Step::UpgradeProxy(proxy) => self.replace_worker(&proxy.vvu, WorkerSignal::Upgrade),
             Step::Trace(trace) => self.look_at(trace),
             Step::Attach(attach) => (self.attach)(&self.vms, &attach.vvu, self.deadline(step)),
             Step::Detach(detach) => (self.detach)(&self.vms, &detach.vvu, self.deadline(step)),
@@ -212,6 +219,13 @@ impl Running<'_> {
     fn start_proxy(&mut self, name: &str) -> Result<String> {
         self.proxies.insert(name.to_owned(), (self.launch_proxy)(name)?);
         Ok(format!("the proxy {name} runs again"))
+    }
+
+    fn replace_worker(&mut self, name: &str, signal: WorkerSignal) -> Result<String> {
+        let proxy = self.proxies.get(name).with_context(|| format!("the proxy {name} does not run"))?;
+        let deadline = Instant::now() + WORKER_LIMIT.saturating_mul(self.slowness);
+        proxy.replace_worker(WORKER, signal, deadline)?;
+        Ok(format!("the proxy {name} has another worker"))
     }
 
     /// Looks at the messages of a vvu device.
@@ -290,6 +304,8 @@ impl Running<'_> {
             | Step::StartProxy(_)
             | Step::Attach(_)
             | Step::Detach(_)
+            | Step::KillWorker(_)
+            | Step::UpgradeProxy(_)
             | Step::Trace(_)
             | Step::Repeat(_) => bail!("{step} is not done inside a VM"),
         })

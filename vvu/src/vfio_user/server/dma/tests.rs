@@ -1,3 +1,5 @@
+use std::os::fd::OwnedFd;
+
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::Bytes;
