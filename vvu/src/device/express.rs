@@ -5,7 +5,7 @@
 //! and meanwhile call eventfds get no peer. Whatever goes wrong here, the guest driver still has the doorbells of the vvu
 //! device.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -43,7 +43,7 @@ pub(super) struct Express {
     page: SharedPage,
     peers: Peers<Eventfd>,
     /// Eventfds that the guest signals to confirm a peer.
-    confirmations: HashMap<PeerId, Fd>,
+    confirmations: BTreeMap<PeerId, Fd>,
     vmm: Option<FramedSocket<FromVmm>>,
     /// The user has been told that the numbers of peers are used up.
     exhausted: bool,
@@ -63,7 +63,7 @@ impl Express {
             header,
             page: SharedPage::new(&header)?,
             peers: Peers::new(header.queues),
-            confirmations: HashMap::new(),
+            confirmations: BTreeMap::new(),
             vmm: None,
             exhausted: false,
         })

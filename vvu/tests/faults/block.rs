@@ -54,7 +54,7 @@ fn every_call_of_a_serving_back_end_is_of_a_known_kind() {
 
 #[test]
 fn the_next_front_end_of_a_back_end_is_served_whatever_failed_before() {
-    walk::in_parallel(KINDS, |kind| {
+    walk::each_kind(KINDS, |kind| {
         let mut block = Block::ready(Filter::One(kind.1));
         walk::each(kind, |nth, errno, what| {
             block.process.calls.fail(kind.1, nth, errno);
@@ -90,7 +90,7 @@ fn the_next_front_end_of_a_back_end_is_served_whatever_failed_before() {
 
 #[test]
 fn a_back_end_that_cannot_start_says_what_helps() {
-    walk::in_parallel(KINDS, |kind| {
+    walk::each_kind(KINDS, |kind| {
         walk::each(kind, |nth, errno, what| {
             let number = kind.1;
             let prepare = move |calls: &Interceptor| calls.fail(number, nth, errno);

@@ -26,7 +26,7 @@ fn is_left_out(name: &str) -> bool {
 
 #[test]
 fn the_next_front_end_of_a_device_vm_is_served_whatever_failed_before() {
-    walk::in_parallel(KINDS, |kind| {
+    walk::each_kind(KINDS, |kind| {
         if is_left_out(kind.0) {
             return;
         }

@@ -144,7 +144,7 @@ fn every_call_of_a_serving_proxy_is_of_a_known_kind() {
 
 #[test]
 fn the_next_front_end_of_a_proxy_is_served_whatever_failed_before() {
-    walk::in_parallel(KINDS, |kind| {
+    walk::each_kind(KINDS, |kind| {
         let mut proxy = Proxy::ready(Filter::One(kind.1));
         let mut vms = Vms::start(&proxy);
         assert_eq!(vms.attempt_persistently(), Outcome::Served, "{}", proxy.errors());
@@ -176,7 +176,7 @@ fn the_next_front_end_of_a_proxy_is_served_whatever_failed_before() {
 
 #[test]
 fn a_proxy_that_cannot_start_says_what_helps() {
-    walk::in_parallel(KINDS, |kind| {
+    walk::each_kind(KINDS, |kind| {
         walk::each(kind, |nth, errno, what| {
             let number = kind.1;
             let prepare = move |calls: &Interceptor| calls.fail(number, nth, errno);

@@ -1,7 +1,5 @@
 //! Walks over the calls of a kind and their errors.
 
-use std::sync::Mutex;
-
 use crate::calls::{HARMLESS, KINDS, Kind};
 
 /// Most calls of one kind that are tried.
@@ -31,22 +29,11 @@ pub fn each((name, _, errors): &Kind, mut attempt: impl FnMut(u32, i32, &str) ->
     }
 }
 
-/// Runs `test` for each kind, several at a time, and tells all failures.
-pub fn in_parallel(kinds: &[Kind], test: impl Fn(&Kind) + Sync) {
+/// Runs `test` for each kind, one after the other: a process that is started inherits what another start has open at that
+/// moment, and with it would keep an interceptor alive.
+pub fn each_kind(kinds: &[Kind], test: impl Fn(&Kind)) {
     let only = std::env::var("VVU_FAULTS_KIND").ok();
-    let rest = Mutex::new(kinds.iter().filter(|kind| only.as_deref().is_none_or(|only| only == kind.0)));
-    let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(4);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let next = rest.lock().expect("no panic").next();
-                    let Some(kind) = next else { return };
-                    test(kind);
-                }
-            });
-        }
-    });
+    kinds.iter().filter(|kind| only.as_deref().is_none_or(|only| only == kind.0)).for_each(test);
 }
 
 /// Fails the test if a number is that of a call of which nothing is said.

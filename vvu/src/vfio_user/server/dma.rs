@@ -4,7 +4,7 @@
 //! client that shrinks a file after it has lent it ends this process; QEMU seals its memory files against that.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::iter::FusedIterator;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -208,7 +208,7 @@ impl DmaSpace {
     /// # Errors
     /// [`RestoreError`].
     pub(super) fn restore(&mut self, saved: Vec<SavedMap>, left: &mut Adopted) -> Result<(), RestoreError> {
-        let mut files: HashMap<RawFd, Arc<Held<MmapRegion>>> = HashMap::new();
+        let mut files: BTreeMap<RawFd, Arc<Held<MmapRegion>>> = BTreeMap::new();
         for (first, last, access, memory) in saved {
             let access = match access {
                 1 => Permissions::Read,
