@@ -77,9 +77,9 @@ impl Reconnects {
 
     /// Takes `stream` for a front-end that has connected.
     #[cfg(fuzzing)]
-    pub(super) fn adopt(&mut self, stream: UnixStream) -> io::Result<()> {
+    pub(super) fn adopt(&mut self, stream: std::os::unix::net::UnixStream) -> io::Result<()> {
         let peer = Peer::of(&stream)?;
-        self.waiting.push_back((stream, peer));
+        self.waiting.push_back((stream.into(), peer));
         Ok(())
     }
 

@@ -40,7 +40,7 @@ pub const MEMORY: u64 = 0x10000;
 /// Bytes of the region of in-flight requests.
 const REGION: u64 = 16 + 16 * QUEUE_SIZE_MAX as u64;
 
-const SHAPE: Shape = Shape { queues: 1, segments: 126 };
+const SHAPE: Shape = Shape { queues: 1, segments: 126, access_platform: false };
 const LIMITS: Limits = Limits { queues: 1, queue_size: QUEUE_SIZE_MAX };
 
 /// What front-end and driver agree on.
