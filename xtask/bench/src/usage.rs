@@ -56,6 +56,15 @@ fn switches(status: &str) -> f64 {
     count.and_then(|count| count.trim().parse().ok()).unwrap_or(0.0)
 }
 
+/// The sum of all counts in lines of /proc/interrupts: a name, a count for each CPU, and words about the interrupt.
+pub(super) fn interrupts(lines: &str) -> f64 {
+    let counts = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().skip(1).map(str::parse::<u32>).collect();
+        words.into_iter().map_while(Result::ok).map(f64::from).sum::<f64>()
+    };
+    lines.lines().map(counts).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,6 +76,13 @@ mod tests {
         assert_eq!(ticks(""), 0.0);
         let status = "Name:\tx\nvoluntary_ctxt_switches:\t17\nnonvoluntary_ctxt_switches:\t4\n";
         assert_eq!(switches(status), 17.0);
+    }
+
+    #[test]
+    fn the_interrupts_of_all_cpus_are_counted() {
+        let lines = " 24:   100    7  PCI-MSIX-0000:00:05.0   1-edge  virtio0-req.0\n 25: 1 0  PCI-MSIX 9 virtio0-req.1\n";
+        assert_eq!(interrupts(lines), 108.0);
+        assert_eq!(interrupts(""), 0.0);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use vvu_testvm::{Device, Frontend, Iommu, Lab, Process, ProxyConfig, Slot, Vm, V
 use super::back_end::{BackEnd, STORAGE_DAEMON};
 use super::options::Options;
 use super::results::{Better, Key, Results};
-use super::usage::Usage;
+use super::usage::{self, Usage};
 
 /// Size of the disk in MiB.
 pub(super) const DISK_MIB: u64 = 64;
@@ -45,6 +45,9 @@ const LATENCIES: [&str; 2] = ["latency_p50_us", "latency_p99_us"];
 const LAUNCH: &str = "launch-to-vda";
 /// The same if both VMs boot at the same time and the disk is attached to the running sibling.
 const ATTACHED_LAUNCH: &str = "attached-launch-to-vda";
+
+/// Succeeds if the guest's kernel notices a disk that is attached.
+const HOT_PLUG: &str = "zcat /proc/config.gz | grep -q ^CONFIG_HOTPLUG_PCI_ACPI=y";
 
 /// What serves the sibling's disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -189,9 +192,11 @@ impl<'a> Comparison<'a> {
                 format!("vvu-load measure --file /dev/vda --seconds {} --seed 1 {options}", self.seconds);
             let usage = || processes.iter().map(|(_, id)| Usage::of(*id)).collect::<Vec<_>>();
             let before = usage();
+            let had = self.interrupts(&sibling, &served)?;
             let deadline = self.lab.deadline(GRACE) + Duration::from_secs(self.seconds);
             let output = sibling.run_until(&command, deadline)?;
             let used: Vec<_> = usage().iter().zip(&before).map(|(now, before)| now.since(*before)).collect();
+            let had_since = self.interrupts(&sibling, &served)?;
             let line = output.lines().next_back().unwrap_or_default();
             let got: Value =
                 serde_json::from_str(line).with_context(|| format!("`{command}` printed {line:?}"))?;
@@ -204,6 +209,10 @@ impl<'a> Comparison<'a> {
             let all: Usage = used.iter().copied().sum();
             figures.push((key("host_cpu_per_request_us"), Better::Lower, all.cpu_us / requests));
             figures.push((key("host_wake_ups_per_request"), Better::Lower, all.wake_ups / requests));
+            for ((vm, now), (_, before)) in had_since.into_iter().zip(had) {
+                let key = key(&format!("{vm}_interrupts_per_request"));
+                figures.push((key, Better::Lower, (now - before) / requests));
+            }
             for ((process, _), used) in processes.iter().zip(&used) {
                 let key = |metric: &str| key(&format!("{process}_{metric}"));
                 figures.push((key("cpu_per_request_us"), Better::Lower, used.cpu_us / requests));
@@ -213,6 +222,18 @@ impl<'a> Comparison<'a> {
         drop(sibling);
         served.end()?;
         Ok(figures)
+    }
+
+    /// Counts the interrupts so far: those of the sibling's disk, and those of the device VM's vvu device, which are the
+    /// sibling's kicks and messages.
+    fn interrupts(&self, sibling: &Vm, served: &Served) -> Result<Vec<(&'static str, f64)>> {
+        let device_vm = served.device_vm.as_ref().map(|vm| ("device_vm", vm, "vfio-msi"));
+        let all = [("sibling", sibling, "virtio")].into_iter().chain(device_vm);
+        all.map(|(name, vm, word)| {
+            let command = format!("grep {word} /proc/interrupts || true");
+            Ok((name, usage::interrupts(&vm.run_until(&command, self.lab.deadline(LIMIT))?)))
+        })
+        .collect()
     }
 
     /// Starts whatever serves the disk.
@@ -280,6 +301,9 @@ impl<'a> Comparison<'a> {
         stage("attached-launch-to-back-end");
         sibling.ready(self.lab.deadline(LIMIT))?;
         stage("attached-launch-to-both");
+        sibling
+            .run_until(HOT_PLUG, self.lab.deadline(LIMIT))
+            .context("the kernel has no hot-plug: add --kernel-fragment hotplug")?;
         let attached = self.lab.attach(&sibling, &config, 0, self.lab.deadline(LIMIT))?;
         let launched = attached.at - device_vm.launched();
         figures.push((start_up(ATTACHED_LAUNCH), Better::Lower, launched.as_secs_f64()));
