@@ -283,7 +283,14 @@ impl<'a> Comparison<'a> {
     fn attached(&self) -> Result<Vec<Figure>> {
         let vvu = ProxyConfig::new("attached", MEMORY_MIB, self.lab.sockets());
         let proxy = self.lab.proxy(&vvu)?;
-        let device_vm = self.launch_device_vm(&vvu)?;
+        let figures = self.attach_through(&vvu);
+        // It removes its sockets in any case.
+        proxy.stop()?;
+        figures
+    }
+
+    fn attach_through(&self, vvu: &ProxyConfig) -> Result<Vec<Figure>> {
+        let device_vm = self.launch_device_vm(vvu)?;
         let config = VmConfig {
             memory_file: Some(vvu.memory_file()),
             attachable: vec![vvu.vhost_user_device(Frontend::default())],
@@ -297,7 +304,7 @@ impl<'a> Comparison<'a> {
             let seconds = device_vm.launched().elapsed().as_secs_f64();
             figures.push((start_up(test), Better::Lower, seconds));
         };
-        self.start_back_end(&device_vm, &vvu)?;
+        self.start_back_end(&device_vm, vvu)?;
         stage("attached-launch-to-back-end");
         sibling.ready(self.lab.deadline(LIMIT))?;
         stage("attached-launch-to-both");
@@ -307,8 +314,6 @@ impl<'a> Comparison<'a> {
         let attached = self.lab.attach(&sibling, &config, 0, self.lab.deadline(LIMIT))?;
         let launched = attached.at - device_vm.launched();
         figures.push((start_up(ATTACHED_LAUNCH), Better::Lower, launched.as_secs_f64()));
-        drop((sibling, device_vm));
-        proxy.stop()?;
         Ok(figures)
     }
 
