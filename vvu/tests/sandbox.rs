@@ -164,6 +164,13 @@ fn converse(proxy: &Proxy) {
     let region = MemoryRegion { gpa: SiblingGpa(0), size: MEMORY, va: SiblingVa(0), offset: BarOffset(0) };
     let (kick, call) = (event(), event());
     let mut vmm = Ivshmem::new(UnixStream::connect(proxy.path("express")).expect("connect"));
+    // Call eventfds that come before the proxy knows of the VMM get no peers until it does.
+    let deadline = Instant::now() + PATIENCE;
+    while !vmm.is_ready() {
+        assert!(Instant::now() < deadline, "the proxy does not greet the VMM");
+        vmm.handle_all();
+        std::thread::yield_now();
+    }
     let dup = |fd: &OwnedFd| vec![fd.try_clone().expect("dup")];
     let (channel, _theirs) = UnixStream::pair().expect("pair");
     let inflight = [&[0; 16][..], &[1, 0, 0, 1, 0, 0, 0, 0]].concat();

@@ -126,13 +126,24 @@ impl Server {
         Self { kept: Some(Kept { store, left: Some(left) }), ..self }
     }
 
+    /// Watches the events of `device`, so that [`serve`](Self::serve) cannot fail for want of memory for that any more.
+    ///
+    /// # Errors
+    /// When the kernel is out of memory, or watches too much already (`fs.epoll.max_user_watches`).
+    pub fn watch<D: PciFunction>(&self, device: &D) -> Result<(), Errno> {
+        epoll::add(&self.poll, device.events(), Source::Device.data(), EventFlags::IN)
+    }
+
     /// Serves `device` to one client after the other until the stop is requested. The device is reset after each
     /// client, and its own events are served all the time.
     ///
     /// # Errors
     /// [`ServerError`].
     pub fn serve<D: PciFunction>(self, device: &mut D) -> Result<(), ServerError> {
-        epoll::add(&self.poll, device.events(), Source::Device.data(), EventFlags::IN)?;
+        match self.watch(device) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
         let host = VmmHost::new(device.vector_count());
         let mut service = Service { server: self, device, host, client: None, accept_at: None };
         service.take_over()?;
