@@ -322,7 +322,11 @@ impl<H: Framing> FramedSocket<H> {
         let room = self.incoming.bytes.len() - self.incoming.filled;
         let mut landed = match durable.ledger.receive(&self.stream, durable.received, room) {
             Ok(landed) => landed,
-            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::INTR) => {
+                durable.unfinished = true;
+                return Ok(None);
+            }
             Err(Errno::CONNRESET) => return Err(SocketError::Closed),
             Err(error) => return Err(SocketError::Io(error)),
         };

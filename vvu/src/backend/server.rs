@@ -170,7 +170,14 @@ impl Connection {
                 Ok(Arrived::Whole) => self.answer(stop),
                 Ok(Arrived::Nothing) if closed => return End::Left,
                 Ok(Arrived::Part) if closed => return End::LeftInMessage,
-                Ok(_) => self.await_arrival(stop).map(|is_closed| closed |= is_closed),
+                // What is there of a message is readable all the time, so only its next piece ends the wait. Without any,
+                // whatever is readable does: a look that a signal interrupted has seen nothing.
+                Ok(Arrived::Part) => {
+                    self.await_arrival(stop, &self.arrivals).map(|is_closed| closed |= is_closed)
+                }
+                Ok(Arrived::Nothing) => {
+                    self.await_arrival(stop, &self.stream).map(|is_closed| closed |= is_closed)
+                }
                 Err(end) => Err(end),
             };
             if let Err(end) = step {
@@ -214,9 +221,9 @@ impl Connection {
         Ok(if there < want { Arrived::Part } else { Arrived::Whole })
     }
 
-    /// Waits until more arrives, and returns whether the front-end has closed its side.
-    fn await_arrival(&self, stop: &StopToken) -> Result<bool, End> {
-        let stopped = wait_readable(&[stop.as_fd(), self.arrivals.as_fd()], None)? == Some(0);
+    /// Waits until `source` is readable, and returns whether the front-end has closed its side since the last wait.
+    fn await_arrival(&self, stop: &StopToken, source: &impl AsFd) -> Result<bool, End> {
+        let stopped = wait_readable(&[stop.as_fd(), source.as_fd()], None)? == Some(0);
         if stopped {
             return Err(End::Stopped);
         }
