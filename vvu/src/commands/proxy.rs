@@ -155,8 +155,7 @@ fn run_alone(args: &Args) -> anyhow::Result<()> {
         let file = trace_file(path).with_context(|| format!("cannot write {}", path.display()))?;
         device.set_trace(Trace::new(file).context("cannot start the thread of the trace")?);
     }
-    let server = Server::new(vfio_user.listener().try_clone()?, stop)?;
-    server.watch(&device).map_err(io::Error::from).context("cannot wait for the device's events")?;
+    let server = Server::new(vfio_user.listener().try_clone()?, stop, &device)?;
     let serve = || -> anyhow::Result<()> {
         writeln!(io::stdout(), "{PROXY_READY}").context("cannot write to standard output")?;
         server.serve(&mut device)?;

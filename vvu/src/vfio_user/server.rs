@@ -106,15 +106,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const LOUD_REFUSALS: u32 = 16;
 
 impl Server {
-    /// Makes a server for the clients of `listener`, which [`stop`](StopToken::stop) ends.
+    /// Makes a server of `device` for the clients of `listener`, which [`stop`](StopToken::stop) ends. All that is waited
+    /// for is watched from now on, so that [`serve`](Self::serve) does not fail for a shortage at its start.
     ///
     /// # Errors
-    /// When the listener cannot be put into non-blocking mode, or there is no file descriptor left.
-    pub fn new(listener: UnixListener, stop: StopToken) -> io::Result<Self> {
+    /// When the listener cannot be put into non-blocking mode, or there is no file descriptor or no memory left.
+    pub fn new(listener: UnixListener, stop: StopToken, device: &impl PciFunction) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let poll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&poll, &stop, Source::Stop.data(), EventFlags::IN)?;
         epoll::add(&poll, &listener, Source::Listener.data(), EventFlags::IN)?;
+        epoll::add(&poll, device.events(), Source::Device.data(), EventFlags::IN)?;
         Ok(Self { listener, _stop: stop, poll, kept: None })
     }
 
@@ -126,24 +128,12 @@ impl Server {
         Self { kept: Some(Kept { store, left: Some(left) }), ..self }
     }
 
-    /// Watches the events of `device`, so that [`serve`](Self::serve) cannot fail for want of memory for that any more.
-    ///
-    /// # Errors
-    /// When the kernel is out of memory, or watches too much already (`fs.epoll.max_user_watches`).
-    pub fn watch<D: PciFunction>(&self, device: &D) -> Result<(), Errno> {
-        epoll::add(&self.poll, device.events(), Source::Device.data(), EventFlags::IN)
-    }
-
-    /// Serves `device` to one client after the other until the stop is requested. The device is reset after each
-    /// client, and its own events are served all the time.
+    /// Serves `device`, for which the server was made, to one client after the other until the stop is requested. The
+    /// device is reset after each client, and its own events are served all the time.
     ///
     /// # Errors
     /// [`ServerError`].
     pub fn serve<D: PciFunction>(self, device: &mut D) -> Result<(), ServerError> {
-        match self.watch(device) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(error.into()),
-        }
         let host = VmmHost::new(device.vector_count());
         let mut service = Service { server: self, device, host, client: None, accept_at: None };
         service.take_over()?;

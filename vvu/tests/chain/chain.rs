@@ -49,7 +49,7 @@ impl Proxy {
         adjust(&mut device);
         let stop = StopToken::new().expect("token");
         let listener = vfio_user.listener().try_clone().expect("descriptor");
-        let server = Server::new(listener, stop.clone()).expect("server");
+        let server = Server::new(listener, stop.clone(), &device).expect("server");
         let task = Task::spawn("proxy", move || {
             let _sockets = (vhost_user, vfio_user, express);
             server.serve(&mut device)

@@ -276,7 +276,8 @@ fn work(
             Trace::since(*start, file.try_clone()?).context("cannot start the thread of the trace")?;
         device.set_trace(trace);
     }
-    let server = Server::new(vfio_user.listener().try_clone()?, stop)?.with_store(store.try_clone()?, left);
+    let server = Server::new(vfio_user.listener().try_clone()?, stop, &device)?;
+    let server = server.with_store(store.try_clone()?, left);
     match args.sandbox {
         Sandbox::On => sandbox::enter().context("cannot enter the sandbox")?,
         Sandbox::Off => log::warn!("the proxy runs without its sandbox"),

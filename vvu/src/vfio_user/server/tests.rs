@@ -44,7 +44,7 @@ impl Rig {
         let mut device = VvuDevice::new(config).expect("device");
         let listener = UnixListener::bind(dir.path().join("vmm")).expect("bind");
         let stop = StopToken::new().expect("token");
-        let server = Server::new(listener, stop.clone()).expect("server");
+        let server = Server::new(listener, stop.clone(), &device).expect("server");
         let server = Some(std::thread::spawn(move || server.serve(&mut device)));
         Self { dir, stop, server }
     }
