@@ -191,8 +191,9 @@ impl<'a> Comparison<'a> {
             let command =
                 format!("vvu-load measure --file /dev/vda --seconds {} --seed 1 {options}", self.seconds);
             let usage = || processes.iter().map(|(_, id)| Usage::of(*id)).collect::<Vec<_>>();
-            let before = usage();
+            // First, since the commands that count take processor time in the VMs themselves.
             let had = self.interrupts(&sibling, &served)?;
+            let before = usage();
             let deadline = self.lab.deadline(GRACE) + Duration::from_secs(self.seconds);
             let output = sibling.run_until(&command, deadline)?;
             let used: Vec<_> = usage().iter().zip(&before).map(|(now, before)| now.since(*before)).collect();
