@@ -40,7 +40,8 @@ pub(super) use keep::SavedExpress;
 pub(super) struct Express {
     listener: UnixListener,
     header: Header,
-    page: SharedPage,
+    /// The page of the last VMM that connected.
+    page: Option<SharedPage>,
     peers: Peers<Eventfd>,
     /// Eventfds that the guest signals to confirm a peer.
     confirmations: BTreeMap<PeerId, Fd>,
@@ -61,7 +62,7 @@ impl Express {
         Ok(Self {
             listener,
             header,
-            page: SharedPage::new(&header)?,
+            page: None,
             peers: Peers::new(header.queues),
             confirmations: BTreeMap::new(),
             vmm: None,
@@ -136,7 +137,7 @@ impl Express {
         let outcome =
             greeting.into_iter().try_for_each(|(message, fds)| vmm.send(message.to_bytes().to_vec(), fds));
         log::info!("a VMM connected to the express device");
-        drop(hold_until_commit(std::mem::replace(&mut self.page, shared)));
+        drop(hold_until_commit(self.page.replace(shared)));
         self.vmm = Some(vmm);
         self.keep(resources, outcome);
     }
@@ -243,7 +244,9 @@ impl Express {
     }
 
     fn publish(&self, queue: QueueIndex) {
-        self.page.set(queue, self.peers.entry(queue));
+        if let Some(page) = &self.page {
+            page.set(queue, self.peers.entry(queue));
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use crate::spec::express::PeerId;
 /// An [`Express`] as it is saved.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in super::super) struct SavedExpress {
-    page: RawFd,
+    page: Option<RawFd>,
     peers: SavedPeers,
     confirmations: Vec<(u16, RawFd)>,
     vmm: Option<SavedSocket>,
@@ -29,7 +29,7 @@ impl Express {
     pub(in super::super) fn save(&self) -> SavedExpress {
         let confirmations = self.confirmations.iter().map(|(id, fd)| (id.get(), fd.number()));
         SavedExpress {
-            page: self.page.file.as_raw_fd(),
+            page: self.page.as_ref().map(|page| page.file.as_raw_fd()),
             peers: self.peers.save(Eventfd::number),
             confirmations: confirmations.collect(),
             vmm: self.vmm.as_ref().and_then(FramedSocket::save),
@@ -48,7 +48,9 @@ impl Express {
         left: &mut Adopted,
     ) -> Result<(), RestoreError> {
         let io = |error: rustix::io::Errno| RestoreError::Io(error.into());
-        self.page = SharedPage::open(File::from(left.adopt(saved.page)?.into_inner()))?;
+        if let Some(number) = saved.page {
+            self.page = Some(SharedPage::open(File::from(left.adopt(number)?.into_inner()))?);
+        }
         self.peers = Peers::restore(saved.peers, |number| left.adopt(number).map(Eventfd::new))?;
         self.exhausted = saved.exhausted;
         for (id, number) in saved.confirmations {
