@@ -22,8 +22,11 @@ use vvu::vfio_user::client::VfioUserDevice;
 
 #[path = "common/ivshmem.rs"]
 mod ivshmem;
+#[path = "common/namespace.rs"]
+mod namespace;
 
 use ivshmem::Ivshmem;
+use namespace::vvu_in_pid_namespace;
 
 /// Bounds every wait, so that a failure ends.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -259,17 +262,7 @@ fn a_proxy_in_its_sandbox_does_all_its_work() {
 /// As in a container: the processes outside have no id there, and the proxy another one outside.
 #[test]
 fn a_proxy_in_a_pid_namespace_does_all_its_work() {
-    let unshare = || {
-        let mut command = Command::new("unshare");
-        command.args(["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--"]);
-        command
-    };
-    if !unshare().arg("true").status().is_ok_and(|status| status.success()) {
-        eprintln!("skipped: this machine allows no PID namespaces");
-        return;
-    }
-    let mut command = unshare();
-    command.arg(env!("CARGO_BIN_EXE_vvu"));
+    let Some(command) = vvu_in_pid_namespace() else { return };
     let proxy = Proxy::launch(command, &[], Stdio::piped()).expect("proxy");
     converse(&proxy);
     if !knows_strangers() {

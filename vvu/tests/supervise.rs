@@ -9,6 +9,11 @@ use std::time::{Duration, Instant};
 
 use vvu::event::wait_readable;
 
+#[path = "common/namespace.rs"]
+mod namespace;
+
+use namespace::vvu_in_pid_namespace;
+
 /// Bounds every wait, so that a failure ends.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -101,17 +106,7 @@ fn a_program_that_escaped_ends_with_the_bridge() {
 /// Containers may have a PID namespace without a `/proc` of its own, which shows the ids of the one around it.
 #[test]
 fn a_program_that_escaped_ends_although_proc_counts_differently() {
-    let unshare = || {
-        let mut command = Command::new("unshare");
-        command.args(["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--"]);
-        command
-    };
-    if !unshare().arg("true").status().is_ok_and(|status| status.success()) {
-        eprintln!("skipped: this machine allows no PID namespaces");
-        return;
-    }
-    let mut command = unshare();
-    command.arg(env!("CARGO_BIN_EXE_vvu"));
+    let Some(command) = vvu_in_pid_namespace() else { return };
     let escape = "trap '' TERM; setsid sh -c 'sleep 1000 & echo ready; wait' & wait";
     let mut supervisor = Supervisor::launch(command, &["sh", "-c", escape]);
     assert_eq!(supervisor.said(), "ready\n");

@@ -19,7 +19,7 @@ use vvu::pci::PciFunction;
 use vvu::spec::pci::VECTOR_SELECT_CFG;
 use vvu::spec::vhost_user::Header;
 use vvu::spec::virtio::feature;
-use vvu_fuzz::{Fd, Pool, drain, send};
+use vvu_fuzz::{Fd, Pool, drain, message, send};
 
 /// Most commands in one execution.
 const COMMANDS: usize = 24;
@@ -144,7 +144,7 @@ impl State {
                 self.send(SET_CHANNEL, 1 | u32::from(needs_reply) << 3, &[Fd::Socket], &[]);
             }
             Command::Answer { request, flags, fds, payload } => {
-                let message = message(request.into(), u32::from(flags) & 0xc | 1, &payload);
+                let message = message(request, u32::from(flags) & 0xc | 1, &payload).bytes;
                 if let Some(channel) = &self.channel {
                     send(channel, &message, &self.pool.get(&fds, None));
                 }
@@ -220,7 +220,7 @@ impl State {
     }
 
     fn send(&mut self, request: u32, flags: u32, fds: &[Fd], payload: &[u8]) {
-        let bytes = message(request, flags, payload);
+        let bytes = message(request, flags, payload).bytes;
         self.send_bytes(&bytes, fds);
     }
 
@@ -264,11 +264,6 @@ impl State {
             }
         }
     }
-}
-
-fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-    let size = u32::try_from(payload.len()).expect("small");
-    Message::new(Header { request, flags, size }, payload).bytes
 }
 
 /// Returns a message that QEMU sends: request code, payload and file descriptors.

@@ -10,12 +10,10 @@ use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 use vvu::device::LinkState;
 use vvu::device::rig::{BAR0, BAR2, BUFFER, Rig};
-use vvu::message_socket::Message;
 use vvu::pci::PciFunction;
 use vvu::spec::pci::{self, Region};
-use vvu::spec::vhost_user::Header;
 use vvu::spec::virtio::feature;
-use vvu_fuzz::{Fd, Pool, drain, send};
+use vvu_fuzz::{Fd, Pool, drain, message, send};
 
 /// Most commands in one execution.
 const COMMANDS: usize = 32;
@@ -219,9 +217,4 @@ impl State {
             Command::Signal(which) => self.pool.signal(which),
         }
     }
-}
-
-fn message(request: u8, flags: u32, payload: &[u8]) -> Message {
-    let size = u32::try_from(payload.len()).expect("small");
-    Message::new(Header { request: request.into(), flags, size }, payload)
 }

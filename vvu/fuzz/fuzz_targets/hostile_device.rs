@@ -13,13 +13,11 @@ use libfuzzer_sys::fuzz_target;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use vvu::bridge::hostile_device::{HostileDevice, MEMORY, Session};
 use vvu::driver::Driver;
-use vvu::message_socket::Message;
 use vvu::spec::express::page::Entry;
 use vvu::spec::express::{PAGE_BAR, PeerId};
 use vvu::spec::pci::{COMMON_CFG, DEVICE_CFG, Region};
-use vvu::spec::vhost_user::Header;
 use vvu::spec::virtio::common;
-use vvu_fuzz::{Fd, Pool, send};
+use vvu_fuzz::{Fd, Pool, message, send};
 
 /// Most commands in one execution.
 const COMMANDS: usize = 24;
@@ -189,10 +187,10 @@ impl State {
         match command {
             Command::Sound { message: index, queue, flags } => {
                 let (request, payload) = sound(index, queue);
-                self.device.use_buffer(0, &message(request, u32::from(flags) & 8 | 1, &payload));
+                self.device.use_buffer(0, &message(request, u32::from(flags) & 8 | 1, &payload).bytes);
             }
             Command::Deliver { request, flags, payload } => {
-                let message = message(request.into(), u32::from(flags) & 0xc | 1, &payload);
+                let message = message(request, u32::from(flags) & 0xc | 1, &payload).bytes;
                 self.device.use_buffer(0, &message);
             }
             Command::DeliverBytes(bytes) => self.device.use_buffer(0, &bytes),
@@ -222,13 +220,13 @@ impl State {
                 self.express.put(Region::Bar(PAGE_BAR), offset, &values);
             }
             Command::Answer { request, flags, fds, payload } => {
-                let message = message(request.into(), u32::from(flags) & 0xc | 5, &payload);
+                let message = message(request, u32::from(flags) & 0xc | 5, &payload).bytes;
                 self.backend_sends(&message, &fds);
             }
             Command::BackendBytes(bytes) => self.backend_sends(&bytes, &[]),
             Command::BackendReads => self.read_as_backend(),
             Command::Request { request, flags, fds, payload } => {
-                let message = message(request.into(), u32::from(flags) & 0xc | 1, &payload);
+                let message = message(request, u32::from(flags) & 0xc | 1, &payload).bytes;
                 self.channel_sends(&message, &fds);
             }
             Command::ChannelBytes(bytes) => self.channel_sends(&bytes, &[]),
@@ -276,11 +274,6 @@ impl State {
             }
         }
     }
-}
-
-fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-    let size = u32::try_from(payload.len()).expect("small");
-    Message::new(Header { request, flags, size }, payload).bytes
 }
 
 /// Returns a message that the device passes on: request code and payload.

@@ -11,13 +11,11 @@ use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 use vvu::device::LinkState;
 use vvu::device::rig::BUFFER;
-use vvu::message_socket::Message;
 use vvu::pci::PciFunction;
-use vvu::spec::vhost_user::Header;
 use vvu::spec::virtio::feature;
 use vvu::vfio_user::protocol::Command as Number;
 use vvu::vfio_user::server::hostile_client::HostileClient;
-use vvu_fuzz::{Fd, Pool, drain, send};
+use vvu_fuzz::{Fd, Pool, drain, message, send};
 
 /// Most commands in one execution.
 const COMMANDS: usize = 24;
@@ -261,9 +259,4 @@ fn words32(words: &[u32]) -> Vec<u8> {
 
 fn words64(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
-}
-
-fn message(request: u8, flags: u32, payload: &[u8]) -> Message {
-    let size = u32::try_from(payload.len()).expect("small");
-    Message::new(Header { request: request.into(), flags, size }, payload)
 }

@@ -1,4 +1,4 @@
-//! What the fuzz targets share: file descriptors for hostile peers to attach, and a way to send them.
+//! What the fuzz targets share: messages, file descriptors for hostile peers to attach, and a way to send them.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -10,6 +10,8 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vvu::message_socket::Message;
+use vvu::spec::vhost_user::Header;
 
 /// Most file descriptors that one message attaches: one more than any protocol here allows.
 pub const FDS_MAX: usize = 33;
@@ -118,4 +120,11 @@ pub fn drain(stream: &UnixStream) {
     let mut control = rustix::net::RecvAncillaryBuffer::default();
     let flags = rustix::net::RecvFlags::DONTWAIT;
     while rustix::net::recvmsg(stream, &mut parts, &mut control, flags).is_ok_and(|got| got.bytes == 4096) {}
+}
+
+/// Makes a vhost-user message whose header has the right size.
+#[must_use]
+pub fn message(request: impl Into<u32>, flags: u32, payload: &[u8]) -> Message {
+    let size = u32::try_from(payload.len()).expect("small");
+    Message::new(Header { request: request.into(), flags, size }, payload)
 }

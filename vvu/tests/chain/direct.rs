@@ -53,6 +53,14 @@ impl Direct {
         Self { proxy, vmm, memory, stop, program }
     }
 
+    /// As [`start`](Self::start), with a front-end whose call eventfd the VMM knows already.
+    fn connected(content: &[u8]) -> (Self, Driver) {
+        let direct = Self::start(content);
+        let mut driver = direct.connect();
+        direct.read_until_stored(&mut driver, content);
+        (direct, driver)
+    }
+
     fn connect(&self) -> Driver {
         Driver::connect_persistently(&self.proxy.vhost_user(), &self.memory, Setup::default())
     }
@@ -78,9 +86,7 @@ impl Direct {
 #[test]
 fn notifications_are_stores_once_the_vmm_knows_the_call_eventfd() {
     let content = pattern(1, 4096);
-    let direct = Direct::start(&content);
-    let mut driver = direct.connect();
-    direct.read_until_stored(&mut driver, &content);
+    let (direct, mut driver) = Direct::connected(&content);
     let (stored, rung) = (direct.vmm.stored(), direct.vmm.rung());
     let data = Driver::buffers(&direct.memory, 4);
     for _ in 0..100 {
@@ -94,9 +100,7 @@ fn notifications_are_stores_once_the_vmm_knows_the_call_eventfd() {
 #[test]
 fn new_call_eventfds_lose_no_notification() {
     let content = pattern(2, 4096);
-    let direct = Direct::start(&content);
-    let mut driver = direct.connect();
-    direct.read_until_stored(&mut driver, &content);
+    let (direct, mut driver) = Direct::connected(&content);
     let data = Driver::buffers(&direct.memory, 4);
     for round in 0..300 {
         driver.rings[0].renew_call();
@@ -110,9 +114,7 @@ fn new_call_eventfds_lose_no_notification() {
 #[test]
 fn a_vmm_that_hangs_up_costs_speed_alone() {
     let content = pattern(3, 4096);
-    let direct = Direct::start(&content);
-    let mut driver = direct.connect();
-    direct.read_until_stored(&mut driver, &content);
+    let (direct, mut driver) = Direct::connected(&content);
     direct.vmm.hang_up();
     let data = Driver::buffers(&direct.memory, 4);
     for _ in 0..20 {
