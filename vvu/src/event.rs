@@ -10,7 +10,10 @@ use std::time::Instant;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, retry_on_intr};
 
+mod set;
 pub(crate) mod signaller;
+
+pub use set::{EventFlags, EventSet, Ready, Token};
 
 /// A counter of signals in the kernel, eventfd(2), in non-blocking mode. Its descriptor is readable while the
 /// counter is not zero.

@@ -12,7 +12,7 @@ use vm_memory::{GuestMemory, MmapRegion};
 pub use direct::DirectDoorbells;
 
 use crate::durable::{Adopted, RestoreError};
-use crate::event::Event;
+use crate::event::{Event, EventSet};
 use crate::spec::addr::Iova;
 use crate::spec::pci::Region;
 
@@ -54,8 +54,9 @@ pub trait PciFunction {
     /// Returns the BAR that a VM can map, if there is one.
     fn mappable_bar(&self) -> Option<MappableBar<'_>>;
 
-    /// Returns a descriptor that is readable whenever [`process`](Self::process) has something to do.
-    fn events(&self) -> BorrowedFd<'_>;
+    /// Returns the set of descriptors for which the function waits. Its host may add its own, waits for all of them, and
+    /// passes those of the function that are ready to [`process`](Self::process).
+    fn events(&self) -> &EventSet;
 
     /// Answers a read of the VM. What is not there reads as zeroes.
     fn read(&mut self, region: Region, offset: u64, data: &mut [u8]);
@@ -63,8 +64,9 @@ pub trait PciFunction {
     /// Carries out a write of the VM. A write to what is not there changes nothing.
     fn write<H: Host>(&mut self, host: &H, region: Region, offset: u64, data: &[u8]);
 
-    /// Deals with the events of the function, a bounded number at a time.
-    fn process<H: Host>(&mut self, host: &H);
+    /// Deals with the descriptors of the function that are ready, by their numbers in [`events`](Self::events). The work of
+    /// one call is bounded.
+    fn process<H: Host>(&mut self, host: &H, ready: &[u32]);
 
     /// Puts the function into its state after power-on.
     fn reset(&mut self);

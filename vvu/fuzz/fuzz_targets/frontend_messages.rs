@@ -121,7 +121,7 @@ impl State {
     fn run(&mut self, commands: Vec<Command>) {
         for command in commands.into_iter().take(COMMANDS) {
             self.carry_out(command);
-            self.rig.device.process(&self.rig.host);
+            self.rig.turn();
             self.go_on();
         }
         self.restart();
@@ -160,7 +160,7 @@ impl State {
             Command::Reconnect => {
                 self.connect();
                 // The device accepts it as soon as it has noticed the end of the one before.
-                self.rig.device.process(&self.rig.host);
+                self.rig.turn();
                 self.rig.notify(0);
             }
             Command::Read { channel: false } => drain(&self.frontend),

@@ -151,7 +151,7 @@ impl State {
     fn run(&mut self, commands: Vec<Command>) {
         for command in commands.into_iter().take(COMMANDS) {
             self.carry_out(command);
-            self.rig.device.process(&self.rig.host);
+            self.rig.turn();
         }
         self.restart();
     }

@@ -11,7 +11,6 @@ use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 use vvu::device::LinkState;
 use vvu::device::rig::BUFFER;
-use vvu::pci::PciFunction;
 use vvu::spec::virtio::feature;
 use vvu::vfio_user::protocol::Command as Number;
 use vvu::vfio_user::server::hostile_client::HostileClient;
@@ -156,7 +155,7 @@ impl State {
         for command in commands.into_iter().take(COMMANDS) {
             self.carry_out(command);
             let rig = &mut self.client.rig;
-            rig.device.process(&rig.host);
+            rig.turn();
         }
         self.restart();
     }

@@ -1,24 +1,22 @@
-//! The epoll instance of a device, which its host polls as one file descriptor.
+//! What a device waits for, in a set that it shares with its host.
 //!
 //! All events are edge-triggered: after an event the device works until there is nothing left to do. So
 //! a source that the device cannot serve yet causes no further wake-ups, and the device never has to
 //! read the front-end's eventfds.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
 
+use crate::event::{EventFlags, EventSet, Token};
 use crate::spec::addr::QueueIndex;
 use crate::spec::express::PeerId;
 
-/// Most events that one call of [`Events::take`] returns.
-const BATCH: usize = 64;
 /// Time between two attempts to get a resource of which there is none left.
 const RETRY_AFTER: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
@@ -40,27 +38,29 @@ pub(crate) enum Source {
 }
 
 impl Source {
-    const LISTENER: u64 = 1 << 16;
-    const SOCKET: u64 = 2 << 16;
-    const AGAIN: u64 = 3 << 16;
-    const EXPRESS: u64 = 4 << 16;
+    const LISTENER: u32 = 1 << 16;
+    const SOCKET: u32 = 2 << 16;
+    const AGAIN: u32 = 3 << 16;
+    const EXPRESS: u32 = 4 << 16;
     /// The number of the peer is added.
-    const CONFIRMATION: u64 = 5 << 16;
+    const CONFIRMATION: u32 = 5 << 16;
 
-    fn to_data(self) -> u64 {
+    /// The number of the source's descriptor in the set.
+    fn number(self) -> u32 {
         match self {
             Self::Listener => Self::LISTENER,
             Self::Socket => Self::SOCKET,
             Self::Again => Self::AGAIN,
-            Self::Kick(QueueIndex(index)) => u64::from(index),
+            Self::Kick(QueueIndex(index)) => u32::from(index),
             Self::Express => Self::EXPRESS,
-            Self::Confirmation(peer) => Self::CONFIRMATION | u64::from(peer.get()),
+            Self::Confirmation(peer) => Self::CONFIRMATION | u32::from(peer.get()),
         }
     }
 
-    fn from_data(data: u64) -> Self {
-        let peer = || PeerId::new(u16::try_from(data ^ Self::CONFIRMATION).ok()?).map(Self::Confirmation);
-        match (data, u16::try_from(data)) {
+    /// The source whose descriptor has this number in the set.
+    pub(crate) fn from_number(number: u32) -> Self {
+        let peer = || PeerId::new(u16::try_from(number ^ Self::CONFIRMATION).ok()?).map(Self::Confirmation);
+        match (number, u16::try_from(number)) {
             (_, Ok(index)) => Self::Kick(QueueIndex(index)),
             (Self::LISTENER, _) => Self::Listener,
             (Self::AGAIN, _) => Self::Again,
@@ -72,41 +72,45 @@ impl Source {
 
 #[derive(Debug)]
 pub(crate) struct Events {
-    epoll: OwnedFd,
+    set: EventSet,
     again: Arc<OwnedFd>,
     retry: OwnedFd,
 }
 
 impl Events {
     pub(crate) fn new() -> Result<Self, Errno> {
-        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        let set = EventSet::new()?;
         let again = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let retry =
             timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
-        let events = Self { epoll, again: Arc::new(again), retry };
+        let events = Self { set, again: Arc::new(again), retry };
         events.add(&events.again, Source::Again)?;
         events.add(&events.retry, Source::Again)?;
         Ok(events)
     }
 
-    /// Watches `fd`. The kernel watches a closed descriptor for as long as another process has its file
-    /// open, so [`remove`](Self::remove) it before closing it.
+    /// The set, which the device shares with its host.
+    pub(crate) fn set(&self) -> &EventSet {
+        &self.set
+    }
+
+    /// Watches `fd` until it is [removed](Self::remove).
     pub(crate) fn add(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
         let mut flags = EventFlags::ET | EventFlags::IN;
         if matches!(source, Source::Socket | Source::Express) {
             flags |= EventFlags::OUT | EventFlags::RDHUP;
         }
-        epoll::add(&self.epoll, fd, EventData::new_u64(source.to_data()), flags)
+        self.set.add(fd, Token::Function(source.number()), flags)
     }
 
     /// Stops watching `fd`.
     pub(crate) fn remove(&self, fd: impl AsFd) {
-        if let Err(error) = epoll::delete(&self.epoll, fd) {
+        if let Err(error) = self.set.remove(fd) {
             log::warn!("cannot stop watching a file descriptor: {error}");
         }
     }
 
-    /// Makes the next [`take`](Self::take) return [`Source::Again`], so that the device goes on with its work
+    /// Makes [`Source::Again`] ready at the next wait, so that the device goes on with its work
     /// after other events had their turn.
     pub(crate) fn again(&self) {
         if let Err(error) = rustix::io::write(&self.again, &1u64.to_ne_bytes()) {
@@ -119,33 +123,13 @@ impl Events {
         Arc::clone(&self.again)
     }
 
-    /// Makes [`take`](Self::take) return [`Source::Again`] after [`RETRY_AFTER`]: something failed for want of
+    /// Makes [`Source::Again`] ready after [`RETRY_AFTER`]: something failed for want of
     /// a resource, and nothing tells when there is more of it.
     pub(crate) fn retry_later(&self) {
         let once = Itimerspec { it_interval: Timespec::default(), it_value: RETRY_AFTER };
         if let Err(error) = timerfd_settime(&self.retry, TimerfdTimerFlags::empty(), &once) {
             log::warn!("cannot schedule another attempt: {error}");
         }
-    }
-
-    /// Returns the events since the last call; does not wait.
-    pub(crate) fn take(&self) -> Vec<Source> {
-        let mut events: [Event; BATCH] =
-            [Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; BATCH];
-        match epoll::wait(&self.epoll, &mut events, Some(&Timespec::default())) {
-            Ok(count) => events[..count].iter().map(|event| Source::from_data(event.data.u64())).collect(),
-            Err(Errno::INTR) => Vec::new(),
-            Err(error) => {
-                log::error!("cannot read the device's events: {error}");
-                Vec::new()
-            }
-        }
-    }
-}
-
-impl AsFd for Events {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.as_fd()
     }
 }
 
@@ -154,12 +138,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sources_survive_the_kernel() {
+    fn sources_are_known_by_their_numbers() {
         let peers = [1, 2, 0x7fff].map(|id| Source::Confirmation(PeerId::new(id).expect("a peer")));
         let kicks = [0, 127, u16::MAX].map(|index| Source::Kick(QueueIndex(index)));
         let others = [Source::Listener, Source::Socket, Source::Again, Source::Express];
         for source in peers.into_iter().chain(kicks).chain(others) {
-            assert_eq!(Source::from_data(source.to_data()), source);
+            assert_eq!(Source::from_number(source.number()), source);
         }
     }
 }

@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use ivshmem::Ivshmem;
 use peers::LIMITS;
+use rustix::event::Timespec;
 use tempfile::TempDir;
 
 use super::super::closer::Closer;
 use super::super::events::Events;
 use super::super::sibling_memory::SiblingMemory;
-use crate::event::wait_readable;
+use crate::event::{Ready, wait_readable};
 
 #[path = "../../tests/common/ivshmem.rs"]
 mod ivshmem;
@@ -44,8 +45,10 @@ impl Rig {
     }
 
     fn process(&mut self) {
-        for source in self.resources.events.take() {
-            match source {
+        let mut ready = Ready::new();
+        self.resources.events.set().wait(Some(&Timespec::default()), &mut ready).expect("look");
+        for number in ready.function {
+            match Source::from_number(number) {
                 Source::Express | Source::Again => self.can_connect |= self.express.process(&self.resources),
                 Source::Confirmation(id) => self.express.confirm(&self.resources, id),
                 _ => {}
@@ -408,5 +411,5 @@ fn the_server_wakes_the_device_for_a_vmm() {
     let rig = Rig::new(QUEUES);
     let _stream = rig.stream();
     let deadline = Instant::now() + std::time::Duration::from_secs(20);
-    assert_eq!(wait_readable(&[rig.resources.events.as_fd()], Some(deadline)).expect("wait"), Some(0));
+    assert_eq!(wait_readable(&[rig.resources.events.set().as_fd()], Some(deadline)).expect("wait"), Some(0));
 }

@@ -221,7 +221,7 @@ fn a_front_end_that_sends_more_than_the_driver_takes_waits() {
         frontend.send(request(FrontendReq::SET_OWNER, &[]), vec![]).expect("send");
         sent += 1;
         assert!(sent < 1_000_000, "messages pile up in the device");
-        rig.device.process(&rig.host);
+        rig.turn();
     }
     for _ in 0..sent {
         if rig.used(0).is_none() {
@@ -384,7 +384,7 @@ fn a_slow_front_end_does_not_keep_the_guest_from_its_registers() {
     let bytes = request(FrontendReq::SET_MEM_TABLE, &[0; 1024]);
     for byte in &bytes[..bytes.len() - 1] {
         slow.write_all(&[*byte]).expect("write");
-        rig.device.process(&rig.host);
+        rig.turn();
         assert_ne!(rig.status(), 0);
     }
     assert_eq!(rig.device.link(), LinkState::Connected);
@@ -438,7 +438,7 @@ fn refused_requests_count_against_the_turn() {
     }
     assert!(!frontend.is_congested(), "the requests fit into the socket");
     let mut answers = || std::iter::from_fn(|| frontend.receive().expect("connected")).count();
-    rig.device.process(&rig.host);
+    rig.turn();
     let in_one_turn = answers();
     assert!((1..=64).contains(&in_one_turn), "{in_one_turn}");
     rig.process();
@@ -461,7 +461,7 @@ fn give_channel(rig: &mut Rig, frontend: &mut MessageSocket) -> (UnixStream, Uni
 fn is_woken(rig: &Rig) -> bool {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let events = rig.device.events();
-    poll(&mut [PollFd::new(&events, PollFlags::IN)], Some(&Timespec::default())) == Ok(1)
+    poll(&mut [PollFd::new(events, PollFlags::IN)], Some(&Timespec::default())) == Ok(1)
 }
 
 #[test]
@@ -538,7 +538,7 @@ fn a_front_end_that_comes_while_there_are_no_file_descriptors_is_served_later() 
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     while rig.device.link() != LinkState::Connected {
         let events = rig.device.events();
-        let woken = crate::event::wait_readable(&[events], Some(deadline)).expect("wait");
+        let woken = crate::event::wait_readable(&[events.as_fd()], Some(deadline)).expect("wait");
         assert!(woken.is_some(), "the device does not try again");
         rig.process();
     }

@@ -3,10 +3,12 @@
 use std::cell::RefCell;
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use rustix::event::Timespec;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{DeviceConfig, Host, SiblingMemory, VvuDevice};
+use crate::event::Ready;
 use crate::message_socket::{Message, MessageSocket};
 use crate::pci::PciFunction;
 use crate::spec::pci::{self, Region};
@@ -223,14 +225,21 @@ impl<H: Host> Rig<H> {
     /// Connects a front-end and lets the device accept it.
     pub fn connect(&mut self) -> MessageSocket {
         let stream = UnixStream::connect(self.dir.path().join("s")).expect("connect");
-        self.device.process(&self.host);
+        self.turn();
         MessageSocket::new(stream)
+    }
+
+    /// Lets the device deal with what is ready now.
+    pub fn turn(&mut self) {
+        let mut ready = Ready::new();
+        self.device.events().wait(Some(&Timespec::default()), &mut ready).expect("look");
+        self.device.process(&self.host, &ready.function);
     }
 
     /// Lets the device work until it has nothing to do.
     pub fn process(&mut self) {
         for _ in 0..100 {
-            self.device.process(&self.host);
+            self.turn();
         }
     }
 }

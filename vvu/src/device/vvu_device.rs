@@ -14,6 +14,7 @@ use super::sibling_memory::SiblingMemory;
 use super::trace::Trace;
 use super::{Host, copy_at};
 use crate::durable::{Adopted, RestoreError};
+use crate::event::EventSet;
 use crate::pci::{MappableBar, PciFunction};
 use crate::spec::addr::QueueIndex;
 use crate::spec::express::PeerId;
@@ -301,8 +302,8 @@ impl PciFunction for VvuDevice {
         (size > 0).then_some(MappableBar { bar: pci::SHARED_MEMORY_BAR, file, size })
     }
 
-    fn events(&self) -> BorrowedFd<'_> {
-        self.relay.resources.events.as_fd()
+    fn events(&self) -> &EventSet {
+        self.relay.resources.events.set()
     }
 
     fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) {
@@ -344,10 +345,10 @@ impl PciFunction for VvuDevice {
         }
     }
 
-    fn process<H: Host>(&mut self, host: &H) {
+    fn process<H: Host>(&mut self, host: &H, ready: &[u32]) {
         let (mut pump, mut express) = (false, false);
-        for source in self.relay.resources.events.take() {
-            match source {
+        for number in ready {
+            match Source::from_number(*number) {
                 Source::Kick(queue) => match self.relay.vrings.kicked(queue) {
                     Some(vector) => host.signal(vector),
                     None => self.changed = true,

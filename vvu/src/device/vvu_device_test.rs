@@ -418,7 +418,7 @@ proptest! {
                 }
                 Step::BringUp => rig.bring_up(feature::OFFERED),
             }
-            rig.device.process(&rig.host);
+            rig.turn();
         }
         drop(frontends);
         rig.device.reset();

@@ -3,7 +3,6 @@
 //! Its queues are the test's: the real device never hears of a notification, and the link shows what the test set.
 
 use std::collections::HashMap;
-use std::os::fd::BorrowedFd;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -11,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::local::{LocalDevice, State};
 use super::vvu_device;
 use crate::device::VvuDevice;
+use crate::event::EventSet;
 use crate::message_socket::Message;
 use crate::pci::{Host, MappableBar, PciFunction};
 use crate::spec::pci::{COMMON_CFG, DEVICE_CFG, DOORBELL_CFG, NOTIFY_CFG, Region, Structure};
@@ -136,7 +136,7 @@ impl PciFunction for Liar {
         self.device.mappable_bar()
     }
 
-    fn events(&self) -> BorrowedFd<'_> {
+    fn events(&self) -> &EventSet {
         self.device.events()
     }
 
@@ -173,8 +173,8 @@ impl PciFunction for Liar {
         self.device.write(host, region, offset, data);
     }
 
-    fn process<H: Host>(&mut self, host: &H) {
-        self.device.process(host);
+    fn process<H: Host>(&mut self, host: &H, ready: &[u32]) {
+        self.device.process(host, ready);
     }
 
     fn reset(&mut self) {

@@ -6,10 +6,11 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use rustix::event::Timespec;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{FileOffset, MmapRegion, Permissions};
 
-use crate::event::{Event, StopToken, wait_readable};
+use crate::event::{Event, Ready, StopToken, wait_readable};
 use crate::pci::{BarFile, DeviceError, DmaBuffer, Doorbell, PciDevice, PciFunction, check_access};
 use crate::spec::addr::Iova;
 use crate::spec::pci::Region;
@@ -71,7 +72,7 @@ impl Drop for Threads {
 impl<F: PciFunction + Send + 'static> LocalDevice<F> {
     pub(crate) fn new(function: F) -> Self {
         let host = VmmHost::new(function.vector_count());
-        let events = function.events().try_clone_to_owned().expect("dup");
+        let events = function.events().clone();
         let shared = Arc::new(Shared(Mutex::new(State {
             function,
             host,
@@ -83,9 +84,11 @@ impl<F: PciFunction + Send + 'static> LocalDevice<F> {
         let thread = std::thread::spawn({
             let (shared, stop) = (shared.clone(), stop.clone());
             move || {
+                let mut ready = Ready::new();
                 while wait_readable(&[stop.as_fd(), events.as_fd()], None).expect("wait") != Some(0) {
                     let State { function, host, .. } = &mut *shared.lock();
-                    function.process(host);
+                    events.wait(Some(&Timespec::default()), &mut ready).expect("look");
+                    function.process(host, &ready.function);
                 }
             }
         });

@@ -4,18 +4,16 @@
 //! for DMA ([`DmaSpace`]) and the eventfds of its MSI-X vectors.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use rustix::buffer::spare_capacity;
 use rustix::event::Timespec;
-use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
 
 use crate::durable::{Adopted, RestoreError, SocketSlot, Store, hold_until_commit};
-use crate::event::StopToken;
+use crate::event::{EventFlags, EventSet, Ready, StopToken, Token};
 use crate::pci::PciFunction;
 use crate::shortage::is_shortage;
 use crate::vfio_user::protocol::MessageError;
@@ -54,10 +52,9 @@ pub enum ServerError {
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
-    /// Kept, since the poll set has only its descriptor.
-    _stop: StopToken,
-    /// Waits for the stop, the device, the listener while there is no client, and the client.
-    poll: OwnedFd,
+    stop: StopToken,
+    /// The device's; beside its own events, it has the stop, the client, and the listener while there is no client.
+    events: EventSet,
     kept: Option<Kept>,
 }
 
@@ -69,27 +66,10 @@ struct Kept {
     left: Option<Adopted>,
 }
 
-/// Source of an event.
-#[derive(Clone, Copy)]
-#[repr(u64)]
-enum Source {
-    Stop,
-    Device,
-    Listener,
-    Client,
-}
-
-impl Source {
-    const ALL: [Self; 4] = [Self::Stop, Self::Device, Self::Listener, Self::Client];
-
-    fn data(self) -> EventData {
-        EventData::new_u64(self as u64)
-    }
-
-    fn of(data: EventData) -> Option<Self> {
-        Self::ALL.into_iter().find(|source| *source as u64 == data.u64())
-    }
-}
+// What the server itself waits for.
+const STOP: u32 = 0;
+const LISTENER: u32 = 1;
+const CLIENT: u32 = 2;
 
 /// A connected client.
 struct Client {
@@ -113,19 +93,28 @@ impl Server {
     /// When the listener cannot be put into non-blocking mode, or there is no file descriptor or no memory left.
     pub fn new(listener: UnixListener, stop: StopToken, device: &impl PciFunction) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let poll = epoll::create(CreateFlags::CLOEXEC)?;
-        epoll::add(&poll, &stop, Source::Stop.data(), EventFlags::IN)?;
-        epoll::add(&poll, &listener, Source::Listener.data(), EventFlags::IN)?;
-        epoll::add(&poll, device.events(), Source::Device.data(), EventFlags::IN)?;
-        Ok(Self { listener, _stop: stop, poll, kept: None })
+        let events = device.events().clone();
+        events.add(&stop, Token::Host(STOP), EventFlags::IN)?;
+        let server = Self { listener, stop, events, kept: None };
+        server.watch_listener()?;
+        Ok(server)
+    }
+
+    fn watch_listener(&self) -> Result<(), Errno> {
+        self.events.add(&self.listener, Token::Host(LISTENER), EventFlags::IN)
+    }
+
+    fn watch_socket(&self, socket: &MessageSocket) -> Result<(), Errno> {
+        self.events.add(socket, Token::Host(CLIENT), EventFlags::IN)
     }
 
     /// Commits the state to `store` after each event, and first takes over what a predecessor has saved there; `left` are
     /// the descriptors that it left.
     #[doc(hidden)]
     #[must_use]
-    pub fn with_store(self, store: Store, left: Adopted) -> Self {
-        Self { kept: Some(Kept { store, left: Some(left) }), ..self }
+    pub fn with_store(mut self, store: Store, left: Adopted) -> Self {
+        self.kept = Some(Kept { store, left: Some(left) });
+        self
     }
 
     /// Serves `device`, for which the server was made, to one client after the other until the stop is requested. The
@@ -143,6 +132,14 @@ impl Server {
     }
 }
 
+impl Drop for Server {
+    fn drop(&mut self) {
+        // The device's set outlives the server. The listener is not in it while there is a client.
+        let _ = self.events.remove(&self.listener);
+        let _ = self.events.remove(&self.stop);
+    }
+}
+
 /// One call of [`Server::serve`].
 struct Service<'s, D> {
     server: Server,
@@ -155,41 +152,45 @@ struct Service<'s, D> {
 
 impl<D: PciFunction> Service<'_, D> {
     fn run(&mut self) -> Result<(), ServerError> {
-        let mut events = Vec::with_capacity(Source::ALL.len());
+        let mut ready = Ready::new();
         loop {
-            self.wait(&mut events)?;
-            for event in &events {
-                match Source::of(event.data) {
-                    Some(Source::Stop) => return Ok(()),
-                    Some(Source::Device) => self.device.process(&self.host),
-                    Some(Source::Listener) if self.client.is_none() => self.accept()?,
-                    Some(Source::Client) => self.step()?,
-                    Some(Source::Listener) | None => {}
+            self.wait(&mut ready)?;
+            // What the host does may change what the function waits for.
+            if !ready.function.is_empty() {
+                self.device.process(&self.host, &ready.function);
+                self.settle()?;
+            }
+            for source in &ready.host {
+                match *source {
+                    STOP => return Ok(()),
+                    LISTENER if self.client.is_none() => self.accept()?,
+                    CLIENT => self.step()?,
+                    _ => {}
                 }
-                self.commit()?;
-                self.watch_client()?;
+                self.settle()?;
             }
         }
     }
 
+    /// Ends the treatment of an event.
+    fn settle(&mut self) -> Result<(), ServerError> {
+        self.commit()?;
+        self.watch_client()
+    }
+
     /// Waits for events, a message that was read already among them.
-    fn wait(&mut self, events: &mut Vec<Event>) -> Result<(), ServerError> {
-        events.clear();
+    fn wait(&mut self, ready: &mut Ready) -> Result<(), ServerError> {
         // The kernel does not announce a message that was read together with the one before.
         let ahead = self.client.as_ref().is_some_and(Client::is_due);
         let pause = self.accept_at.map(|at| at.saturating_duration_since(Instant::now()));
         let time = if ahead { Some(Duration::ZERO) } else { pause };
         let time = time.and_then(|time| Timespec::try_from(time).ok());
-        match epoll::wait(&self.server.poll, spare_capacity(events), time.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let is_client = |event: &Event| matches!(Source::of(event.data), Some(Source::Client));
-        if ahead && !events.iter().any(is_client) {
-            events.push(Event { flags: EventFlags::IN, data: Source::Client.data() });
+        self.server.events.wait(time.as_ref(), ready)?;
+        if ahead && !ready.host.contains(&CLIENT) {
+            ready.host.push(CLIENT);
         }
         if self.accept_at.is_some_and(|at| Instant::now() >= at) {
-            events.push(Event { flags: EventFlags::IN, data: Source::Listener.data() });
+            ready.host.push(LISTENER);
         }
         Ok(())
     }
@@ -201,12 +202,7 @@ impl<D: PciFunction> Service<'_, D> {
             Ok((stream, _)) => stream,
             Err(error) if matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted) => {
                 if self.accept_at.take().is_some() {
-                    epoll::add(
-                        &self.server.poll,
-                        &self.server.listener,
-                        Source::Listener.data(),
-                        EventFlags::IN,
-                    )?;
+                    self.server.watch_listener()?;
                 }
                 return Ok(());
             }
@@ -216,7 +212,7 @@ impl<D: PciFunction> Service<'_, D> {
                     log::warn!(
                         "cannot accept a vfio-user client yet: {error}; trying again until it is possible"
                     );
-                    epoll::delete(&self.server.poll, &self.server.listener)?;
+                    self.server.events.remove(&self.server.listener)?;
                 }
                 return Ok(());
             }
@@ -224,7 +220,7 @@ impl<D: PciFunction> Service<'_, D> {
         };
         log::info!("a vfio-user client connected");
         if self.accept_at.take().is_none() {
-            epoll::delete(&self.server.poll, &self.server.listener)?;
+            self.server.events.remove(&self.server.listener)?;
         }
         self.serve_client(stream)
     }
@@ -234,7 +230,7 @@ impl<D: PciFunction> Service<'_, D> {
         let socket = MessageSocket::with_ledger(OwnedFd::from(stream), ledger);
         let client =
             Client { socket, commands: CommandHandler::default(), refusals: 0, waits_for_room: false };
-        epoll::add(&self.server.poll, &client.socket, Source::Client.data(), EventFlags::IN)?;
+        self.server.watch_socket(&client.socket)?;
         self.client = Some(client);
         Ok(())
     }
@@ -248,13 +244,13 @@ impl<D: PciFunction> Service<'_, D> {
                 error => log::error!("disconnecting the vfio-user client: {error}"),
             }
             // A descriptor that is still open elsewhere stays in the poll set when it is closed here.
-            epoll::delete(&self.server.poll, &client.socket)?;
+            self.server.events.remove(&client.socket)?;
             // It fails if the client has left already.
             let _ = shutdown(&client.socket, Shutdown::Both);
             self.client = None;
             self.device.reset();
             self.host = VmmHost::new(self.device.vector_count());
-            epoll::add(&self.server.poll, &self.server.listener, Source::Listener.data(), EventFlags::IN)?;
+            self.server.watch_listener()?;
         }
         Ok(())
     }
@@ -265,7 +261,7 @@ impl<D: PciFunction> Service<'_, D> {
         let is_congested = client.socket.is_congested();
         if std::mem::replace(&mut client.waits_for_room, is_congested) != is_congested {
             let interest = if is_congested { EventFlags::OUT } else { EventFlags::IN };
-            epoll::modify(&self.server.poll, client.socket.as_fd(), Source::Client.data(), interest)?;
+            self.server.events.modify(&client.socket, Token::Host(CLIENT), interest)?;
         }
         Ok(())
     }

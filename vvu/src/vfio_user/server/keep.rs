@@ -3,11 +3,10 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use rustix::event::epoll::{self, EventFlags};
 use serde::{Deserialize, Serialize};
 
 use super::commands::CommandHandler;
-use super::{Client, Kept, MessageSocket, ServerError, Service, Source};
+use super::{Client, Kept, MessageSocket, ServerError, Service};
 use crate::durable::{Adopted, RestoreError, SavedState, Section, SocketSlot, Store, hold, release};
 use crate::framed_socket::SavedSocket;
 use crate::pci::PciFunction;
@@ -56,15 +55,15 @@ impl<D: PciFunction> Service<'_, D> {
         self.host.dma.restore(maps, left)?;
         if let Some(SavedClient { socket, version_agreed, refusals }) = client {
             let socket = MessageSocket::restore(socket, ledger, left)?;
-            epoll::delete(&self.server.poll, &self.server.listener)?;
-            epoll::add(&self.server.poll, &socket, Source::Client.data(), EventFlags::IN)?;
+            self.server.events.remove(&self.server.listener)?;
+            self.server.watch_socket(&socket)?;
             let commands = CommandHandler { version_agreed };
             self.client = Some(Client { socket, commands, refusals, waits_for_room: false });
         }
         self.device.restore(&self.host, &saved.device, left)?;
         for stream in left.connections_to(&self.server.listener) {
             if self.client.is_none() {
-                epoll::delete(&self.server.poll, &self.server.listener)?;
+                self.server.events.remove(&self.server.listener)?;
                 self.serve_client(stream)?;
             }
         }
