@@ -37,7 +37,7 @@ pub struct Options {
     /// Run the scenario with KVM in a VM whose CPU QEMU emulates, on a machine without KVM
     #[arg(long)]
     #[arg(conflicts_with_all = [
-        "prepared", "overlay", "measure", "accel", "qemu", "file", "keep", "interactive",
+        "prepared", "overlay", "program", "variables", "measure", "accel", "qemu", "file", "keep", "interactive",
     ])]
     nested: bool,
     #[command(flatten)]
@@ -61,11 +61,14 @@ pub fn main(options: &Options) -> Result<ExitCode> {
     if let Some(coverage) = options.matrix {
         return matrix::main(&dir, &options.scenarios, coverage, &options.run);
     }
-    let scenarios = match &options.scenario_file {
+    let mut scenarios = match &options.scenario_file {
         Some(file) => vec![Scenario::load(file)?],
         None if options.all => format::list(&dir)?.into_values().collect(),
         None => options.scenarios.iter().map(|name| format::find(&dir, name)).collect::<Result<_>>()?,
     };
+    for scenario in &mut scenarios {
+        options.run.apply(scenario)?;
+    }
     let progress = Progress::new(false);
     let json = options.run.json;
     let reports: Vec<Report> = if options.nested {

@@ -42,7 +42,7 @@ pub fn main(options: &Options) -> Result<()> {
         let options = SetupOptions::default();
         let dir = workspace().join("scenarios");
         let scenarios = format::list(&dir)?;
-        let (_, cells) = Matrix::load(&dir, "block", Coverage::Pairs)?;
+        let (_, cells) = Matrix::load(&dir, "block", Coverage::Pairs, |_| Ok(()))?;
         let all = scenarios.values().chain(cells.iter().map(|cell| &cell.scenario));
         Setup::obtain(&options, &format::needs(all), &progress)?;
         NestedSetup::obtain(&options, &progress)?;

@@ -3,6 +3,7 @@
 mod binaries;
 mod cpio;
 mod disk;
+mod own;
 mod programs;
 mod tools;
 
@@ -19,6 +20,7 @@ pub use binaries::{GuestBinaries, build_xtask};
 pub use cpio::Written;
 use cpio::{Archive, Content};
 pub use disk::{DiskImage, Pattern};
+pub use own::add_own_program;
 pub use programs::GuestPrograms;
 pub use tools::GuestTools;
 

@@ -199,7 +199,7 @@ fn from_package(
 }
 
 /// Name and path of each library in what the loader lists for a program.
-fn libraries(list: &str) -> Result<Vec<(&str, &str)>> {
+pub(super) fn libraries(list: &str) -> Result<Vec<(&str, &str)>> {
     let mut found = Vec::new();
     // The kernel's own library and the loader have no arrow, or no plain name before it.
     for (name, target) in list.lines().filter_map(|line| line.trim().split_once(" => ")) {

@@ -26,6 +26,9 @@ impl Scenario {
     pub(super) fn check(&self) -> Result<()> {
         check_name(&self.name).context("at name")?;
         ensure!(!self.vms.is_empty(), "at vms: want at least one VM");
+        for variable in self.variables.keys() {
+            check_name(variable).context("at variables")?;
+        }
         for fragment in &self.kernel {
             check_name(fragment).context("at kernel")?;
         }

@@ -22,7 +22,7 @@ impl Scenario {
                 check_repeat(repeat).with_context(|| format!("at steps[{index}].repeat"))?;
             }
         }
-        let mut state = State::new(self);
+        let mut state = State::new(self)?;
         // What holds for a second round holds for all.
         for placed in self.unrolled(2) {
             state.check(&placed).with_context(|| format!("at {}", placed.place()))?;
@@ -52,16 +52,16 @@ struct State<'a> {
 }
 
 impl<'a> State<'a> {
-    fn new(scenario: &'a Scenario) -> Self {
+    fn new(scenario: &'a Scenario) -> Result<Self> {
         let vms = scenario.vms.keys().filter(|vm| !scenario.starts(vm));
-        Self {
+        Ok(Self {
             scenario,
             // The values are known once the scenario runs; here only their names count.
-            values: scenario.values(|_| VvuFacts::default(), |_| DiskFacts::default()),
+            values: scenario.values(|_| VvuFacts::default(), |_| DiskFacts::default())?,
             vms: vms.map(String::as_str).collect(),
             proxies: scenario.vvu.keys().map(String::as_str).collect(),
             attached: BTreeSet::new(),
-        }
+        })
     }
 
     fn check(&mut self, placed: &Placed<'a>) -> Result<()> {

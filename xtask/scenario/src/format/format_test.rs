@@ -54,6 +54,32 @@ fn a_vm_may_name_its_vmm_and_a_scenario_its_kernels_source() {
 }
 
 #[test]
+fn a_variable_may_use_placeholders_and_other_variables_and_get_another_text() {
+    let variables = r#""name": "one", "variables": {"all": "{program} {disk} {{socket}}", "program": "p"}"#;
+    let mut scenario = parse(&MINIMAL.replace(r#""name": "one""#, variables)).expect("valid");
+    let all = |scenario: &Scenario| {
+        let values = scenario.values(|_| VvuFacts::default(), |_| DiskFacts::default()).expect("known");
+        values.fill("{all}").expect("a placeholder")
+    };
+    assert_eq!(all(&scenario), "p /disk.img {socket}");
+    scenario.set_variable("program", "q --file={disk}").expect("a variable");
+    assert_eq!(all(&scenario), "q --file=/disk.img /disk.img {socket}");
+    for (name, text, want) in [
+        ("other", "", "no variable \"other\": known are all, program"),
+        ("program", "{all}", "variables.all: it uses itself"),
+        ("program", "{nothing}", "unknown placeholder {nothing}"),
+    ] {
+        let error = format!("{:#}", scenario.clone().set_variable(name, text).expect_err(text));
+        assert!(error.contains(want), "{error:?} lacks {want:?}");
+    }
+    let refused_name = |name: &str, want| {
+        refused(r#""name": "one""#, &format!(r#""name": "one", "variables": {{"{name}": "x"}}"#), &[want]);
+    };
+    refused_name("disk", "variables.disk: a placeholder has this name");
+    refused_name("Program", "variables: \"Program\" is not a name");
+}
+
+#[test]
 fn errors_name_the_json_path_and_what_is_wanted() {
     refused(r#""size_mib": 1"#, r#""size_mib": "1""#, &["disks.disk.size_mib"]);
     refused(r#""memory_mib": 256}, "s"#, r#""memory": 256}, "s"#, &["vms.device", "memory_mib"]);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use anyhow::{Context, Result, bail, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vvu_testvm::{Addr, CpuLevel, Frontend, Iommu, KernelId, Needs};
@@ -32,6 +33,9 @@ pub struct Scenario {
     /// `guest-images/versions.json`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel_source: Option<String>,
+    /// Texts that other texts use as placeholders, by name; `e2e --set NAME=TEXT` gives another one.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub variables: BTreeMap<String, String>,
     /// The VMs by name.
     pub vms: BTreeMap<String, VmSpec>,
     /// The vvu devices by name: each joins a device VM and a sibling VM through a proxy of its own.
@@ -197,7 +201,11 @@ impl VvuSpec {
 impl Scenario {
     /// The placeholders of the scenario's texts: `vvu` tells what is known of a vvu device, `disk` what is known of a
     /// disk.
-    pub fn values(&self, vvu: impl Fn(&str) -> VvuFacts, disk: impl Fn(&str) -> DiskFacts) -> Values {
+    ///
+    /// # Errors
+    ///
+    /// A variable has the name of another placeholder, or uses one that is unknown.
+    pub fn values(&self, vvu: impl Fn(&str) -> VvuFacts, disk: impl Fn(&str) -> DiskFacts) -> Result<Values> {
         let mut values = Values::default();
         for name in self.vvu.keys() {
             let VvuFacts { bdf, memory } = vvu(name);
@@ -222,7 +230,52 @@ impl Scenario {
             values.set(format!("{name}.sectors"), sectors);
             values.set(format!("{name}.bytes"), bytes.to_string());
         }
-        values
+        self.add_variables(&mut values)?;
+        Ok(values)
+    }
+
+    /// Adds the variables to `values`, those that others use first.
+    fn add_variables(&self, values: &mut Values) -> Result<()> {
+        let taken = self.variables.keys().find(|name| values.has(name));
+        ensure!(
+            taken.is_none(),
+            "at variables.{}: a placeholder has this name",
+            taken.map_or("", |name| name)
+        );
+        let mut left: Vec<_> = self.variables.iter().collect();
+        while !left.is_empty() {
+            let before = left.len();
+            left.retain(|(name, text)| {
+                let filled = values.fill(text);
+                let is_left = filled.is_err();
+                filled.into_iter().for_each(|text| values.set(*name, text));
+                is_left
+            });
+            if left.len() == before {
+                // With these as known, what is still unknown is nobody's name.
+                left.iter().for_each(|(name, _)| values.set(*name, ""));
+                for (name, text) in &left {
+                    values.fill(text).with_context(|| format!("at variables.{name}"))?;
+                }
+                bail!("at variables.{}: it uses itself", left[0].0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the variable `name` another text.
+    ///
+    /// # Errors
+    ///
+    /// The scenario has no such variable, or the text makes it invalid.
+    pub fn set_variable(&mut self, name: &str, text: &str) -> Result<()> {
+        let known = self.variables.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let variable = self.variables.get_mut(name).with_context(|| match known.as_str() {
+            "" => format!("the scenario {} has no variables", self.name),
+            known => format!("the scenario {} has no variable {name:?}: known are {known}", self.name),
+        })?;
+        text.clone_into(variable);
+        self.check()
     }
 
     /// The kernel that the VMs run.

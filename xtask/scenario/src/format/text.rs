@@ -26,6 +26,12 @@ impl Values {
         self.0.insert(name.into(), value.into());
     }
 
+    /// Whether there is a placeholder `name`.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// Removes the placeholder `name`.
     pub fn unset(&mut self, name: &str) {
         self.0.remove(name);

@@ -213,6 +213,7 @@ impl OldScenario {
             description: self.description,
             kernel: self.kernel,
             kernel_source: self.kernel_source,
+            variables: BTreeMap::new(),
             vms: vms.collect::<Result<_>>()?,
             vvu: vvu.collect::<Result<_>>()?,
             disks: self.disks,

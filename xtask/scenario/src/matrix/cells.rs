@@ -21,34 +21,37 @@ pub struct Cell {
 
 impl Matrix {
     /// Reads the matrix of the scenario `name` in the folder `dir`, and makes and checks the cells that `coverage` asks
-    /// for.
+    /// for. `change` is applied to the scenario first.
     ///
     /// # Errors
     ///
     /// There is no such scenario, it has no matrix, or a file or a cell is not valid. The message names the file or the
     /// cell, and the place in it as a JSON path.
-    pub fn load(dir: &Path, name: &str, coverage: Coverage) -> Result<(Self, Vec<Cell>)> {
+    pub fn load(
+        dir: &Path,
+        name: &str,
+        coverage: Coverage,
+        change: impl FnOnce(&mut Scenario) -> Result<()>,
+    ) -> Result<(Self, Vec<Cell>)> {
         // If there is no such scenario, this error lists those there are.
-        crate::format::find(dir, name)?;
+        let mut scenario = crate::format::find(dir, name)?;
+        change(&mut scenario)?;
         let path = dir.join("matrix").join(format!("{name}.json"));
         let text = fs::read_to_string(&path)
             .with_context(|| format!("{name} has no matrix: cannot read {}", path.display()))?;
-        let scenario = dir.join(format!("{name}.json"));
-        let base = fs::read_to_string(&scenario)
-            .with_context(|| format!("cannot read the scenario {}", scenario.display()))?;
+        let base = serde_json::to_value(&scenario).context("cannot write the scenario")?;
         let matrix =
             Self::parse(&text, name).with_context(|| format!("{} is not a valid matrix", path.display()))?;
         let cells = matrix.cells(&base, dir, coverage)?;
         Ok((matrix, cells))
     }
 
-    /// Makes the cells of the scenario whose text is `base`.
-    fn cells(&self, base: &str, dir: &Path, coverage: Coverage) -> Result<Vec<Cell>> {
-        let base: Value = serde_json::from_str(base).context("the scenario is no JSON")?;
+    /// Makes the cells of the scenario `base`.
+    fn cells(&self, base: &Value, dir: &Path, coverage: Coverage) -> Result<Vec<Cell>> {
         let possible =
             |cell: &[usize]| !self.impossible.iter().any(|impossible| self.all_in(&impossible.values, cell));
         let cells = coverage.cells(&self.sizes(), possible).into_iter().enumerate();
-        cells.map(|(index, values)| self.cell(&base, dir, index + 1, values)).collect()
+        cells.map(|(index, values)| self.cell(base, dir, index + 1, values)).collect()
     }
 
     fn cell(&self, base: &Value, dir: &Path, number: usize, values: Vec<usize>) -> Result<Cell> {
@@ -106,10 +109,14 @@ mod tests {
             {"name": "yes", "steps": [{"run": {"check": "looked", "vm": "one", "command": "true"}}],
                 "after": [{"run": {"check": "looked-again", "vm": "one", "command": "true"}}]}]}]}"#;
 
+    fn base() -> Value {
+        serde_json::from_str(BASE).expect("JSON")
+    }
+
     #[test]
     fn patches_are_merged_and_steps_come_first_and_before_the_shutdown() {
         let matrix = Matrix::parse(MATRIX, "s").expect("valid");
-        let cells = matrix.cells(BASE, Path::new("."), Coverage::All).expect("valid");
+        let cells = matrix.cells(&base(), Path::new("."), Coverage::All).expect("valid");
         let shape: Vec<_> = cells
             .iter()
             .map(|cell| {
@@ -135,7 +142,7 @@ mod tests {
             Matrix::parse(&MATRIX.replace(r#""axes""#, &text), "s")
         };
         let matrix = impossible(r#"{"memory": "large", "look": "yes"}"#).expect("valid");
-        assert_eq!(matrix.cells(BASE, Path::new("."), Coverage::All).expect("valid").len(), 3);
+        assert_eq!(matrix.cells(&base(), Path::new("."), Coverage::All).expect("valid").len(), 3);
         for (values, want) in
             [(r#"{"memory": "huge"}"#, "huge"), ("{}", "defaults"), (r#"{"look": "no"}"#, "defaults")]
         {
@@ -158,7 +165,7 @@ mod tests {
             assert!(error.contains(want), "{to}: {error}");
         }
         let matrix = Matrix::parse(&MATRIX.replace("256", "1"), "s").expect("a matrix");
-        let error = matrix.cells(BASE, Path::new("."), Coverage::Pairs).err().expect("no scenario");
+        let error = matrix.cells(&base(), Path::new("."), Coverage::Pairs).err().expect("no scenario");
         let error = format!("{error:#}");
         assert!(error.contains("cell 2 (memory large, look yes)") && error.contains("vms.one"), "{error}");
         let axis = |number: usize| {
@@ -179,12 +186,12 @@ mod tests {
         for entry in fs::read_dir(dir.join("matrix")).expect("there") {
             let path = entry.expect("readable").path();
             let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
-            let (_, cells) = Matrix::load(&dir, &name, Coverage::All).expect("valid");
+            let (_, cells) = Matrix::load(&dir, &name, Coverage::All, |_| Ok(())).expect("valid");
             assert!(!cells.is_empty());
             seen += 1;
         }
         assert!(seen > 0);
-        let error = Matrix::load(&dir, "console", Coverage::Pairs).err().expect("it has none");
+        let error = Matrix::load(&dir, "console", Coverage::Pairs, |_| Ok(())).err().expect("it has none");
         assert!(format!("{error:#}").contains("console has no matrix"), "{error:#}");
     }
 }

@@ -41,7 +41,7 @@ pub(crate) fn main(
     options: &RunOptions,
 ) -> Result<ExitCode> {
     let [name] = names else { bail!("--matrix: want one scenario") };
-    let (matrix, cells) = Matrix::load(dir, name, coverage)?;
+    let (matrix, cells) = Matrix::load(dir, name, coverage, |scenario| options.apply(scenario))?;
     let started = Instant::now();
     let run = RunDir::create(&runs(), &format!("matrix-{name}"))?;
     let scenarios: Vec<Scenario> = cells.iter().map(|cell| cell.scenario.clone()).collect();

@@ -20,6 +20,7 @@ use crate::report::{Check, CheckResult, Report, publish};
 
 use images::Images;
 use launch::Launcher;
+use options::Overlay;
 pub use options::RunOptions;
 use plan::Plan;
 
@@ -44,6 +45,7 @@ pub(crate) fn run_all(
         memory::ensure_free(scenario.memory_mib(), scenario.vms.len())?;
     }
     let mut reports = Vec::new();
+    let overlay = Overlay::new(options)?;
     let runs = scenarios.iter().map(create).collect::<Result<Vec<_>>>()?;
     let setup = Setup::obtain(&options.setup, &format::needs(scenarios), progress);
     let common = progress.stages().len();
@@ -56,7 +58,7 @@ pub(crate) fn run_all(
         }
         let mut report = Report { scenario: scenario.name.clone(), ..Report::default() };
         let result = match &setup {
-            Ok(setup) => one(scenario, run, setup, options, progress, &mut report),
+            Ok(setup) => one(scenario, run, setup, &overlay, options, progress, &mut report),
             Err(error) => Err(anyhow!("{error:#}")),
         };
         report.conclude(result);
@@ -79,6 +81,7 @@ fn one(
     scenario: &Scenario,
     run: &RunDir,
     setup: &Setup,
+    overlay: &Overlay,
     options: &RunOptions,
     progress: &Progress,
     report: &mut Report,
@@ -92,11 +95,11 @@ fn one(
     report.kernel = Some(facts::Kernel::from(kernel));
     let lab = Lab::new(run, setup)?;
     let plan = Plan::new(scenario, run, lab.sockets())?;
-    let images = Images::build(scenario, &lab, &options.overlay, progress)?;
+    let images = Images::build(scenario, &lab, &overlay.trees, progress)?;
     let values = scenario.values(
         |vvu| VvuFacts { bdf: plan.proxies[vvu].slot.to_string(), memory: plan.proxies[vvu].memory_file() },
         |disk| images.disks.get(disk).cloned().unwrap_or_default(),
-    );
+    )?;
     let launcher = Launcher { lab: &lab, kernel, plan: &plan, images: &images };
     launcher.write_replay(scenario, &values)?;
 
