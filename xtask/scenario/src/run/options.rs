@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use vvu_testvm::SetupOptions;
 
 /// Options of a run.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct RunOptions {
     #[command(flatten)]
     #[expect(missing_docs, reason = "a doc comment on flattened options would become a help text")]
