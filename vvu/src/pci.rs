@@ -71,6 +71,11 @@ pub trait PciFunction {
     /// Puts the function into its state after power-on.
     fn reset(&mut self);
 
+    /// Returns why the function is of no use to any VM from now on, if that is so. Its server ends then.
+    fn failure(&self) -> Option<&str> {
+        None
+    }
+
     /// Returns the state for a successor in another process, if it has changed since the last call.
     #[doc(hidden)]
     fn save(&mut self) -> Option<Vec<u8>> {

@@ -148,6 +148,7 @@ const FCNTL_ALLOWED: &[c_int] = &[
     libc::F_DUPFD_CLOEXEC,
     libc::F_GET_SEALS,
     libc::F_ADD_SEALS,
+    libc::F_OFD_GETLK,
 ];
 
 /// What `kcmp` may compare: whether two descriptors are one open file.

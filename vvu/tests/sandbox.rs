@@ -49,10 +49,27 @@ impl Proxy {
     }
 
     /// Starts it by `command`, to which the arguments are appended.
-    fn launch(mut command: Command, options: &[&str], stderr: Stdio) -> Result<Self, String> {
+    fn launch(command: Command, options: &[&str], stderr: Stdio) -> Result<Self, String> {
+        let own_memory = ["--memory-size", "4M", "--memory-link", "memory"];
+        Self::launch_with(command, &[&own_memory, options].concat(), stderr)
+    }
+
+    /// A proxy that uses the memory file of `owner`.
+    fn second(owner: &Self, options: &[&str]) -> Self {
+        let memory = owner.path("memory");
+        let memory = ["--memory", memory.to_str().expect("UTF-8")];
+        Self::launch_with(
+            Command::new(env!("CARGO_BIN_EXE_vvu")),
+            &[&memory, options].concat(),
+            Stdio::piped(),
+        )
+        .expect("a second proxy")
+    }
+
+    fn launch_with(mut command: Command, options: &[&str], stderr: Stdio) -> Result<Self, String> {
         let dir = tempfile::tempdir().expect("directory");
         let mut child = command
-            .args(["-v", "proxy", "--memory-size", "4M", "--memory-link", "memory"])
+            .args(["-v", "proxy"])
             .args(["--vfio-user", "vmm", "--vhost-user", "sibling", "--express", "express"])
             .args(options)
             .current_dir(dir.path())
@@ -383,6 +400,39 @@ fn a_log_that_nobody_reads_stops_nothing() {
     assert!(wait_readable(&[process.as_fd()], Some(deadline)).expect("wait").is_some(), "it does not end");
     assert_eq!(proxy.child.wait().expect("wait").code(), Some(0));
     proxy.assert_no_names("");
+}
+
+/// Sends the memory file of `owner` to `proxy`, as a sibling VM does that has it.
+fn offer_memory(proxy: &Proxy, owner: &Proxy) -> (Driver<VfioUserDevice>, MessageSocket) {
+    let device = VfioUserDevice::connect(&proxy.path("vmm")).expect("device");
+    let driver = Driver::new(device).expect("driver");
+    driver.set_backend_up(true).expect("back-end up");
+    let mut frontend = MessageSocket::new(UnixStream::connect(proxy.path("sibling")).expect("connect"));
+    let memory = fs::File::options().read(true).write(true).open(owner.path("memory")).expect("memory");
+    let region = MemoryRegion { gpa: SiblingGpa(0), size: MEMORY, va: SiblingVa(0), offset: BarOffset(0) };
+    let table = request(FrontendReq::SET_MEM_TABLE, &memory_table_to_bytes(&[region]));
+    frontend.send(table, vec![memory.into()]).expect("send");
+    (driver, frontend)
+}
+
+/// It could serve no sibling any more, and its sibling would wait for ever.
+#[test]
+fn a_proxy_whose_memory_file_was_replaced_ends_and_says_why() {
+    for options in [&[][..], &["--supervised"]] {
+        let mut first = Proxy::start(&[]);
+        let mut second = Proxy::second(&first, options);
+        let newer = Proxy::start(&[]);
+        // The owner runs: it is the sibling that is wrong.
+        let (driver, frontend) = offer_memory(&second, &newer);
+        wait_for_end(&frontend);
+        drop((driver, frontend));
+        second.wait_for_log("is not in the sibling memory file");
+        first.child.kill().expect("kill");
+        first.child.wait().expect("wait");
+        let _peers = offer_memory(&second, &newer);
+        second.wait_for_log("start this proxy again");
+        assert_eq!(second.child.wait().expect("wait").code(), Some(1), "{options:?}");
+    }
 }
 
 /// The names stay, since another proxy may be replacing them at that moment; no process stays.

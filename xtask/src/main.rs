@@ -9,7 +9,7 @@ use vvu_artifacts::cache::Cache;
 use vvu_artifacts::kernel::{Kernel, KernelOptions};
 use vvu_process::interrupt;
 use vvu_process::progress::Progress;
-use vvu_scenario::{compatibility, e2e, test, tool};
+use vvu_scenario::{compatibility, e2e, soak, test, tool};
 use vvu_testvm::clean;
 
 /// Builds the guests, runs the VMs and proves VVU end to end.
@@ -24,6 +24,8 @@ struct Cli {
 enum Task {
     /// Run scenarios in VMs
     E2e(e2e::Options),
+    /// Run random faults on random topologies, and make what fails small
+    Soak(soak::Options),
     /// Check scenario files, or rewrite those of the old format
     #[command(subcommand)]
     Scenario(tool::Task),
@@ -66,6 +68,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.task {
         Task::E2e(options) => return e2e::main(options),
+        Task::Soak(options) => return soak::main(options),
         Task::Bench(options) => return vvu_bench::main(options),
         Task::Vm(role) => return vvu_manual::main(role),
         Task::Doctor(options) => return vvu_doctor::main(options),

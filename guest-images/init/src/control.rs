@@ -15,6 +15,9 @@ use vvu_init::protocol::{self, Event, MAX_ANSWER, MAX_REQUEST, Message, Request}
 /// Number of unsent bytes at which no further request is read.
 const MAX_UNSENT: usize = MAX_ANSWER;
 
+/// Number of unsent bytes at which processes have to wait with their output.
+const MAX_UNSENT_OUTPUT: usize = 256 << 10;
+
 /// A non-blocking line to the host. Nothing here waits: the host may be absent, or late in reading.
 pub(crate) struct Control {
     port: OwnedFd,
@@ -92,6 +95,11 @@ impl Control {
         let line = std::mem::take(&mut self.incoming);
         let blank = line.iter().all(u8::is_ascii_whitespace);
         (!blank).then(|| Request::parse(&line))
+    }
+
+    /// Whether there is room for the output of processes.
+    pub(crate) fn has_room(&self) -> bool {
+        self.unsent.len() < MAX_UNSENT_OUTPUT
     }
 
     /// Queues a line; it leaves with [`Control::flush`].

@@ -1,6 +1,6 @@
 //! The processes PID 1 has started, their output and their end.
 
-use std::io::{self, Write};
+use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -19,7 +19,7 @@ pub(crate) const ENVIRONMENT: [(&str, &str); 2] =
 /// Most processes at a time.
 const MAX_JOBS: usize = 64;
 
-/// Longest console line of a spawned command in bytes; longer ones are broken.
+/// Longest line of a spawned command in bytes; longer ones are broken.
 const MAX_LINE: usize = 4 << 10;
 
 /// Bytes read from one stream before the others have their turn: one pipe full.
@@ -84,11 +84,9 @@ impl Jobs {
         deadlines.min()
     }
 
-    /// Reads what the processes have written, and prints the lines of spawned commands on the console.
-    pub(crate) fn read(&mut self, console: &mut impl Write) {
-        for job in &mut self.jobs {
-            job.read(console);
-        }
+    /// Reads what the processes have written, and returns the lines of spawned commands.
+    pub(crate) fn read(&mut self) -> Vec<Message> {
+        self.jobs.iter_mut().flat_map(Job::read).collect()
     }
 
     /// Kills commands that have run longer than allowed, and returns their answers.
@@ -101,32 +99,31 @@ impl Jobs {
             .filter_map(|mut job| {
                 // Fails only if the group is gone already.
                 let _ = rustix::process::kill_process_group(job.pid, Signal::KILL);
-                job.read(&mut io::sink());
+                // A command of this kind has no lines.
+                let _ = job.read();
                 job.answer(Outcome::Timeout)
             })
             .collect()
     }
 
-    /// Records that a process has ended, which need not be a job, and returns the message for the host.
-    pub(crate) fn ended(
-        &mut self,
-        pid: Pid,
-        status: WaitStatus,
-        console: &mut impl Write,
-    ) -> Option<Message> {
-        let index = self.jobs.iter().position(|job| job.pid == pid)?;
+    /// Records that a process has ended, which need not be a job, and returns the messages for the host, its end last.
+    pub(crate) fn ended(&mut self, pid: Pid, status: WaitStatus) -> Vec<Message> {
+        let Some(index) = self.jobs.iter().position(|job| job.pid == pid) else { return Vec::new() };
         let mut job = self.jobs.swap_remove(index);
-        job.read(console);
+        let mut messages = job.read();
         let end = end(status);
         match &job.purpose {
-            Purpose::Run { .. } => job.answer(|output| Outcome::Exit(Exit { end, output })),
+            Purpose::Run { .. } => {
+                messages.extend(job.answer(|output| Outcome::Exit(Exit { end, output })));
+            }
             Purpose::Spawn { name } => {
                 let name = name.clone();
-                job.stdout.finish(&name, console);
-                job.stderr.finish(&name, console);
-                Some(Message::Event(Event::Exited { name, end }))
+                messages.extend(job.stdout.last_line(&name));
+                messages.extend(job.stderr.last_line(&name));
+                messages.push(Message::Event(Event::Exited { name, end }));
             }
         }
+        messages
     }
 
     fn named(&self, wanted: &str) -> Option<&Job> {
@@ -160,14 +157,17 @@ impl Jobs {
 }
 
 impl Job {
-    fn read(&mut self, console: &mut impl Write) {
+    /// Reads what there is, and returns the lines of a spawned command.
+    fn read(&mut self) -> Vec<Message> {
+        let mut lines = Vec::new();
         for stream in [&mut self.stdout, &mut self.stderr] {
             stream.fill();
             match &self.purpose {
                 Purpose::Run { .. } => stream.truncate(),
-                Purpose::Spawn { name } => stream.print_lines(name, console),
+                Purpose::Spawn { name } => lines.extend(stream.lines(name)),
             }
         }
+        lines
     }
 
     /// The answer to a `run` request, of its output.
@@ -227,39 +227,35 @@ impl Stream {
         }
     }
 
-    /// Prints the complete lines, each behind `[name]`.
-    fn print_lines(&mut self, name: &str, console: &mut impl Write) {
+    /// Takes the complete lines of the spawned command `name`.
+    fn lines(&mut self, name: &str) -> Vec<Message> {
         let bytes = mem::take(&mut self.bytes);
         let mut rest = &bytes[..];
+        let mut lines = Vec::new();
         loop {
             let length = rest.iter().take(MAX_LINE).position(|&byte| byte == b'\n');
-            let (line, skip) = match length {
+            let (text, skip) = match length {
                 Some(length) => (&rest[..length], length + 1),
                 None if rest.len() >= MAX_LINE => (&rest[..MAX_LINE], MAX_LINE),
                 None => break,
             };
-            print_line(name, line, console);
+            lines.push(line(name, text));
             rest = &rest[skip..];
         }
         self.bytes = rest.to_vec();
+        lines
     }
 
-    /// Prints a last line that has no newline.
-    fn finish(&mut self, name: &str, console: &mut impl Write) {
-        self.print_lines(name, console);
-        if !self.bytes.is_empty() {
-            print_line(name, &self.bytes, console);
-        }
+    /// Takes a last line that has no newline.
+    fn last_line(&mut self, name: &str) -> Option<Message> {
+        let text = mem::take(&mut self.bytes);
+        (!text.is_empty()).then(|| line(name, &text))
     }
 }
 
-/// Writes each line with one call, so that kernel messages rarely split it.
-fn print_line(name: &str, line: &[u8], console: &mut impl Write) {
-    let mut text = format!("[{name}] ").into_bytes();
-    text.extend_from_slice(line);
-    text.push(b'\n');
-    // A failure of the console cannot be reported anywhere.
-    let _ = console.write_all(&text);
+/// The event of a line that the spawned command `name` printed.
+fn line(name: &str, text: &[u8]) -> Message {
+    Message::Event(Event::Line { name: name.to_owned(), text: String::from_utf8_lossy(text).into_owned() })
 }
 
 fn end(status: WaitStatus) -> End {
@@ -276,14 +272,24 @@ mod tests {
 
     use super::*;
 
-    /// Serves the jobs as the main loop does until there is a message, for at most 20 s.
-    fn next(jobs: &mut Jobs, console: &mut Vec<u8>) -> Message {
+    /// Serves the jobs as the main loop does until one ends, for at most 20 s; its lines are added to `lines`.
+    fn next(jobs: &mut Jobs, lines: &mut Vec<String>) -> Message {
+        let mut keep = |messages: Vec<Message>| {
+            let mut last = None;
+            for message in messages {
+                match message {
+                    Message::Event(Event::Line { name, text }) => lines.push(format!("[{name}] {text}")),
+                    other => last = Some(other),
+                }
+            }
+            last
+        };
         let give_up = Instant::now() + Duration::from_secs(20);
         while Instant::now() < give_up {
             let mut fds: Vec<_> = jobs.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
             let moment = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
             rustix::event::poll(&mut fds, Some(&moment)).expect("poll");
-            jobs.read(console);
+            keep(jobs.read());
             if let Some(message) = jobs.expire(Instant::now()).pop() {
                 return message;
             }
@@ -291,8 +297,8 @@ mod tests {
             let pids: Vec<Pid> = jobs.jobs.iter().map(|job| job.pid).collect();
             for pid in pids {
                 let ended = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG).expect("waitpid");
-                let message = ended.and_then(|(pid, status)| jobs.ended(pid, status, console));
-                if let Some(message) = message {
+                let messages = ended.map(|(pid, status)| jobs.ended(pid, status)).unwrap_or_default();
+                if let Some(message) = keep(messages) {
                     return message;
                 }
             }
@@ -366,11 +372,11 @@ mod tests {
     #[test]
     fn spawned_commands_print_lines_and_report_their_end() {
         let mut jobs = Jobs::default();
-        let mut console = Vec::new();
+        let mut lines = Vec::new();
         spawn(&mut jobs, "backend", "echo one; printf two");
-        let message = next(&mut jobs, &mut console);
+        let message = next(&mut jobs, &mut lines);
         assert_eq!(message, Message::Event(Event::Exited { name: "backend".into(), end: End::Code(0) }));
-        assert_eq!(String::from_utf8(console).expect("text"), "[backend] one\n[backend] two\n");
+        assert_eq!(lines, ["[backend] one", "[backend] two"]);
     }
 
     #[test]
@@ -391,11 +397,11 @@ mod tests {
     #[test]
     fn overlong_lines_are_broken() {
         let mut jobs = Jobs::default();
-        let mut console = Vec::new();
+        let mut lines = Vec::new();
         spawn(&mut jobs, "x", "head -c 5000 /dev/zero | tr '\\0' y; echo");
-        next(&mut jobs, &mut console);
-        let lengths: Vec<usize> = console.split(|&byte| byte == b'\n').map(<[u8]>::len).collect();
-        assert_eq!(lengths, ["[x] ".len() + MAX_LINE, "[x] ".len() + 5000 - MAX_LINE, 0]);
+        next(&mut jobs, &mut lines);
+        let lengths: Vec<usize> = lines.iter().map(String::len).collect();
+        assert_eq!(lengths, ["[x] ".len() + MAX_LINE, "[x] ".len() + 5000 - MAX_LINE]);
     }
 
     #[test]

@@ -95,13 +95,15 @@ impl Guest {
                 println!("vvu-init: asked to reboot by a signal");
                 return Ok(Ending::Reboot);
             }
-            self.jobs.read(&mut io::stdout());
+            if self.has_room() {
+                let lines = self.jobs.read();
+                self.send_all(lines);
+            }
             if drained(&self.child_ended) {
                 self.reap()?;
             }
-            for message in self.jobs.expire(Instant::now()) {
-                self.send(&message);
-            }
+            let expired = self.jobs.expire(Instant::now());
+            self.send_all(expired);
             let Some(control) = &mut self.control else { continue };
             let requests = control.receive().context("cannot read requests")?;
             for request in requests {
@@ -138,7 +140,8 @@ impl Guest {
         let input = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
         let signals: [BorrowedFd<'_>; 3] =
             [self.child_ended.as_fd(), self.asked_to_end.as_fd(), self.asked_to_reboot.as_fd()];
-        let mut fds: Vec<_> = signals.into_iter().chain(self.jobs.fds()).map(input).collect();
+        let output = self.jobs.fds().filter(|_| self.has_room());
+        let mut fds: Vec<_> = signals.into_iter().chain(output).map(input).collect();
         if let Some(control) = &self.control {
             let (port, flags) = control.interest();
             fds.push(PollFd::from_borrowed_fd(port, flags));
@@ -181,12 +184,11 @@ impl Guest {
     /// Collects every process that has ended: ours, and the orphans that PID 1 inherits.
     fn reap(&mut self) -> Result<()> {
         while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-            if let Some(message) = self.jobs.ended(pid, status, &mut io::stdout()) {
-                if let Message::Event(Event::Exited { name, end }) = &message {
-                    println!("vvu-init: {name} ended by {end}");
-                }
-                self.send(&message);
+            let messages = self.jobs.ended(pid, status);
+            if let Some(Message::Event(Event::Exited { name, end })) = messages.last() {
+                println!("vvu-init: {name} ended by {end}");
             }
+            self.send_all(messages);
             if let Some(shell) = self.shell.take_if(|shell| shell.pid == pid) {
                 self.shell = Some(shell.again()?);
             }
@@ -196,6 +198,15 @@ impl Guest {
 
     fn answer(&mut self, id: u64, outcome: Outcome) {
         self.send(&Message::Answer(Answer { id, outcome }));
+    }
+
+    /// Whether the host keeps up with what the processes print.
+    fn has_room(&self) -> bool {
+        self.control.as_ref().is_none_or(Control::has_room)
+    }
+
+    fn send_all(&mut self, messages: Vec<Message>) {
+        messages.iter().for_each(|message| self.send(message));
     }
 
     fn send(&mut self, message: &Message) {

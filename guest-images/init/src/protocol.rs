@@ -4,6 +4,7 @@
 //! ```text
 //! host    {"id":1,"run":{"command":"lspci -s 00:10.0","timeout_ms":10000}}
 //! guest   {"id":1,"exit":{"code":0,"stdout":"00:10.0 ...\n","stderr":"","truncated":false}}
+//! guest   {"event":"line","name":"backend","text":"vvu: ready"}
 //! guest   {"event":"exited","name":"backend","signal":9}
 //! ```
 //!
@@ -51,7 +52,7 @@ pub struct Request {
 pub enum Action {
     /// Run a command to its end and answer with its output: `exit`, or `timeout`.
     Run(Run),
-    /// Start a command that stays, its output going to the console: `spawned`.
+    /// Start a command that stays: `spawned`, then a `line` event for each line that it prints.
     Spawn(Spawn),
     /// Send a signal to the process group of a spawned command: `killed`.
     Kill(Kill),
@@ -79,7 +80,7 @@ pub struct Run {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spawn {
-    /// Name of the command: prefix of its console lines, target of `kill`. Free again once it has ended.
+    /// Name of the command, in its events and for `kill`. Free again once it has ended.
     pub name: String,
     /// The shell command.
     pub command: String,
@@ -201,7 +202,14 @@ pub struct Identity {
 pub enum Event {
     /// PID 1 serves requests. Sent once.
     Ready(Identity),
-    /// A spawned command ended.
+    /// A spawned command printed a line, on its standard output or standard error.
+    Line {
+        /// Name given to `spawn`.
+        name: String,
+        /// The line without its end. Bytes that are not UTF-8 are replaced.
+        text: String,
+    },
+    /// A spawned command ended; its lines have come before.
     Exited {
         /// Name given to `spawn`.
         name: String,
@@ -299,6 +307,10 @@ mod tests {
             text(&Message::Event(Event::Exited { name: "backend".into(), end: End::Signal(9) })),
             "{\"event\":\"exited\",\"name\":\"backend\",\"signal\":9}\n"
         );
+        assert_eq!(
+            text(&Message::Event(Event::Line { name: "backend".into(), text: "\"ready\"".into() })),
+            "{\"event\":\"line\",\"name\":\"backend\",\"text\":\"\\\"ready\\\"\"}\n"
+        );
         let identity = Identity { kernel: "6.12".into(), init: "0.1.0".into() };
         assert_eq!(
             text(&Message::Event(Event::Ready(identity))),
@@ -322,6 +334,7 @@ mod tests {
         let answers = outcomes.into_iter().map(|outcome| Message::Answer(Answer { id: 7, outcome }));
         let events = [
             Event::Ready(identity),
+            Event::Line { name: "x".into(), text: "y".into() },
             Event::Exited { name: "x".into(), end: End::Code(1) },
             Event::BadRequest { error: "?".into() },
         ];

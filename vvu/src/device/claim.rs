@@ -12,17 +12,7 @@ use std::os::fd::AsRawFd;
 /// # Errors
 /// When the kernel cannot lock the file.
 pub(super) fn claim(file: &File, offset: u64) -> io::Result<bool> {
-    // Both constants fit: they are 0 or 1.
-    let narrow = |constant: libc::c_int| libc::c_short::try_from(constant).unwrap_or_default();
-    let start = libc::off_t::try_from(offset)
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "offset of a claim is too large"))?;
-    let lock = libc::flock {
-        l_type: narrow(libc::F_WRLCK),
-        l_whence: narrow(libc::SEEK_SET),
-        l_start: start,
-        l_len: 1,
-        l_pid: 0,
-    };
+    let lock = lock_of(offset)?;
     // SAFETY: the descriptor is open, and the kernel only reads the structure, which outlives the call.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
         return Ok(true);
@@ -32,4 +22,32 @@ pub(super) fn claim(file: &File, offset: u64) -> io::Result<bool> {
         Some(libc::EAGAIN | libc::EACCES) => Ok(false),
         _ => Err(error),
     }
+}
+
+/// Returns whether another open file description than that of `file` has claimed the byte at `offset`.
+///
+/// # Errors
+/// When the kernel cannot tell.
+pub(super) fn is_claimed(file: &File, offset: u64) -> io::Result<bool> {
+    let mut lock = lock_of(offset)?;
+    // SAFETY: the descriptor is open, and the kernel reads and writes the structure, which outlives the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// The lock on the byte at `offset`.
+fn lock_of(offset: u64) -> io::Result<libc::flock> {
+    // Both constants fit: they are 0 or 1.
+    let narrow = |constant: libc::c_int| libc::c_short::try_from(constant).unwrap_or_default();
+    let start = libc::off_t::try_from(offset)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "offset of a claim is too large"))?;
+    Ok(libc::flock {
+        l_type: narrow(libc::F_WRLCK),
+        l_whence: narrow(libc::SEEK_SET),
+        l_start: start,
+        l_len: 1,
+        l_pid: 0,
+    })
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::events::Source;
 use super::peer::Peer;
 use super::resources::{Ledgers, Resources};
+use super::sibling_memory::MemoryError;
 use super::trace::{Did, From, Trace};
 use super::treatment::{MessageRefusal, Treatment, treat_backend_request, treat_reply, treat_request};
 use crate::durable::{Adopted, Fd, RestoreError};
@@ -28,6 +29,9 @@ pub(super) enum ConnectionError {
     Socket(#[from] SocketError),
     #[error("refused a message of the front-end, which does not wait for an answer: {0}")]
     Refused(#[from] MessageRefusal),
+    /// No front-end can be served any more.
+    #[error(transparent)]
+    Orphaned(MemoryError),
     #[error("the front-end sent {UNANSWERED_MAX} requests without waiting for answers")]
     Flood,
     #[error("a message of {want} bytes does not fit a receive buffer of the guest driver, which has {got}")]
@@ -188,6 +192,9 @@ impl FrontendConnection {
             }
             Err(refusal) => {
                 Trace::record(trace, From::Frontend, arrived, Did::Refused(&refusal));
+                if let MessageRefusal::Memory(error @ MemoryError::Orphaned) = refusal {
+                    return Err(ConnectionError::Orphaned(error));
+                }
                 if !answered || is_query || self.frontend.is_congested() {
                     return Err(refusal.into());
                 }

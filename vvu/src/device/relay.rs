@@ -32,6 +32,8 @@ pub(super) struct Relay {
     reconnects: Reconnects,
     link: Link,
     express: Option<Express>,
+    /// Why no front-end can be served any more.
+    failure: Option<String>,
 }
 
 /// What one step of the relay did.
@@ -68,7 +70,7 @@ impl Relay {
         let resources = Resources { memory, queues, events, closer, trace: None, ledgers: None };
         let vrings = Vrings::new(queues)?;
         let reconnects = Reconnects::new(listener);
-        Ok(Self { resources, vrings, reconnects, link: Link::default(), express: None })
+        Ok(Self { resources, vrings, reconnects, link: Link::default(), express: None, failure: None })
     }
 
     /// Serves the express device of the device with this `uuid` to the VMMs that connect to `listener`.
@@ -127,6 +129,11 @@ impl Relay {
     /// The state of the link.
     pub(super) fn state(&self) -> LinkState {
         self.link.state()
+    }
+
+    /// Returns why no front-end can be served any more, if that is so.
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
     }
 
     /// Tells the link whether the guest driver is ready.
@@ -238,6 +245,7 @@ impl Relay {
             Err(ExchangeError::Connection(error)) => {
                 match error {
                     ConnectionError::Socket(_) => log::info!("front-end left: {error}"),
+                    ConnectionError::Orphaned(_) => self.failure = Some(error.to_string()),
                     _ => log::error!("front-end disconnected: {error}"),
                 }
                 self.follow(LinkEvent::FrontendLeft).into()

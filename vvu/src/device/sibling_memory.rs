@@ -12,7 +12,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-use super::claim::claim;
+use super::claim::{claim, is_claimed};
 use crate::spec::addr::BarOffset;
 use crate::spec::vhost_user::{InflightArea, MemoryRegion};
 use crate::spec::{HUGE_PAGE_SIZE, PAGE_SIZE};
@@ -33,6 +33,11 @@ pub(crate) enum MemoryError {
          -object memory-backend-file,id=mem,share=on,mem-path=<the file vvu proxy names> -machine memory-backend=mem"
     )]
     Foreign { gpa: u64 },
+    #[error(
+        "the sibling's memory is the file of another vvu proxy, and the proxy that made the one used here has ended: \
+         start this proxy again, and then the device VM"
+    )]
+    Orphaned,
     #[error(
         "memory region at offset {offset} of size {size:#x} ends beyond the sibling memory file of {len:#x} bytes: \
          give vvu proxy the sibling's memory size"
@@ -148,7 +153,7 @@ impl SiblingMemory {
     /// [`OpenError::Kind`], [`OpenError::Full`], [`OpenError::Io`].
     pub fn open(file: File) -> Result<Self, OpenError> {
         let stat = fstat(&file)?;
-        let sealed = fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(Self::SEALS));
+        let sealed = is_sealed(&file);
         let ram = u64::try_from(stat.st_size).unwrap_or(0).saturating_sub(TAIL_SIZE);
         if !sealed || ram == 0 || !ram.is_multiple_of(PAGE_SIZE) {
             return Err(OpenError::Kind);
@@ -214,8 +219,10 @@ impl SiblingMemory {
     /// Checks that `fd`, which came with a memory region, is this file and that the region lies in its RAM.
     pub(crate) fn check(&self, region: &MemoryRegion, fd: impl AsFd) -> Result<(), MemoryError> {
         let MemoryRegion { gpa, size, offset, .. } = *region;
-        if !self.is(fd)? {
-            return Err(MemoryError::Foreign { gpa: gpa.0 });
+        if !self.is(&fd)? {
+            // A failure to look proves nothing.
+            let orphaned = is_sealed(&fd) && self.is_orphaned().unwrap_or(false);
+            return Err(if orphaned { MemoryError::Orphaned } else { MemoryError::Foreign { gpa: gpa.0 } });
         }
         let end = offset.0.checked_add(size);
         if end.is_none_or(|end| end > self.ram) {
@@ -250,11 +257,18 @@ impl SiblingMemory {
     /// Whether `fd` refers to this file.
     fn is(&self, fd: impl AsFd) -> Result<bool, MemoryError> {
         // fstat asks the file system, and that of a peer's file might not answer. Only a memfd has seals.
-        if !fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(Self::SEALS)) {
+        if !is_sealed(&fd) {
             return Ok(false);
         }
         let stat = fstat(fd)?;
         Ok((stat.st_dev, stat.st_ino) == self.identity)
+    }
+
+    /// Whether the proxy that made the file has ended. The link to the file led to that proxy, so no sibling VM that
+    /// starts from now on can have this memory.
+    fn is_orphaned(&self) -> io::Result<bool> {
+        let makers = self.ram;
+        Ok(self.inflight != makers && !is_claimed(&self.claims, makers)?)
     }
 
     /// Reads for a VMM that does not map the BAR. Bytes beyond the file read as zeroes.
@@ -292,6 +306,11 @@ impl SiblingMemory {
         let pages = MmapRegion::<()>::from_file(file, size).map_err(io::Error::other)?;
         pages.as_volatile_slice().write_slice(data, at).map_err(io::Error::other)
     }
+}
+
+/// Whether `fd` is a file of fixed size, as a sibling memory file is.
+fn is_sealed(fd: impl AsFd) -> bool {
+    fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SiblingMemory::SEALS))
 }
 
 #[cfg(test)]

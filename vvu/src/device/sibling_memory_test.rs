@@ -102,6 +102,22 @@ fn a_claim_ends_with_its_device_although_others_hold_the_file() {
     }
 }
 
+/// Nobody finds the file any more: the link to it leads to the proxy that made it.
+#[test]
+fn a_file_whose_maker_has_ended_is_told_from_one_whose_sibling_has_other_memory() {
+    let maker = SiblingMemory::create(PAGE_SIZE).expect("memfd");
+    let other = SiblingMemory::create(PAGE_SIZE).expect("memfd");
+    let user = SiblingMemory::open(reopen(&maker)).expect("shared");
+    let region = region(0, PAGE_SIZE);
+    assert!(matches!(user.check(&region, other.file()), Err(MemoryError::Foreign { .. })));
+    drop(maker);
+    assert!(matches!(user.check(&region, other.file()), Err(MemoryError::Orphaned)));
+    user.check(&region, user.file()).expect("a sibling that still runs has it");
+    let plain = tempfile::tempfile().expect("file");
+    assert!(matches!(user.check(&region, &plain), Err(MemoryError::Foreign { .. })));
+    assert!(matches!(other.check(&region, user.file()), Err(MemoryError::Foreign { .. })));
+}
+
 #[test]
 fn any_other_file_is_refused() {
     let plain = tempfile::tempfile().expect("file");

@@ -377,6 +377,10 @@ impl PciFunction for VvuDevice {
         self.reset_virtio();
     }
 
+    fn failure(&self) -> Option<&str> {
+        self.relay.failure()
+    }
+
     fn save(&mut self) -> Option<Vec<u8>> {
         self.save_changes()
     }

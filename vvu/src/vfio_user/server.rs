@@ -40,6 +40,9 @@ pub enum ServerError {
     /// The listening socket failed.
     #[error("cannot accept a vfio-user client: {0}")]
     Accept(io::Error),
+    /// The function is of no use any more, for this reason.
+    #[error("{0}")]
+    Function(String),
     /// The state for a successor cannot be saved.
     #[error("cannot save the state: {0}")]
     Save(io::Error),
@@ -168,6 +171,9 @@ impl<D: PciFunction> Service<'_, D> {
                     _ => {}
                 }
                 self.settle()?;
+            }
+            if let Some(reason) = self.device.failure() {
+                return Err(ServerError::Function(reason.to_owned()));
             }
         }
     }

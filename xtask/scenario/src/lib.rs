@@ -7,5 +7,6 @@ pub mod matrix;
 mod nested;
 pub mod report;
 pub mod run;
+pub mod soak;
 pub mod test;
 pub mod tool;

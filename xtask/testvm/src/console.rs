@@ -1,14 +1,13 @@
-//! A VM's serial console: what the kernel and user space print is the evidence.
+//! A VM's serial console, on which the kernel and PID 1 print, and the lines of its spawned commands: the evidence.
 //!
-//! QEMU writes the log itself. This module reads the same bytes through an rexpect session, so that every wait ends on
-//! its pattern, on a failure of the guest, at the end of the stream or at its deadline.
+//! The console is read through an rexpect session. Every wait ends on its pattern, on a failure of the guest, at the end
+//! of the stream or at its deadline.
 
-use std::collections::VecDeque;
 use std::io::{self, Read, Sink};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use regex::Regex;
 use rexpect::error::Error as ExpectError;
 use rexpect::reader::Options;
@@ -16,6 +15,7 @@ use rexpect::session::{ReadUntil, StreamSession};
 use vvu_init::protocol::{RUN_ECHO, SPAWN_ECHO};
 use vvu_process::text::printable;
 
+use crate::transcript::Transcript;
 use crate::watch::PERIOD;
 
 /// Patterns that no healthy guest prints.
@@ -24,48 +24,18 @@ const FAILURES: &str = r"Kernel panic|BUG: |Oops: |general protection fault|Out 
 const GUESTS_OWN: &str = r"^(?:[^\[\n][^\n]*)?";
 /// Beginning of a kernel message with its time, up to a failure. It may stand in the middle of another line.
 const KERNELS: &str = r"\[ *\d+\.\d+\][^\n]*";
-/// Lines of the console that an error shows.
-const TAIL_LINES: usize = 30;
-/// Characters to which the tail cuts longer lines.
-const MAX_LINE: usize = 500;
-/// A guest that prints more bytes than this is out of control; its console is treated as ended.
-const MAX_BYTES: u64 = 64 << 20;
 
 /// The console of one VM.
 pub(crate) struct Console {
     session: StreamSession<Sink>,
-    shared: Arc<Shared>,
+    transcript: Arc<Transcript>,
     failures: Regex,
 }
 
-/// State that the reading thread shares with waits.
-#[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    delivered: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    /// Number of deliveries to the session.
-    generation: u64,
-    bytes: u64,
-    lines: VecDeque<String>,
-    line: String,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A tail with a line missing is still a tail.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Passes the console to the session, without the commands that PID 1 repeats on it, keeps its last lines and wakes
-/// waits.
+/// Passes the console to the session, without the commands that PID 1 repeats on it, and to the transcript.
 struct Tap<R> {
     stream: R,
-    shared: Arc<Shared>,
+    transcript: Arc<Transcript>,
     line: LineStart,
 }
 
@@ -94,12 +64,8 @@ impl LineStart {
 impl<R: Read> Read for Tap<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         // The session asks for more only after it has passed on all it had.
-        let mut state = self.shared.lock();
-        state.generation += 1;
-        let flooded = state.bytes > MAX_BYTES;
-        drop(state);
-        self.shared.delivered.notify_all();
-        if flooded {
+        self.transcript.announce();
+        if self.transcript.is_flooded() {
             return Ok(0);
         }
         loop {
@@ -108,7 +74,7 @@ impl<R: Read> Read for Tap<R> {
                 // The session would read again after an error, for ever, so an error ends the stream.
                 result => result.unwrap_or(0),
             };
-            self.shared.lock().keep(&buffer[..read]);
+            self.transcript.print(&buffer[..read]);
             let mut passed = 0;
             for at in 0..read {
                 if !self.line.is_echo(buffer[at]) {
@@ -127,25 +93,7 @@ impl<R: Read> Read for Tap<R> {
 impl<R> Drop for Tap<R> {
     /// The session has passed on the end of the stream.
     fn drop(&mut self) {
-        self.shared.lock().generation += 1;
-        self.shared.delivered.notify_all();
-    }
-}
-
-impl State {
-    fn keep(&mut self, bytes: &[u8]) {
-        self.bytes += bytes.len() as u64;
-        for &byte in bytes {
-            if byte == b'\n' {
-                if self.lines.len() == TAIL_LINES {
-                    self.lines.pop_front();
-                }
-                let line = std::mem::take(&mut self.line);
-                self.lines.push_back(line.trim_end_matches('\r').to_owned());
-            } else if self.line.len() < MAX_LINE {
-                self.line.push(char::from(byte));
-            }
-        }
+        self.transcript.announce();
     }
 }
 
@@ -158,18 +106,27 @@ pub struct Found {
     pub value: String,
 }
 
+impl Found {
+    fn new(pattern: &Regex, line: &str) -> Result<Self> {
+        let captures = pattern.captures(line).context("a line that matched matches no more")?;
+        let value = captures.get(1).or_else(|| captures.get(0)).map_or("", |value| value.as_str());
+        let start = captures.get(0).map_or(0, |found| found.start());
+        Ok(Self { line: printable(&line[start..]), value: value.to_owned() })
+    }
+}
+
 impl Console {
-    /// Reads the console at the other end of `stream`.
-    pub(crate) fn new(stream: impl Read + Send + 'static) -> Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let tap = Tap { stream, shared: Arc::clone(&shared), line: LineStart::default() };
+    /// Reads the console at the other end of `stream`. What the guest prints goes to `transcript`.
+    pub(crate) fn new(stream: impl Read + Send + 'static, transcript: Arc<Transcript>) -> Result<Self> {
+        let tap = Tap { stream, transcript: Arc::clone(&transcript), line: LineStart::default() };
         // A session has one timeout for its whole life; zero leaves each wait its own deadline.
         let options = Options::new().timeout_ms(Some(0));
         let failures = Regex::new(&format!("(?m)(?:{GUESTS_OWN}|{KERNELS})(?:{FAILURES})[^\n]*(?:\n|$)"))?;
-        Ok(Self { session: StreamSession::new(tap, io::sink(), options), shared, failures })
+        Ok(Self { session: StreamSession::new(tap, io::sink(), options), transcript, failures })
     }
 
-    /// Waits until a whole line matches `pattern` and consumes the lines up to it.
+    /// Waits until a whole line of the console or of a spawned command matches `pattern`, and passes the lines of the
+    /// same kind up to it.
     ///
     /// An error of `check`, which is called every [`PERIOD`], ends the wait.
     ///
@@ -184,21 +141,24 @@ impl Console {
     ) -> Result<Found> {
         let line = Regex::new(&format!("(?m)^[^\n]*(?:{pattern})[^\n]*\n"))?;
         loop {
-            let generation = self.shared.lock().generation;
-            if let Some(text) = self.poll(&line)? {
-                let line = text.trim_end();
-                let captures = pattern.captures(line).context("a line that matched matches no more")?;
-                let value = captures.get(1).or_else(|| captures.get(0)).map_or("", |value| value.as_str());
-                let start = captures.get(0).map_or(0, |found| found.start());
-                return Ok(Found { line: printable(&line[start..]), value: value.to_owned() });
+            let generation = self.transcript.generation();
+            let printed = self.poll(&line)?;
+            if let Some(text) = printed.or_else(|| self.transcript.find(pattern)) {
+                return Found::new(pattern, text.trim_end());
             }
+            ensure!(!self.transcript.is_flooded(), "the guest prints without end");
             check()?;
             let now = Instant::now();
             if now >= deadline {
                 bail!("no line matched /{pattern}/ in time");
             }
-            self.sleep(generation, PERIOD.min(deadline - now));
+            self.transcript.sleep(generation, PERIOD.min(deadline - now));
         }
+    }
+
+    /// The first line of a spawned command that has arrived and matches; the lines up to it are passed.
+    pub(crate) fn said(&self, pattern: &Regex) -> Option<Result<Found>> {
+        self.transcript.find(pattern).map(|line| Found::new(pattern, &line))
     }
 
     /// Passes over the lines that have arrived.
@@ -209,6 +169,7 @@ impl Console {
     pub(crate) fn skip(&mut self) -> Result<()> {
         let line = Regex::new("(?m)^[^\n]*\n")?;
         while self.poll(&line)?.is_some() {}
+        self.transcript.skip();
         Ok(())
     }
 
@@ -228,9 +189,7 @@ impl Console {
 
     /// The last lines, the unfinished one included.
     pub(crate) fn tail(&self) -> Vec<String> {
-        let state = self.shared.lock();
-        let partial = (!state.line.is_empty()).then(|| state.line.clone());
-        state.lines.iter().cloned().chain(partial).map(|line| printable(&line)).collect()
+        self.transcript.tail()
     }
 
     /// The match of `line` in what has arrived, or `None` if it has not arrived yet.
@@ -246,26 +205,18 @@ impl Console {
             Err(error) => Err(error).context("cannot read the console"),
         }
     }
-
-    /// Waits for a delivery after `generation`, for at most `limit`.
-    fn sleep(&self, generation: u64, limit: Duration) {
-        let state = self.shared.lock();
-        let _unused = self
-            .shared
-            .delivered
-            .wait_timeout_while(state, limit, |state| state.generation == generation)
-            .unwrap_or_else(PoisonError::into_inner);
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transcript::TAIL_LINES;
     use std::io::{PipeWriter, Write};
+    use std::time::Duration;
 
     fn console() -> (Console, PipeWriter) {
         let (host, guest) = io::pipe().expect("a pipe");
-        (Console::new(host).expect("a console"), guest)
+        (Console::new(host, Arc::default()).expect("a console"), guest)
     }
 
     fn wait(console: &mut Console, pattern: &str) -> Result<Found> {
@@ -335,6 +286,25 @@ mod tests {
             let shown = error.strip_prefix("the guest failed: ").expect("a failure");
             assert!(line.ends_with(shown), "{error}");
         }
+    }
+
+    /// Each kind of line has its own order: they come over two ports.
+    #[test]
+    fn lines_of_commands_are_found_beside_those_of_the_console() {
+        let (mut console, mut guest) = console();
+        let transcript = Arc::clone(&console.transcript);
+        transcript.say("noise", "first");
+        guest.write_all(b"[   9.1] virtio_blk virtio0: [vda]\n").expect("written");
+        wait(&mut console, "vda").expect("the console's");
+        transcript.say("backend", "vvu: ready on 5");
+        let found = wait(&mut console, r"^\[backend\] .*ready on (\d)$").expect("the command's");
+        assert_eq!(found, Found { line: "[backend] vvu: ready on 5".into(), value: "5".into() });
+        transcript.say("backend", "BUG: no failure of the guest");
+        assert!(console.said(&Regex::new("first|ready").expect("a pattern")).is_none());
+        console.check().expect("no failure");
+        let writer = std::thread::spawn(move || transcript.say("backend", "again"));
+        wait(&mut console, "again").expect("found when it comes");
+        writer.join().expect("no panic");
     }
 
     #[test]

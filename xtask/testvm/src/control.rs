@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use vvu_init::protocol::{Action, Answer, Event, Identity, MAX_ANSWER, Message, Outcome, Request, line};
 
 use crate::spawned::Spawned;
+use crate::transcript::Transcript;
 use crate::watch::PERIOD;
 
 /// A guest that reads nothing for this long is stuck.
@@ -28,12 +30,12 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// Speaks to the guest at the other end of `stream`.
-    pub(crate) fn new(stream: UnixStream) -> Result<Self> {
+    /// Speaks to the guest at the other end of `stream`. What its spawned commands print goes to `transcript`.
+    pub(crate) fn new(stream: UnixStream, transcript: Arc<Transcript>) -> Result<Self> {
         stream.set_write_timeout(Some(WRITE_TIMEOUT)).context("cannot set up the control port")?;
         let reader = stream.try_clone().context("cannot clone the control port")?;
         let (sender, messages) = sync_channel(BACKLOG);
-        thread::spawn(move || read(reader, &sender));
+        thread::spawn(move || read(reader, &transcript, &sender));
         Ok(Self { stream, messages, last_id: 0, ready: None, spawned: Spawned::default() })
     }
 
@@ -144,6 +146,8 @@ impl Control {
                 }
             }
             Message::Event(Event::Exited { name, end }) => self.spawned.record(name, end)?,
+            // The reading thread has taken it.
+            Message::Event(Event::Line { .. }) => {}
             Message::Event(Event::BadRequest { error }) => {
                 bail!("the guest could not read a request: {error}")
             }
@@ -152,8 +156,9 @@ impl Control {
     }
 }
 
-/// Passes messages on until the port ends or the receiver is gone.
-fn read(stream: UnixStream, messages: &SyncSender<Result<Message>>) {
+/// Passes messages on until the port ends or the receiver is gone. The lines of a command are in `transcript` before its
+/// end is among the messages.
+fn read(stream: UnixStream, transcript: &Transcript, messages: &SyncSender<Result<Message>>) {
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
@@ -170,6 +175,10 @@ fn read(stream: UnixStream, messages: &SyncSender<Result<Message>>) {
         } else {
             Err(anyhow::anyhow!("a line of the guest has no end: {}", excerpt(&line)))
         };
+        if let Ok(Message::Event(Event::Line { name, text })) = &message {
+            transcript.say(name, text);
+            continue;
+        }
         let stop = message.is_err();
         if messages.send(message).is_err() || stop {
             return;
@@ -196,7 +205,7 @@ mod tests {
             let reader = BufReader::new(guest.try_clone().expect("cloned"));
             talk(guest, reader);
         });
-        Control::new(host).expect("a control port")
+        Control::new(host, Arc::default()).expect("a control port")
     }
 
     fn send(stream: &mut UnixStream, message: &Message) {
@@ -227,7 +236,7 @@ mod tests {
         let outcome = control.request(Action::Hello(Empty {}), far(), || Ok(())).expect("answered");
         assert!(matches!(outcome, Outcome::Exit(Exit { end: End::Code(3), .. })));
         control.check().expect("as expected");
-        assert_eq!(control.spawned.take_end("backend"), Some(End::Signal(9)));
+        assert_eq!(control.spawned.take_end("backend").expect("ended"), Some(End::Signal(9)));
         let error = control.request(Action::Hello(Empty {}), far(), || Ok(())).expect_err("refused");
         assert_eq!(error.to_string(), "the guest refused: no");
     }
@@ -279,7 +288,7 @@ mod tests {
         assert!(error.contains("the control port ended"), "{error}");
 
         let (host, _guest) = UnixStream::pair().expect("a pair");
-        let mut control = Control::new(host).expect("a control port");
+        let mut control = Control::new(host, Arc::default()).expect("a control port");
         let error = format!("{:#}", control.ready(Instant::now(), || Ok(())).expect_err("late"));
         assert!(error.contains("no answer in time"), "{error}");
         let error = format!("{:#}", control.ready(far(), || bail!("QEMU ended")).expect_err("looked"));

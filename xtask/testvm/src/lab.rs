@@ -114,7 +114,7 @@ impl<'a> Lab<'a> {
         };
         let socket = config.managed.then(|| self.sockets.socket(&format!("{name}.manage")));
         let management = socket.as_deref().map(Qmp::listen).transpose()?;
-        let serial = Serial::Inherited { log: &logs.console, management: socket.as_deref() };
+        let serial = Serial::Inherited { management: socket.as_deref() };
         let command = self.command(config, boot, serial)?;
         let failures = self.setup.vmm(config.vmm.as_deref())?.failures();
         Vm::launch(name, command, logs, management, failures, self.setup.slowness, &self.watch)

@@ -59,6 +59,7 @@ mod qmp;
 mod rundir;
 mod setup;
 mod spawned;
+mod transcript;
 mod vm;
 mod vmm;
 mod watch;

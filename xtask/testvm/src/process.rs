@@ -159,6 +159,7 @@ impl Process {
         kill_process(target, signal).context("cannot send a signal")?;
         loop {
             self.check()?;
+            self.watch.check()?;
             if self.child_named(worker).is_some_and(|now| now != before) {
                 return Ok(());
             }

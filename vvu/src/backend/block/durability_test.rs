@@ -2,7 +2,8 @@
 
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -29,8 +30,9 @@ fn request(rig: &mut Rig, kind: u32, sector: usize, sectors: usize) -> u8 {
     rig.memory.write_obj(sector as u64, GuestAddress(HEADER + 8)).expect("header");
     rig.memory.write_obj(0xffu8, GuestAddress(STATUS)).expect("status");
     let writes = if kind == VIRTIO_BLK_T_IN { WRITE } else { 0 };
-    let len = if kind == VIRTIO_BLK_T_WRITE_ZEROES { 16 } else { u32::from(SECTOR_SIZE) / 2 };
-    let pieces = if kind == VIRTIO_BLK_T_WRITE_ZEROES { 1 } else { 2 * sectors as u64 };
+    let names_range = matches!(kind, VIRTIO_BLK_T_WRITE_ZEROES | VIRTIO_BLK_T_DISCARD);
+    let len = if names_range { 16 } else { u32::from(SECTOR_SIZE) / 2 };
+    let pieces = if names_range { 1 } else { 2 * sectors as u64 };
     let piece =
         |index| Descriptor { addr: DATA + index * u64::from(len), len, flags: NEXT | writes, next: 0 };
     let mut chain = vec![Descriptor { addr: HEADER, len: 16, flags: NEXT, next: 0 }];
@@ -53,9 +55,28 @@ fn write(rig: &mut Rig, sector: usize, value: u8, sectors: usize) -> u8 {
 }
 
 fn write_zeroes(rig: &mut Rig, sector: usize, sectors: u32) -> u8 {
+    erase(rig, Erase::Zeroes { unmap: false }, sector, sectors)
+}
+
+/// How sectors lose what they hold.
+#[derive(Clone, Copy, Debug)]
+enum Erase {
+    Zeroes {
+        unmap: bool,
+    },
+    /// They may hold anything from then on.
+    Discard,
+}
+
+fn erase(rig: &mut Rig, how: Erase, sector: usize, sectors: u32) -> u8 {
+    let (kind, flags) = match how {
+        Erase::Zeroes { unmap } => (VIRTIO_BLK_T_WRITE_ZEROES, u32::from(unmap)),
+        Erase::Discard => (VIRTIO_BLK_T_DISCARD, 0),
+    };
     rig.memory.write_obj(sector as u64, GuestAddress(DATA)).expect("range");
-    rig.memory.write_obj(u64::from(sectors), GuestAddress(DATA + 8)).expect("range");
-    request(rig, VIRTIO_BLK_T_WRITE_ZEROES, 0, 1)
+    rig.memory.write_obj(sectors, GuestAddress(DATA + 8)).expect("range");
+    rig.memory.write_obj(flags, GuestAddress(DATA + 12)).expect("range");
+    request(rig, kind, 0, 1)
 }
 
 fn flush(rig: &mut Rig) -> u8 {
@@ -145,6 +166,14 @@ enum Step {
         write_fails: Option<usize>,
         flush_fails: Option<(usize, u8)>,
     },
+    /// Erases sectors, with errors as for a write.
+    Erase {
+        how: Erase,
+        sector: usize,
+        sectors: usize,
+        erase_fails: Option<usize>,
+        flush_fails: Option<(usize, u8)>,
+    },
     Flush {
         fails: Option<(usize, u8)>,
     },
@@ -158,7 +187,12 @@ fn step() -> impl Strategy<Value = Step> {
     let error = || 0..ERRORS.len();
     let failed_flush = || prop::option::weighted(0.15, (error(), any::<u8>()));
     let write = (0..TAKING_PART - 1, 1..=2usize, prop::option::weighted(0.15, error()), failed_flush());
+    let how = prop_oneof![any::<bool>().prop_map(|unmap| Erase::Zeroes { unmap }), Just(Erase::Discard)];
+    let erase = (how, 0..TAKING_PART - 1, 1..=2usize, prop::option::weighted(0.15, error()), failed_flush());
     prop_oneof![
+        3 => erase.prop_map(|(how, sector, sectors, erase_fails, flush_fails)| {
+            Step::Erase { how, sector, sectors, erase_fails, flush_fails }
+        }),
         6 => write.prop_map(|(sector, sectors, write_fails, flush_fails)| {
             Step::Write { sector, sectors, write_fails, flush_fails }
         }),
@@ -236,6 +270,30 @@ impl Model {
                     expected.push(value);
                 }
                 prop_assert!(status != OK || write_fails.is_none() && flush_fails.is_none());
+                if let Some((_, lost)) = flush_fails {
+                    self.lose(lost);
+                }
+                if status == OK && self.is_write_through() {
+                    self.promised()?;
+                }
+            }
+            Step::Erase { how, sector, sectors, erase_fails, flush_fails } => {
+                let flush_fails = flush_fails.filter(|_| self.is_write_through() && erase_fails.is_none());
+                if let Some(error) = erase_fails {
+                    self.rig.faults().inject(Call::Allocate, Fault::Error(ERRORS[error]));
+                }
+                if let Some((error, _)) = flush_fails {
+                    self.rig.faults().inject(Call::Flush, Fault::Error(ERRORS[error]));
+                }
+                let status = erase(&mut self.rig, how, sector, u32::try_from(sectors).expect("few"));
+                for expected in &mut self.expected[sector..sector + sectors] {
+                    match how {
+                        Erase::Zeroes { .. } if status == OK => *expected = vec![0],
+                        Erase::Zeroes { .. } => expected.push(0),
+                        Erase::Discard => *expected = (0..=u8::MAX).collect(),
+                    }
+                }
+                prop_assert!(status != OK || erase_fails.is_none() && flush_fails.is_none());
                 if let Some((_, lost)) = flush_fails {
                     self.lose(lost);
                 }

@@ -47,6 +47,8 @@ struct State<'a> {
     vms: BTreeSet<&'a str>,
     /// vvu devices whose proxy runs.
     proxies: BTreeSet<&'a str>,
+    /// Spawned commands for whose end no step has waited, by VM and name.
+    spawned: BTreeSet<(&'a str, &'a str)>,
     /// vvu devices that a step has attached to their sibling VM.
     attached: BTreeSet<&'a str>,
 }
@@ -60,6 +62,7 @@ impl<'a> State<'a> {
             values: scenario.values(|_| VvuFacts::default(), |_| DiskFacts::default())?,
             vms: vms.map(String::as_str).collect(),
             proxies: scenario.vvu.keys().map(String::as_str).collect(),
+            spawned: BTreeSet::new(),
             attached: BTreeSet::new(),
         })
     }
@@ -85,6 +88,7 @@ impl<'a> State<'a> {
         match step {
             Step::Start(VmStep { vm, .. }) => {
                 ensure!(self.vms.insert(vm), "start: {vm:?} runs already");
+                self.proxies_run(vm)?;
             }
             Step::KillVm(VmStep { vm, .. }) => self.ended(vm),
             Step::PowerOff(power_off) => self.ended(&power_off.vm),
@@ -104,10 +108,18 @@ impl<'a> State<'a> {
                 self.values.fill(command).context("command")?;
                 self.check_pattern("expect.stdout", expect.stdout.as_deref(), save.as_deref(), *measure)?;
             }
-            Step::Spawn(SpawnStep { name, command, .. }) => {
+            Step::Spawn(SpawnStep { vm, name, command, .. }) => {
                 self.values.fill(command).context("command")?;
                 ensure!(!name.is_empty(), "name: want a name for `kill` and `wait`");
+                self.spawned.insert((vm, name));
             }
+            Step::Kill(KillStep { vm, name, .. }) | Step::Wait(WaitStep { vm, name, .. }) => {
+                ensure!(
+                    self.spawned.remove(&(vm.as_str(), name.as_str())),
+                    "name: no spawned command {name:?} runs in {vm:?}: a `spawn` step must come before"
+                );
+            }
+            Step::Reboot(reboot) => self.spawned.retain(|(vm, _)| *vm != reboot.vm),
             Step::Console(ConsoleStep { line, save, measure, .. }) => {
                 self.check_pattern("line", Some(line), save.as_deref(), *measure)?;
             }
@@ -126,8 +138,7 @@ impl<'a> State<'a> {
                 let supervised = self.scenario.vvu.get(vvu).is_some_and(|vvu| vvu.supervised);
                 ensure!(supervised, "vvu: {vvu:?} is not `supervised`");
             }
-            Step::Kill(KillStep { .. }) | Step::Wait(WaitStep { .. }) | Step::Reboot(_) | Step::Repeat(_) => {
-            }
+            Step::Repeat(_) => {}
         }
         Ok(())
     }
@@ -135,9 +146,22 @@ impl<'a> State<'a> {
     /// Notes that the VM `vm` is gone, and what was attached to it.
     fn ended(&mut self, vm: &str) {
         self.vms.remove(vm);
+        self.spawned.retain(|(of, _)| *of != vm);
         for (vvu, _) in self.scenario.vvu_of_sibling(vm) {
             self.attached.remove(vvu);
         }
+    }
+
+    /// Checks that the proxies of a VM that starts run: its VMM would wait for them, or end.
+    fn proxies_run(&self, vm: &str) -> Result<()> {
+        let of_sibling = self.scenario.vvu_of_sibling(vm).filter(|(vvu, _)| !self.scenario.attaches(vvu));
+        for (vvu, _) in self.scenario.vvu_of_device(vm).chain(of_sibling) {
+            ensure!(
+                self.proxies.contains(vvu),
+                "start: the proxy of {vvu:?}, to which {vm:?} connects, does not run: a `start_proxy` step must come before"
+            );
+        }
+        Ok(())
     }
 
     fn sibling_runs(&self, vvu: &str) -> Result<()> {

@@ -199,6 +199,30 @@ fn every_round_of_a_repeat_must_be_possible() {
     assert!(format!("{:#}", parse(&text).expect_err("no round")).contains("{round}"));
 }
 
+/// Nothing would end such a wait but its deadline.
+#[test]
+fn what_can_never_come_is_not_waited_for() {
+    let spawn = r#"{"spawn": {"vm": "device", "name": "x", "command": "true"}}"#;
+    let (kill, wait) =
+        (r#"{"kill": {"vm": "device", "name": "x"}}"#, r#"{"wait": {"vm": "device", "name": "x"}}"#);
+    let (reboot, elsewhere) =
+        (r#"{"reboot": {"vm": "device"}}"#, r#"{"wait": {"vm": "sibling", "name": "x"}}"#);
+    let start = r#"{"start": {"vm": "sibling"}}"#;
+    let kill_proxy = r#"{"kill_proxy": {"vvu": "vvu"}}"#;
+    let with = |steps: &[&str]| parse(&MINIMAL.replace(LAST, &format!("{}, {LAST}", steps.join(", "))));
+    for steps in [&[spawn, wait, spawn, kill][..], &[spawn, reboot, spawn, kill]] {
+        with(steps).unwrap_or_else(|error| panic!("{steps:?}: {error:#}"));
+    }
+    for steps in [&[wait][..], &[spawn, wait, wait], &[spawn, kill, wait], &[spawn, reboot, wait]] {
+        let error = format!("{:#}", with(steps).expect_err("it does not run"));
+        assert!(error.contains("no spawned command \"x\" runs in \"device\""), "{error}");
+    }
+    let error = format!("{:#}", with(&[spawn, start, elsewhere]).expect_err("another VM"));
+    assert!(error.contains("runs in \"sibling\""), "{error}");
+    let error = format!("{:#}", with(&[kill_proxy, start]).expect_err("nobody listens"));
+    assert!(error.contains("a `start_proxy` step must come before"), "{error}");
+}
+
 #[test]
 fn a_disk_file_must_be_a_whole_number_of_sectors() {
     let dir = tempfile::tempdir().expect("a directory");

@@ -66,7 +66,19 @@ fn every_key_of_the_old_format_has_its_place() {
     let actions: Vec<_> = actions.iter().filter_map(|step| step.as_object()?.keys().next()).collect();
     assert_eq!(
         actions,
-        ["run", "spawn", "kill", "wait", "console", "reboot", "start", "kill_vm", "repeat", "power_off"]
+        [
+            "run",
+            "spawn",
+            "spawn",
+            "kill",
+            "wait",
+            "console",
+            "reboot",
+            "start",
+            "kill_vm",
+            "repeat",
+            "power_off"
+        ]
     );
 }
 

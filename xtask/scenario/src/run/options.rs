@@ -10,7 +10,7 @@ use vvu_testvm::SetupOptions;
 use crate::format::Scenario;
 
 /// Options of a run.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct RunOptions {
     #[command(flatten)]
     #[expect(missing_docs, reason = "a doc comment on flattened options would become a help text")]

@@ -285,7 +285,11 @@ impl Running<'_> {
                 format!("{} ended with {}", step.name, ending(end))
             }
             Step::Console(step) => {
-                let found = vm.wait_for(&values.pattern(&step.line)?, deadline)?;
+                let pattern = values.pattern(&step.line)?;
+                let found = match command_of(&step.line) {
+                    Some(name) => vm.wait_for_line_of(name, &pattern, deadline)?,
+                    None => vm.wait_for(&pattern, deadline)?,
+                };
                 self.save(step.save.as_deref(), step.measure, Some(found.value))?;
                 found.line
             }
@@ -332,6 +336,12 @@ impl Running<'_> {
         self.values.set(name, value);
         Ok(())
     }
+}
+
+/// The spawned command whose lines are the only ones that a pattern can match, since it begins with `^\[NAME\]`.
+fn command_of(pattern: &str) -> Option<&str> {
+    let (name, _) = pattern.strip_prefix(r"^\[")?.split_once(r"\]")?;
+    name.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_".contains(letter)).then_some(name)
 }
 
 /// Finds `pattern` in a trace. Returns the value to save and the first line of the match.
@@ -414,6 +424,14 @@ mod tests {
         assert_eq!(found, (Some("2".to_owned()), "\"size\":1}".to_owned()));
         let error = look("\"size\":3").expect_err("not there").to_string();
         assert!(error.contains("no messages of vvu match") && error.contains("among 2"), "{error}");
+    }
+
+    #[test]
+    fn a_pattern_tells_whose_line_it_is_for() {
+        assert_eq!(command_of(r"^\[back-end_1\] .*ready"), Some("back-end_1"));
+        for other in [r"\[backend\] ready", r"^\[(a|b)\] x", r"^\[vda", r"^\[ *\d+\.\d+\] virtio", "ready"] {
+            assert_eq!(command_of(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -139,8 +139,6 @@ pub enum Serial<'a> {
     /// Not a socket for the console: one holds some 270 of the single bytes that a serial port writes, and a guest
     /// kernel drops what does not leave its port within 10 ms.
     Inherited {
-        /// The log of the console.
-        log: &'a Path,
         /// The socket at which somebody waits for the VMM's management connection, if the VM is managed.
         management: Option<&'a Path>,
     },

@@ -27,6 +27,7 @@ use crate::console::{Console, Found};
 use crate::control::Control;
 use crate::qmp::Qmp;
 use crate::spawned::ending;
+use crate::transcript::Transcript;
 use crate::watch::{Part, Watch, lock};
 use log::VmmLog;
 
@@ -38,7 +39,7 @@ const END_LIMIT: Duration = Duration::from_millis(500);
 /// Files that take a VM's output.
 #[derive(Debug, Clone)]
 pub(crate) struct Logs {
-    /// The console, written by the VMM.
+    /// What the guest prints.
     pub(crate) console: PathBuf,
     /// The output of the VMM itself.
     pub(crate) vmm: PathBuf,
@@ -65,7 +66,7 @@ struct State {
     console: Console,
     control: Control,
     management: Option<Qmp>,
-    /// The log of the console.
+    /// The log of what the guest prints.
     console_log: PathBuf,
     vmm_log: VmmLog,
     /// The VM was shut down or killed on purpose, so its end is no failure.
@@ -97,8 +98,12 @@ impl Vm {
         let launched = Instant::now();
         let vmm = children::spawn(command).with_context(|| format!("cannot start the VM {name}"))?;
         let id = vmm.id();
-        let (console, control) = (Console::new(console)?, Control::new(control)?);
         let console_log = logs.console;
+        let log = OpenOptions::new().create(true).append(true).open(&console_log);
+        let log = log.with_context(|| format!("cannot write {}", console_log.display()))?;
+        let transcript = Arc::new(Transcript::new(log));
+        let console = Console::new(console, Arc::clone(&transcript))?;
+        let control = Control::new(control, transcript)?;
         let state = State {
             name: name.to_owned(),
             vmm,
@@ -142,20 +147,43 @@ impl Vm {
         self.lock().ready(deadline, &self.watch)
     }
 
-    /// Waits for a line on the console; lines before it are skipped.
+    /// Waits for a line of the console or of a spawned command; lines of the same kind before it are skipped. The lines
+    /// of a command begin with `[NAME] `.
     ///
     /// # Errors
     ///
     /// Fails as every wait does, and after `deadline`.
     pub fn wait_for(&self, pattern: &Regex, deadline: Instant) -> Result<Found> {
+        self.wait_for_line(None, pattern, deadline)
+    }
+
+    /// Waits as [`Vm::wait_for`] does, for a line that only the spawned command `name` can print.
+    ///
+    /// # Errors
+    ///
+    /// Fails as every wait does, when the command has ended without such a line, and after `deadline`.
+    pub fn wait_for_line_of(&self, name: &str, pattern: &Regex, deadline: Instant) -> Result<Found> {
+        self.wait_for_line(Some(name), pattern, deadline)
+    }
+
+    fn wait_for_line(&self, command: Option<&str>, pattern: &Regex, deadline: Instant) -> Result<Found> {
         let mut state = self.lock();
         let State { vmm, console, control, vmm_log, .. } = &mut *state;
+        let mut has_ended = false;
         let found = console.wait(pattern, deadline, || {
             alive(vmm, vmm_log)?;
             control.check()?;
+            if let Some(name) = command
+                && let Some(end) = control.spawned.last_end(name)
+            {
+                has_ended = true;
+                bail!("{name} ended with {} and printed no line that matches /{pattern}/", ending(end));
+            }
             self.watch.check()
         });
-        found.map_err(|error| state.explain(&error))
+        // Its last lines are there by now.
+        let last = if has_ended { console.said(pattern) } else { None };
+        last.unwrap_or(found).map_err(|error| state.explain(&error))
     }
 
     /// Passes over the lines that the console has so far, so that [`Vm::wait_for`] finds only later ones.
@@ -227,7 +255,7 @@ impl Vm {
         let action = Action::Spawn(Spawn { name: name.to_owned(), command: command.to_owned() });
         let answer = state.request(action, deadline, &self.watch);
         if answer.is_err() {
-            state.control.spawned.allow(name);
+            state.control.spawned.forget(name);
         }
         answer.map(drop)
     }
@@ -349,8 +377,10 @@ impl State {
     fn wait_for_end(&mut self, name: &str, deadline: Instant, watch: &Watch) -> Result<End> {
         let Self { vmm, console, control, vmm_log, .. } = self;
         let end = loop {
-            if let Some(end) = control.spawned.take_end(name) {
-                break Ok(end);
+            match control.spawned.take_end(name) {
+                Ok(Some(end)) => break Ok(end),
+                Ok(None) => {}
+                Err(error) => break Err(error),
             }
             let waited = control.wait(deadline, || {
                 console.check()?;

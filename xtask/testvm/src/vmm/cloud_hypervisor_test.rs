@@ -60,8 +60,7 @@ fn each_front_end_becomes_a_device_of_cloud_hypervisor() {
 fn a_run_that_it_cannot_do_is_refused_with_the_reason() {
     let tcg = refused(&sibling(), Kind::Tcg, Serial::Terminal);
     assert_eq!(tcg, "sibling: Cloud Hypervisor does not run on tcg: it needs kvm");
-    let console = Path::new("/r/console.log");
-    let ports = refused(&sibling(), Kind::Kvm, Serial::Inherited { log: console, management: None });
+    let ports = refused(&sibling(), Kind::Kvm, Serial::Inherited { management: None });
     assert!(ports.contains("cannot inherit a control port"), "{ports}");
     let device = refused(&device(), Kind::Kvm, Serial::Terminal);
     assert!(device.contains("such as QEMU 10.1 or later"), "{device}");

@@ -80,8 +80,7 @@ pub struct Capabilities {
     pub accelerators: &'static [Kind],
     /// It hosts vvu devices, so it can run a device VM.
     pub vvu_devices: bool,
-    /// It inherits the console and the control port as file descriptors and writes a log of the console, so commands
-    /// can be run in the guest.
+    /// It inherits the console and the control port as file descriptors, so commands can be run in the guest.
     pub inherited_ports: bool,
     /// It has CPU models other than the best of the accelerator.
     pub cpu_models: bool,

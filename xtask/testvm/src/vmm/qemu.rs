@@ -124,10 +124,9 @@ pub(super) fn arguments(
     words.pair("-initrd", boot.initramfs.display().to_string());
     words.pair("-append", cmdline(machine, config, serial));
     match serial {
-        Serial::Inherited { log, management } => {
-            let log = escaped(&log.display().to_string());
+        Serial::Inherited { management } => {
             words
-                .pair("-chardev", format!("file,id=console,path=/proc/self/fd/1,logfile={log},logappend=on"))
+                .pair("-chardev", "file,id=console,path=/proc/self/fd/1")
                 .pair("-serial", "chardev:console")
                 .pair("-chardev", "socket,id=control,fd=0")
                 .pair("-serial", "chardev:control");

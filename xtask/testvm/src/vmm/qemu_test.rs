@@ -8,7 +8,7 @@ use crate::vm::cpu::CpuLevel;
 
 /// Ports of a VM that is managed at this socket, or not at all.
 fn inherited(management: Option<&str>) -> Serial<'_> {
-    Serial::Inherited { log: Path::new("/r/console.log"), management: management.map(Path::new) }
+    Serial::Inherited { management: management.map(Path::new) }
 }
 
 fn line_of(machine: &Machine, config: &Config, serial: Serial<'_>) -> String {
@@ -29,7 +29,7 @@ fn the_device_vm_is_as_measured() {
          -object memory-backend-memfd,id=mem,size=512M,share=on -kernel /c/vmlinux -initrd /c/device.cpio \
          -append console=ttyS0 loglevel=6 panic=-1 no_timer_check vvu.hostname=device vvu.control=ttyS1 \
          vfio_iommu_type1.allow_unsafe_interrupts=1 \
-         -chardev file,id=console,path=/proc/self/fd/1,logfile=/r/console.log,logappend=on -serial chardev:console \
+         -chardev file,id=console,path=/proc/self/fd/1 -serial chardev:console \
          -chardev socket,id=control,fd=0 -serial chardev:control \
          -device virtio-iommu-pci,addr=05.0,boot-bypass=off \
          -device {\"addr\":\"10.0\",\"driver\":\"vfio-user-pci\",\"rombar\":0,\
