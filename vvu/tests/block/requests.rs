@@ -10,12 +10,12 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vvu::backend::block::BlockOptions;
+use vvu::backend::block::{BlockOptions, EngineKind};
 
 use crate::common::{
     Completion, Driver, Piece, Ring, Setup, SiblingMemory, config_u16, config_u64, pattern, wait_until,
 };
-use crate::{DATA, IO_ERROR, OK, UNSUPPORTED, memory, start};
+use crate::{DATA, ENGINE, IO_ERROR, OK, UNSUPPORTED, memory, start};
 
 #[test]
 fn negotiates_reads_writes_flushes_and_identifies() {
@@ -105,7 +105,10 @@ fn calls(without: u64, prepare: impl FnOnce(&Ring, &SiblingMemory)) -> u64 {
 #[test]
 fn a_batch_is_announced_once_and_only_if_wanted() {
     let event_idx = 1 << VIRTIO_RING_F_EVENT_IDX;
-    assert_eq!(calls(event_idx, |_, _| {}), 1, "without event index");
+    // Requests that are carried out side by side need not end together.
+    let most = if ENGINE == EngineKind::Sync { 1 } else { 20 };
+    let got = calls(event_idx, |_, _| {});
+    assert!((1..=most).contains(&got), "{got} calls without event index");
     assert_eq!(calls(event_idx, Ring::ask_for_silence), 0, "without event index and unwanted");
     for (used_event, want) in [(0, 1), (19, 1), (20, 0), (1000, 0)] {
         let got = calls(0, |ring, memory| ring.set_used_event(memory, used_event));

@@ -13,6 +13,7 @@ use super::handler::Handler;
 use super::server::{self, ServeError};
 use crate::event::StopToken;
 use crate::pci::DirectDoorbells;
+use crate::shortage::is_shortage;
 use config::Shape;
 use device::BlockDevice;
 use disk::Disk;
@@ -121,15 +122,20 @@ impl BlockBackend {
 
 fn choose(options: &BlockOptions) -> Result<EngineKind, OpenError> {
     match options.engine {
-        Some(EngineKind::IoUring) => uring::probe().map(|()| EngineKind::IoUring).map_err(OpenError::Engine),
-        Some(EngineKind::Sync) => Ok(EngineKind::Sync),
-        None if !options.direct => Ok(EngineKind::Sync),
-        None => Ok(match uring::probe() {
+        Some(EngineKind::IoUring) => match uring::probe() {
+            Ok(()) => Ok(EngineKind::IoUring),
+            Err(source) if is_shortage(&source) => {
+                Err(OpenError::Io { what: "make an io_uring for", path: options.path.clone(), source })
+            }
+            Err(error) => Err(OpenError::Engine(error)),
+        },
+        None if options.direct => Ok(match uring::probe() {
             Ok(()) => EngineKind::IoUring,
             Err(error) => {
                 log::warn!("no io_uring ({error}): requests of a queue are carried out one at a time");
                 EngineKind::Sync
             }
         }),
+        Some(EngineKind::Sync) | None => Ok(EngineKind::Sync),
     }
 }
