@@ -1,8 +1,10 @@
 //! What the queue engine and the vhost-user handler need to know of a device.
 
-use vm_memory::GuestMemoryMmap;
+use std::io;
+use std::sync::Arc;
 
-use super::chain::Chain;
+use super::engine::Engine;
+use crate::event::Event;
 
 /// A virtio device for one front-end. Its queues call it from a thread each.
 pub(super) trait Device: Send + Sync {
@@ -21,9 +23,10 @@ pub(super) trait Device: Send + Sync {
     /// `size` bytes at `offset` of the configuration space, empty if the space does not have them.
     fn config(&self, offset: u32, size: u32) -> Vec<u8>;
 
-    /// Carries out one request and returns the number of bytes that were written to the guest.
+    /// What carries out the requests of one queue. It signals `wake_up` when there is something to do for it although its
+    /// [event](Engine::event) is quiet.
     ///
-    /// A device that is about to do something slow calls `announce` first, so that the driver learns of the
-    /// requests that are done already.
-    fn handle(&self, memory: &GuestMemoryMmap, chain: Chain, announce: &mut dyn FnMut()) -> u32;
+    /// # Errors
+    /// When the process or the system is short of something that the engine needs.
+    fn engine(self: Arc<Self>, wake_up: &Arc<Event>) -> io::Result<Box<dyn Engine>>;
 }

@@ -4,13 +4,14 @@
 //! device VM connects to it.
 //!
 //! A front-end's message goes from `server` to `handler`, which changes a queue; each queue has a thread (`worker`)
-//! with an engine (`sync`) that takes requests from the queue (`queue`, over `ring` and `chain`), has the device
-//! (`device`) carry them out, and gives them back.
+//! that serves it (`serve`): takes requests from the queue (`queue`, over `ring` and `chain`), has an engine of the
+//! device (`device`, `engine`) carry them out, and gives them back.
 
 pub mod block;
 
 mod chain;
 mod device;
+mod engine;
 mod handler;
 mod inflight;
 mod memory;
@@ -18,8 +19,8 @@ mod notify;
 mod poll;
 mod queue;
 mod ring;
+mod serve;
 mod server;
-mod sync;
 mod worker;
 
 pub use server::ServeError;

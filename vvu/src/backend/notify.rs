@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -18,16 +18,18 @@ const NO_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// Tags of what a queue waits for.
 const KICK: u64 = 0;
 const WAKE_UP: u64 = 1;
+const FINISHED: u64 = 2;
 
-/// What a queue's thread waits for: kicks of the driver, and wake-ups by its own process.
+/// What a queue's thread waits for: kicks of the driver, wake-ups by its own process, and requests that its engine has
+/// finished.
 ///
-/// Both are in one epoll instance, the kick event edge-triggered: each kick ends one wait, no matter who else reads
+/// All are in one epoll instance, the kick event edge-triggered: each kick ends one wait, no matter who else reads
 /// the event. A second `SET_VRING_KICK` takes effect at once, and the event it replaces is dead even if other
 /// processes keep it open.
 #[derive(Debug)]
 pub(super) struct Kicks {
     epoll: OwnedFd,
-    wake_up: Event,
+    wake_up: Arc<Event>,
     kick: Mutex<Option<File>>,
 }
 
@@ -38,9 +40,22 @@ impl Kicks {
     /// When there is no file descriptor left.
     pub(super) fn new() -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let wake_up = Event::new()?;
+        let wake_up = Arc::new(Event::new()?);
         epoll::add(&epoll, &wake_up, EventData::new_u64(WAKE_UP), EventFlags::IN)?;
         Ok(Self { epoll, wake_up, kick: Mutex::new(None) })
+    }
+
+    /// The event that ends the wait.
+    pub(super) fn wake_up_event(&self) -> &Arc<Event> {
+        &self.wake_up
+    }
+
+    /// Lets each wait end also while `finished` is readable.
+    ///
+    /// # Errors
+    /// When the kernel is out of memory.
+    pub(super) fn watch(&self, finished: impl AsFd) -> io::Result<()> {
+        Ok(epoll::add(&self.epoll, finished, EventData::new_u64(FINISHED), EventFlags::IN)?)
     }
 
     fn kick(&self) -> MutexGuard<'_, Option<File>> {
@@ -70,7 +85,7 @@ impl Kicks {
         self.wake_up.signal();
     }
 
-    /// Waits for a kick or a wake-up.
+    /// Waits for a kick, a wake-up or a finished request.
     ///
     /// # Errors
     /// When the kernel is out of memory.
@@ -81,15 +96,16 @@ impl Kicks {
 
     /// Takes kicks and wake-ups, waiting for the first one for at most `limit`. Returns whether there was one.
     fn look(&self, limit: Option<&Timespec>) -> io::Result<bool> {
-        let mut ready = Vec::with_capacity(2);
+        let mut ready = Vec::with_capacity(3);
         match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut ready), limit) {
             Err(Errno::INTR) => return Ok(false),
             result => result?,
         };
         for event in &ready {
-            if event.data.u64() == WAKE_UP {
+            let tag = event.data.u64();
+            if tag == WAKE_UP {
                 self.wake_up.drain();
-            } else if let Some(kick) = &*self.kick() {
+            } else if let (KICK, Some(kick)) = (tag, &*self.kick()) {
                 // Resets the counter, so that a VMM that takes the event over finds no old kick. Nothing depends on
                 // it, and it fails when somebody else has reset the counter.
                 let _ = rustix::io::preadv2(

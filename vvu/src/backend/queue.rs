@@ -2,7 +2,7 @@
 //!
 //! A request goes through [`take`](Queue::take), which marks it as in flight, is carried out, and goes back with
 //! [`complete`](Queue::complete), in any order. [`announce`](Queue::announce) notifies the driver. The loop
-//! that decides when to do which is [`sync`](super::sync).
+//! that decides when to do which is [`serve`](super::serve).
 
 use std::fs::File;
 use std::sync::Arc;
@@ -166,9 +166,10 @@ impl Queue {
         self.doorbells.as_ref().is_some_and(|doorbells| doorbells.has(self.index))
     }
 
-    /// Whether there is another request, after the poll window if there is one. If not, the driver will kick.
-    pub(super) fn has_more(&mut self, interrupt: &AtomicBool) -> Result<bool, Broken> {
-        let found = self.window.finds_request(&self.ring, &self.memory, interrupt)?;
+    /// Whether there is another request, after the poll window if there is one and it is to be used. If not, the driver
+    /// will kick.
+    pub(super) fn has_more(&mut self, watch: bool, interrupt: &AtomicBool) -> Result<bool, Broken> {
+        let found = watch && self.window.finds_request(&self.ring, &self.memory, interrupt)?;
         Ok(found || self.ring.enable_kicks(&*self.memory)?)
     }
 

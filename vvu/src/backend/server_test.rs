@@ -1,6 +1,9 @@
 use super::*;
-use crate::backend::chain::{Chain, Segments};
+use crate::backend::chain::Segments;
 use crate::backend::device::Device;
+use crate::backend::engine::{Engine, Finished};
+use crate::backend::queue::Taken;
+use crate::event::Event;
 use crate::message_socket::{Message, MessageSocket, SocketError};
 use rustix::event::{EventfdFlags, eventfd};
 use std::fs::File;
@@ -43,7 +46,21 @@ impl Device for Echo {
         (0..8).skip(offset as usize).take(size as usize).collect()
     }
 
-    fn handle(&self, memory: &GuestMemoryMmap, chain: Chain, announce: &mut dyn FnMut()) -> u32 {
+    fn engine(self: Arc<Self>, _wake_up: &Arc<Event>) -> io::Result<Box<dyn Engine>> {
+        Ok(Box::new(Copies))
+    }
+}
+
+#[derive(Debug)]
+struct Copies;
+
+impl Engine for Copies {
+    fn begin(
+        &mut self,
+        memory: &Arc<GuestMemoryMmap>,
+        Taken { head, chain }: Taken,
+        announce: &mut dyn FnMut(),
+    ) -> Option<Finished> {
         announce();
         let copy = |readable: &Segments, writable: &Segments| {
             let mut bytes = vec![0; usize::try_from(readable.len()).ok()?];
@@ -51,7 +68,7 @@ impl Device for Echo {
             writable.write(memory, &bytes).ok()
         };
         let copied = copy(&chain.readable, &chain.writable).unwrap_or(0);
-        u32::try_from(copied).expect("small")
+        Some(Finished { head, written: u32::try_from(copied).expect("small"), size: chain.len() })
     }
 }
 

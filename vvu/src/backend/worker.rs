@@ -10,9 +10,9 @@ use std::time::Duration;
 use super::device::Device;
 use super::notify::Kicks;
 use super::queue::Queue;
-use super::sync;
+use super::serve::Service;
 
-/// A queue and the thread that serves it. Dropping it ends the thread, once the request it carries out is done.
+/// A queue and the thread that serves it. Dropping it ends the thread, once the requests that are in flight are done.
 #[derive(Debug)]
 pub(super) struct Worker {
     shared: Arc<Shared>,
@@ -22,9 +22,9 @@ pub(super) struct Worker {
 #[derive(Debug)]
 struct Shared {
     /// Locked by the thread while it works on requests.
-    queue: Mutex<Queue>,
+    service: Mutex<Service>,
     kicks: Kicks,
-    /// Makes the thread unlock the queue at the next opportunity.
+    /// Makes the thread unlock the service at the next opportunity.
     interrupt: AtomicBool,
     ended: AtomicBool,
 }
@@ -35,25 +35,30 @@ impl Worker {
     /// # Errors
     /// When there is no thread or file descriptor left.
     pub(super) fn start(index: u16, device: Arc<dyn Device>, window: Duration) -> io::Result<Self> {
+        let kicks = Kicks::new()?;
+        let engine = device.engine(kicks.wake_up_event())?;
+        if let Some(event) = engine.event() {
+            kicks.watch(event)?;
+        }
         let shared = Arc::new(Shared {
-            queue: Mutex::new(Queue::new(index, window)),
-            kicks: Kicks::new()?,
+            service: Mutex::new(Service::new(Queue::new(index, window), engine)),
+            kicks,
             interrupt: AtomicBool::new(false),
             ended: AtomicBool::new(false),
         });
         let its = Arc::clone(&shared);
-        let thread =
-            thread::Builder::new().name(format!("queue {index}")).spawn(move || its.run(&*device))?;
+        let thread = thread::Builder::new().name(format!("queue {index}")).spawn(move || its.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Changes the queue between two requests.
+    /// Changes the queue while no request is in flight.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Queue) -> T) -> T {
         self.shared.interrupt.store(true, Ordering::Relaxed);
-        let mut queue = self.shared.queue();
+        let mut service = self.shared.service();
         self.shared.interrupt.store(false, Ordering::Relaxed);
-        let result = change(&mut queue);
-        drop(queue);
+        service.drain();
+        let result = change(&mut service.queue);
+        drop(service);
         self.shared.kicks.wake_up();
         result
     }
@@ -80,20 +85,22 @@ impl Drop for Worker {
 }
 
 impl Shared {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn service(&self) -> MutexGuard<'_, Service> {
+        self.service.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, device: &dyn Device) {
-        loop {
+    fn run(&self) {
+        let ended = || self.ended.load(Ordering::SeqCst);
+        // An engine that waits takes wake-ups, too: the one that says it is time to end may be gone.
+        while !ended() {
             if let Err(error) = self.kicks.wait() {
-                log::error!("the thread of queue {} ends: cannot wait: {error}", self.queue().index);
-                return;
+                log::error!("the thread of queue {} ends: cannot wait: {error}", self.service().queue.index);
+                break;
             }
-            if self.ended.load(Ordering::SeqCst) {
-                return;
+            if !ended() {
+                self.service().serve(&self.interrupt);
             }
-            sync::serve(&mut self.queue(), device, &self.interrupt);
         }
+        self.service().drain();
     }
 }

@@ -7,13 +7,13 @@ use vhost::VhostBackend;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use vvu::backend::block::{BlockBackend, BlockOptions};
 
-use crate::common::{Backend, Setup, pattern, wait_until};
-use crate::{DATA, memory};
+use crate::common::{Setup, pattern, wait_until};
+use crate::{DATA, memory, start};
 
 #[test]
 fn a_queue_stops_where_it_is_and_goes_on_from_there() {
     let content = pattern(13, 4096);
-    let backend = Backend::start(&content, |_| {});
+    let backend = start(&content, |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup::default());
     for _ in 0..3 {
@@ -36,7 +36,7 @@ fn a_queue_stops_where_it_is_and_goes_on_from_there() {
 #[test]
 fn a_stopped_queue_has_finished_what_it_took() {
     const LEN: u32 = 512 << 10;
-    let backend = Backend::start(&pattern(19, LEN as usize), |_| {});
+    let backend = start(&pattern(19, LEN as usize), |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup::default());
     let free = driver.rings[0].snapshot();
@@ -60,7 +60,7 @@ fn a_stopped_queue_has_finished_what_it_took() {
 #[test]
 fn events_and_memory_are_replaced_on_a_running_connection() {
     let content = pattern(14, 4096);
-    let backend = Backend::start(&content, |_| {});
+    let backend = start(&content, |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup::default());
     for _ in 0..5 {
@@ -84,7 +84,7 @@ fn events_and_memory_are_replaced_on_a_running_connection() {
 /// The back-end before may have died between giving a request back and signalling the driver.
 #[test]
 fn a_driver_that_waits_for_a_call_gets_one_from_the_next_back_end() {
-    let mut backend = Backend::start(&pattern(16, 512), |_| {});
+    let mut backend = start(&pattern(16, 512), |_| {});
     let memory = memory();
     for inflight in [false, true] {
         let mut driver = backend.connect(&memory, Setup { inflight, ..Setup::default() });
@@ -99,7 +99,7 @@ fn a_driver_that_waits_for_a_call_gets_one_from_the_next_back_end() {
 
 #[test]
 fn stops_while_a_front_end_is_connected() {
-    let backend = Backend::start(&pattern(17, 512), |_| {});
+    let backend = start(&pattern(17, 512), |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup::default());
     driver.read(0, 0, DATA, 512);
@@ -110,7 +110,7 @@ fn stops_while_a_front_end_is_connected() {
 
 #[test]
 fn one_writer_or_many_readers() {
-    let backend = Backend::start(&pattern(18, 512), |_| {});
+    let backend = start(&pattern(18, 512), |_| {});
     let open = |path: &Path, read_only| {
         let options = BlockOptions { read_only, ..BlockOptions::new(path) };
         BlockBackend::open(&options).map_err(|error| error.to_string())

@@ -3,13 +3,13 @@
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
-use crate::common::{Backend, DEADLINE, Descriptor, Driver, INDIRECT, NEXT, Setup, WRITE, pattern};
-use crate::{DATA, memory};
+use crate::common::{DEADLINE, Descriptor, Driver, INDIRECT, NEXT, Setup, WRITE, pattern};
+use crate::{DATA, memory, start};
 
 #[test]
 fn an_indirect_table_is_followed_once() {
     let content = pattern(10, 4096);
-    let backend = Backend::start(&content, |_| {});
+    let backend = start(&content, |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup::default());
     let table = DATA + 0x8000;
@@ -39,7 +39,7 @@ fn an_indirect_table_is_followed_once() {
 #[test]
 fn hostile_chains_come_back_and_change_nothing() {
     let content = pattern(11, 64 << 10);
-    let backend = Backend::start(&content, |_| {});
+    let backend = start(&content, |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup::default());
     let header = Driver::header(&memory, 0, 100);
@@ -123,7 +123,7 @@ fn hostile_chains_come_back_and_change_nothing() {
 #[test]
 fn a_broken_ring_stops_one_queue_until_it_is_started_again() {
     let content = pattern(12, 4096);
-    let backend = Backend::start(&content, |_| {});
+    let backend = start(&content, |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup { queues: 2, ..Setup::default() });
     assert_eq!(driver.read(0, 0, DATA, 4096), content);
@@ -144,7 +144,7 @@ fn a_broken_ring_stops_one_queue_until_it_is_started_again() {
 #[test]
 fn a_front_end_that_breaks_the_protocol_costs_only_itself() {
     use std::io::{Read, Write};
-    let backend = Backend::start(&pattern(16, 512), |_| {});
+    let backend = start(&pattern(16, 512), |_| {});
     for garbage in [&[0xff; 64][..], &[1, 0, 0, 0, 1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], &[1, 0, 0]] {
         let mut stream = std::os::unix::net::UnixStream::connect(&backend.socket).expect("connect");
         stream.set_read_timeout(Some(DEADLINE)).expect("timeout");

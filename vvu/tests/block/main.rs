@@ -1,4 +1,5 @@
-//! The block back-end, end to end over a plain vhost-user socket.
+//! The block back-end, end to end over a plain vhost-user socket, with the synchronous engine. `block_io_uring` and
+//! `block_direct` run the same tests with the other one.
 #![allow(unreachable_pub, reason = "its modules are one program")]
 
 #[path = "../common/mod.rs"]
@@ -12,16 +13,12 @@ mod process;
 mod requests;
 mod rings;
 
-use std::sync::Arc;
+mod with;
 
-use common::{Completion, SiblingMemory};
+use vvu::backend::block::EngineKind;
 
-const OK: Completion = Completion { status: 0, used: 1 };
-const IO_ERROR: Completion = Completion { status: 1, used: 1 };
-const UNSUPPORTED: Completion = Completion { status: 2, used: 1 };
-/// Guest address of memory that no ring is in.
-const DATA: u64 = 1 << 20;
+use with::{DATA, IO_ERROR, OK, UNSUPPORTED, memory, start};
 
-fn memory() -> Arc<SiblingMemory> {
-    Arc::new(SiblingMemory::flat(4 << 20))
-}
+/// How the back-end carries out requests.
+const ENGINE: EngineKind = EngineKind::Sync;
+const DIRECT: bool = false;

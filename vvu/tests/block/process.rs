@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use crate::common::disk;
+use crate::with::arguments;
 
 /// A running back-end, killed when it is dropped.
 pub struct Process {
@@ -47,6 +48,7 @@ fn launch(socket: &Path, disk: &Path) -> Child {
         .arg(socket)
         .arg("--file")
         .arg(disk)
+        .args(arguments())
         .stdout(Stdio::piped())
         .spawn()
         .expect("vvu");

@@ -10,18 +10,17 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vvu::backend::block::BlockOptions;
+use vvu::backend::block::{BlockOptions, EngineKind};
 
 use crate::common::{
-    Backend, Completion, Driver, Piece, Ring, Setup, SiblingMemory, config_u16, config_u64, pattern,
-    wait_until,
+    Completion, Driver, Piece, Ring, Setup, SiblingMemory, config_u16, config_u64, pattern, wait_until,
 };
-use crate::{DATA, IO_ERROR, OK, UNSUPPORTED, memory};
+use crate::{DATA, ENGINE, IO_ERROR, OK, UNSUPPORTED, memory, start};
 
 #[test]
 fn negotiates_reads_writes_flushes_and_identifies() {
     let before = pattern(1, 64 << 10);
-    let backend = Backend::start(&before, |_| {});
+    let backend = start(&before, |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup::default());
     assert_eq!(config_u64(&driver.config, 0), 128, "capacity in sectors");
@@ -41,7 +40,7 @@ fn negotiates_reads_writes_flushes_and_identifies() {
 #[test]
 fn a_request_may_span_memory_regions() {
     let content = pattern(3, 16 << 10);
-    let backend = Backend::start(&content, |_| {});
+    let backend = start(&content, |_| {});
     let pieces = [
         Piece { gpa: 0, size: 0x10_0000, offset: 0x20_0000 },
         Piece { gpa: 0x10_0000, size: 0x10_0000, offset: 0 },
@@ -58,7 +57,7 @@ fn a_request_may_span_memory_regions() {
 
 #[test]
 fn queues_work_side_by_side() {
-    let backend = Backend::start(&pattern(4, 1 << 20), |_| {});
+    let backend = start(&pattern(4, 1 << 20), |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup { queues: 4, ..Setup::default() });
     for round in 0..50u64 {
@@ -86,7 +85,7 @@ fn queues_work_side_by_side() {
 
 /// Returns how often the device calls for 20 requests that are available when the queue starts.
 fn calls(without: u64, prepare: impl FnOnce(&Ring, &SiblingMemory)) -> u64 {
-    let backend = Backend::start(&pattern(5, 64 << 10), |_| {});
+    let backend = start(&pattern(5, 64 << 10), |_| {});
     let memory = memory();
     let setup = Setup { without, ..Setup::default() };
     let mut driver = Driver::negotiate(&backend.socket, &memory, setup).expect("negotiation");
@@ -106,7 +105,10 @@ fn calls(without: u64, prepare: impl FnOnce(&Ring, &SiblingMemory)) -> u64 {
 #[test]
 fn a_batch_is_announced_once_and_only_if_wanted() {
     let event_idx = 1 << VIRTIO_RING_F_EVENT_IDX;
-    assert_eq!(calls(event_idx, |_, _| {}), 1, "without event index");
+    // Requests that are carried out side by side need not end together.
+    let most = if ENGINE == EngineKind::Sync { 1 } else { 20 };
+    let got = calls(event_idx, |_, _| {});
+    assert!((1..=most).contains(&got), "{got} calls without event index");
     assert_eq!(calls(event_idx, Ring::ask_for_silence), 0, "without event index and unwanted");
     for (used_event, want) in [(0, 1), (19, 1), (20, 0), (1000, 0)] {
         let got = calls(0, |ring, memory| ring.set_used_event(memory, used_event));
@@ -117,7 +119,7 @@ fn a_batch_is_announced_once_and_only_if_wanted() {
 #[test]
 fn a_driver_without_event_idx_is_served() {
     let content = pattern(6, 4096);
-    let backend = Backend::start(&content, |_| {});
+    let backend = start(&content, |_| {});
     let memory = memory();
     let without = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_BLK_F_FLUSH;
     let mut driver = backend.connect(&memory, Setup { without, acknowledged: false, ..Setup::default() });
@@ -131,7 +133,7 @@ fn a_driver_without_event_idx_is_served() {
 #[test]
 fn discards_and_zeroes() {
     let before = pattern(8, 1 << 20);
-    let backend = Backend::start(&before, |_| {});
+    let backend = start(&before, |_| {});
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup::default());
     let mut range = |kind, sector: u64, sectors: u32, flags: u32| {
@@ -163,7 +165,7 @@ fn discards_and_zeroes() {
 #[test]
 fn a_read_only_disk_stays_as_it_is() {
     let before = pattern(9, 4096);
-    let backend = Backend::start(&before, |options| options.read_only = true);
+    let backend = start(&before, |options| options.read_only = true);
     let memory = memory();
     let mut driver = backend.connect(&memory, Setup::default());
     for kind in [VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
@@ -196,7 +198,7 @@ fn access_platform_is_offered_on_demand_and_refused_with_an_iommu() {
     let content = pattern(22, 4096);
     let access_platform = 1 << VIRTIO_F_ACCESS_PLATFORM;
     for on in [false, true] {
-        let backend = Backend::start(&content, |options| options.access_platform = on);
+        let backend = start(&content, |options| options.access_platform = on);
         let memory = memory();
         let mut driver = backend.connect(&memory, Setup { without: access_platform, ..Setup::default() });
         assert_eq!(driver.offered & access_platform != 0, on);
@@ -214,7 +216,7 @@ fn access_platform_is_offered_on_demand_and_refused_with_an_iommu() {
 #[test]
 fn requests_can_be_kept_as_short_as_a_queue() {
     let content = pattern(21, 7 << 10);
-    let backend = Backend::start(&content, |options| options.segments = 14);
+    let backend = start(&content, |options| options.segments = 14);
     let memory = memory();
     let setup = Setup { queue_size: 16, without: 1 << VIRTIO_RING_F_INDIRECT_DESC, ..Setup::default() };
     let mut driver = backend.connect(&memory, setup);

@@ -6,8 +6,8 @@ use std::time::Duration;
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::common::{Backend, Descriptor, Driver, INDIRECT, NEXT, Setup, SiblingMemory, WRITE, pattern};
-use crate::{DATA, memory};
+use crate::common::{Descriptor, Driver, INDIRECT, NEXT, Setup, SiblingMemory, WRITE, pattern};
+use crate::{DATA, memory, start};
 
 /// Bytes of a piece of memory in a request.
 const PIECE: u64 = 512;
@@ -178,7 +178,7 @@ fn descriptors(parts: &[(u64, u64, bool)], index: impl Fn(u16) -> u16) -> Vec<De
 /// reads and writes, up to the longest that fit.
 fn every_ring_is_served(poll: Duration) {
     let mut disk = pattern(40, usize::try_from(IN_FLIGHT * PART).expect("size"));
-    let backend = Backend::start(&disk, |options| {
+    let backend = start(&disk, |options| {
         options.poll = poll;
         options.segments = u16::try_from(PIECES_MAX).expect("few");
     });

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub use backend::Backend;
 pub use driver::{Completion, Driver, Setup, config_u16, config_u64};
 pub use memory::{Piece, SiblingMemory};
-pub use ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE, readable};
+pub use ring::{Descriptor, INDIRECT, NEXT, Ring, WRITE, readable, wait};
 pub use vmm::Vmm;
 
 /// Longest time that anything here may take. Far more than it needs, and less than a runner waits.

@@ -1,5 +1,6 @@
 //! The driver's side of a split virtqueue (virtio 1.2, 2.7).
 
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -218,6 +219,20 @@ pub fn readable(fd: &impl AsRawFd, limit: Duration) -> bool {
     let epoll = Epoll::new().expect("epoll");
     let interest = EpollEvent::new(EventSet::IN | EventSet::READ_HANG_UP, 0);
     epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), interest).expect("epoll");
-    let limit = i32::try_from(limit.as_millis()).expect("a short limit").max(1);
-    epoll.wait(limit, &mut [EpollEvent::default()]).expect("epoll") != 0
+    wait(&epoll, limit)
+}
+
+/// Waits until `epoll` has an event, for at most `limit`, and returns whether it has one.
+///
+/// The kernel interrupts the wait of a thread that has made an io_uring, when the ring is gone.
+pub fn wait(epoll: &Epoll, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        let rest = i32::try_from(rest.as_millis()).expect("a short limit").max(1);
+        match epoll.wait(rest, &mut [EpollEvent::default()]) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => return result.expect("epoll") != 0,
+        }
+    }
 }

@@ -1,13 +1,14 @@
 //! The system calls that can fail, and with which errors.
 
 use libc::{
-    EAGAIN, EFBIG, EINTR, EIO, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC, SYS_accept4, SYS_bind, SYS_brk,
-    SYS_clone, SYS_clone3, SYS_connect, SYS_dup, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait,
+    EAGAIN, EBUSY, EFBIG, EINTR, EIO, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC, SYS_accept4, SYS_bind,
+    SYS_brk, SYS_clone, SYS_clone3, SYS_connect, SYS_dup, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait,
     SYS_eventfd2, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_flock, SYS_fstat, SYS_fstatfs, SYS_ftruncate,
-    SYS_getrandom, SYS_getsockopt, SYS_io_getevents, SYS_io_setup, SYS_io_submit, SYS_ioctl, SYS_listen,
-    SYS_lseek, SYS_madvise, SYS_memfd_create, SYS_mmap, SYS_mprotect, SYS_openat, SYS_ppoll, SYS_preadv,
-    SYS_preadv2, SYS_pwritev, SYS_read, SYS_readlinkat, SYS_recvfrom, SYS_recvmsg, SYS_sendmsg, SYS_sendto,
-    SYS_shutdown, SYS_socket, SYS_socketpair, SYS_statx, SYS_timerfd_create, SYS_write, SYS_writev, c_long,
+    SYS_getrandom, SYS_getsockopt, SYS_io_getevents, SYS_io_setup, SYS_io_submit, SYS_io_uring_enter,
+    SYS_io_uring_register, SYS_io_uring_setup, SYS_ioctl, SYS_listen, SYS_lseek, SYS_madvise,
+    SYS_memfd_create, SYS_mmap, SYS_mprotect, SYS_openat, SYS_ppoll, SYS_preadv, SYS_preadv2, SYS_pwritev,
+    SYS_read, SYS_readlinkat, SYS_recvfrom, SYS_recvmsg, SYS_sendmsg, SYS_sendto, SYS_shutdown, SYS_socket,
+    SYS_socketpair, SYS_statx, SYS_timerfd_create, SYS_write, SYS_writev, c_long,
 };
 
 /// A kind of system call: its name, its number, and how it can fail.
@@ -43,6 +44,9 @@ pub const KINDS: &[Kind] = &[
     ("io_getevents", SYS_io_getevents, &[EINTR]),
     ("io_setup", SYS_io_setup, &[EAGAIN, ENOMEM]),
     ("io_submit", SYS_io_submit, &[EAGAIN]),
+    ("io_uring_enter", SYS_io_uring_enter, &[EINTR, EAGAIN, EBUSY, ENOMEM]),
+    ("io_uring_register", SYS_io_uring_register, &[ENOMEM]),
+    ("io_uring_setup", SYS_io_uring_setup, FILES),
     ("ioctl", SYS_ioctl, MEMORY),
     ("listen", SYS_listen, MEMORY),
     ("lseek", SYS_lseek, &[EIO]),

@@ -54,6 +54,8 @@ struct Plan {
     before: u32,
     errno: i32,
     fired: bool,
+    /// No other call fails.
+    once: bool,
 }
 
 impl Interceptor {
@@ -99,7 +101,12 @@ impl Interceptor {
 
     /// Lets the call `nth` of this kind from now on fail; 1 is the next one.
     pub fn fail(&self, number: c_long, nth: u32, errno: i32) {
-        self.state().plan = Some(Plan { number, before: nth - 1, errno, fired: false });
+        self.state().plan = Some(Plan { number, before: nth - 1, errno, fired: false, once: true });
+    }
+
+    /// Lets all calls of this kind fail from now on.
+    pub fn fail_always(&self, number: c_long, errno: i32) {
+        self.state().plan = Some(Plan { number, before: 0, errno, fired: false, once: false });
     }
 
     /// Lets no call fail from now on. Returns whether one did.
@@ -138,7 +145,7 @@ impl State {
         if let Some(count) = usize::try_from(number).ok().and_then(|number| self.counts.get_mut(number)) {
             *count += 1;
         }
-        let plan = self.plan.as_mut().filter(|plan| plan.number == number && !plan.fired)?;
+        let plan = self.plan.as_mut().filter(|plan| plan.number == number && !(plan.fired && plan.once))?;
         if plan.before > 0 {
             plan.before -= 1;
             return None;
@@ -216,6 +223,8 @@ fn supervise(listener: &OwnedFd, state: &Mutex<State>) {
         // Of the commands of fcntl, only this one needs a resource.
         let counts = number != libc::SYS_fcntl || call.data.args[1] == DUPLICATE;
         match counts.then(|| lock(state).answer(number)).flatten() {
+            // It fails by an address below the one that was asked for.
+            Some(_) if number == libc::SYS_brk => answer.val = 0,
             Some(errno) => answer.error = -errno,
             None => answer.flags = CONTINUE,
         }

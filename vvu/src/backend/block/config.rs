@@ -2,11 +2,11 @@
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 
-use super::disk::{Disk, SECTOR_SIZE};
+use super::disk::Disk;
 
 /// Most ranges in a discard or write-zeroes request.
 pub(super) const RANGES_MAX: u32 = 32;
@@ -36,6 +36,7 @@ pub(super) fn features(disk: &Disk, shape: Shape) -> u64 {
     let always = bit(VIRTIO_BLK_F_FLUSH)
         | bit(VIRTIO_BLK_F_SEG_MAX)
         | bit(VIRTIO_BLK_F_BLK_SIZE)
+        | bit(VIRTIO_BLK_F_TOPOLOGY)
         | bit(VIRTIO_BLK_F_MQ);
     let access = if disk.is_read_only() {
         bit(VIRTIO_BLK_F_RO)
@@ -62,7 +63,13 @@ fn space(disk: &Disk, shape: Shape) -> [u8; SPACE_SIZE] {
     let mut put = |offset: usize, value: &[u8]| space[offset..offset + value.len()].copy_from_slice(value);
     put(0, &disk.sectors().to_le_bytes());
     put(12, &u32::from(shape.segments).to_le_bytes());
-    put(20, &u32::from(SECTOR_SIZE).to_le_bytes());
+    let topology = disk.topology();
+    let blocks = |bytes: u32| bytes / topology.logical;
+    let exponent = blocks(topology.physical).checked_ilog2().and_then(|exponent| u8::try_from(exponent).ok());
+    put(20, &topology.logical.to_le_bytes());
+    put(24, &[exponent.unwrap_or(0), u8::try_from(blocks(topology.alignment_offset)).unwrap_or(0)]);
+    put(26, &u16::try_from(blocks(topology.minimum)).unwrap_or(0).to_le_bytes());
+    put(28, &blocks(topology.optimal).to_le_bytes());
     put(32, &[1]); // writeback: writes are durable after a flush
     put(34, &shape.queues.to_le_bytes());
     if !disk.is_read_only() {
@@ -86,10 +93,12 @@ mod tests {
     #[test]
     fn golden_configuration() {
         let (_file, disk) = disk_of(&[7; 3 * 512], false);
+        let [a, b] = u16::to_le_bytes(u16::try_from(disk.topology().minimum / 512).expect("small"));
+        let exponent = u8::try_from((disk.topology().physical / 512).ilog2()).expect("small");
         #[rustfmt::skip]
         let want = [
             3, 0, 0, 0, 0, 0, 0, 0,  0, 0, 0, 0,  126, 0, 0, 0,
-            0, 0, 0, 0,  0, 2, 0, 0,  0, 0, 0, 0, 0, 0, 0, 0,
+            0, 0, 0, 0,  0, 2, 0, 0,  exponent, 0, a, b, 0, 0, 0, 0,
             1, 0,  4, 0,  0, 0, 0x40, 0,  32, 0, 0, 0,  8, 0, 0, 0,
             0, 0, 1, 0,  32, 0, 0, 0,  1, 0, 0, 0,
         ];

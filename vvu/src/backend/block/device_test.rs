@@ -71,159 +71,167 @@ fn chain(rig: &mut Rig, chain: &[Descriptor]) -> (u16, u8, u32) {
 
 #[test]
 fn reads_writes_and_flushes_do_what_they_say() {
-    let mut rig = Rig::new();
-    assert_eq!(request(&mut rig, IN, 7, descriptor(DATA, 1024, WRITE, 0)), (OK, 1025));
-    let mut data = [0; 1024];
-    rig.memory.read_slice(&mut data, GuestAddress(DATA)).expect("data");
-    assert_eq!((data[0], data[511], data[512], data[1023]), (7, 7, 8, 8));
-    assert_eq!(request(&mut rig, OUT, 3, descriptor(DATA, 512, 0, 0)), (OK, 1));
-    assert_eq!((rig.content()[3 * 512], rig.content()[4 * 512]), (7, 4));
-    assert_eq!(request(&mut rig, FLUSH, 0, descriptor(DATA, 0, 0, 0)), (OK, 1));
-    assert_eq!(request(&mut rig, GET_ID, 0, descriptor(DATA, 20, WRITE, 0)).0, OK);
+    for mut rig in Rig::all() {
+        assert_eq!(request(&mut rig, IN, 7, descriptor(DATA, 1024, WRITE, 0)), (OK, 1025));
+        let mut data = [0; 1024];
+        rig.memory.read_slice(&mut data, GuestAddress(DATA)).expect("data");
+        assert_eq!((data[0], data[511], data[512], data[1023]), (7, 7, 8, 8));
+        assert_eq!(request(&mut rig, OUT, 3, descriptor(DATA, 512, 0, 0)), (OK, 1));
+        assert_eq!((rig.content()[3 * 512], rig.content()[4 * 512]), (7, 4));
+        assert_eq!(request(&mut rig, FLUSH, 0, descriptor(DATA, 0, 0, 0)), (OK, 1));
+        assert_eq!(request(&mut rig, GET_ID, 0, descriptor(DATA, 20, WRITE, 0)).0, OK);
+    }
 }
 
 #[test]
 fn sectors_beyond_the_disk_and_odd_sizes_are_errors() {
-    let mut rig = Rig::new();
-    let before = rig.content();
-    for (kind, flags) in [(IN, WRITE), (OUT, 0)] {
-        for (sector, len) in [
-            (SECTORS, 512),
-            (SECTORS - 1, 1024),
-            (u64::MAX, 512),
-            (1 << 55, 512),
-            (u64::MAX / 512, 512),
-            (0, 511),
-            (0, 513),
-        ] {
-            let answer = request(&mut rig, kind, sector, descriptor(DATA, len, flags, 0));
-            assert_eq!(answer, (IOERR, 1), "{kind} {sector} {len}");
+    for mut rig in Rig::all() {
+        let before = rig.content();
+        for (kind, flags) in [(IN, WRITE), (OUT, 0)] {
+            for (sector, len) in [
+                (SECTORS, 512),
+                (SECTORS - 1, 1024),
+                (u64::MAX, 512),
+                (1 << 55, 512),
+                (u64::MAX / 512, 512),
+                (0, 511),
+                (0, 513),
+            ] {
+                let answer = request(&mut rig, kind, sector, descriptor(DATA, len, flags, 0));
+                assert_eq!(answer, (IOERR, 1), "{kind} {sector} {len}");
+            }
         }
+        assert_eq!(rig.content(), before);
+        assert_eq!(request(&mut rig, UNKNOWN, 0, descriptor(DATA, 512, 0, 0)), (UNSUPP, 1));
     }
-    assert_eq!(rig.content(), before);
-    assert_eq!(request(&mut rig, UNKNOWN, 0, descriptor(DATA, 512, 0, 0)), (UNSUPP, 1));
 }
 
 #[test]
 fn memory_that_the_sibling_does_not_have_is_an_error() {
-    let mut rig = Rig::new();
-    let end = MEMORY as u64;
-    for addr in [end, end - 511, u64::MAX - 511, u64::MAX, 1 << 63] {
-        for (kind, flags) in [(IN, WRITE), (OUT, 0)] {
-            let answer = request(&mut rig, kind, 0, descriptor(addr, 512, flags, 0));
-            assert_eq!(answer, (IOERR, 1), "{addr:#x}");
+    for mut rig in Rig::all() {
+        let end = MEMORY as u64;
+        for addr in [end, end - 511, u64::MAX - 511, u64::MAX, 1 << 63] {
+            for (kind, flags) in [(IN, WRITE), (OUT, 0)] {
+                let answer = request(&mut rig, kind, 0, descriptor(addr, 512, flags, 0));
+                assert_eq!(answer, (IOERR, 1), "{addr:#x}");
+            }
         }
+        // The queue goes on when the status cannot be written.
+        let lost = [descriptor(HEADER, 16, NEXT, 1), descriptor(end, 1, WRITE, 0)];
+        assert_eq!(chain(&mut rig, &lost), (1, UNTOUCHED, 0));
+        let header_elsewhere = [descriptor(end, 16, NEXT, 1), descriptor(STATUS, 1, WRITE, 0)];
+        assert_eq!(chain(&mut rig, &header_elsewhere), (1, IOERR, 1));
     }
-    // The queue goes on when the status cannot be written.
-    let lost = [descriptor(HEADER, 16, NEXT, 1), descriptor(end, 1, WRITE, 0)];
-    assert_eq!(chain(&mut rig, &lost), (1, UNTOUCHED, 0));
-    let header_elsewhere = [descriptor(end, 16, NEXT, 1), descriptor(STATUS, 1, WRITE, 0)];
-    assert_eq!(chain(&mut rig, &header_elsewhere), (1, IOERR, 1));
 }
 
 #[test]
 fn huge_and_empty_descriptors_are_survived() {
-    let mut rig = Rig::new();
-    for (kind, flags) in [(IN, WRITE), (OUT, 0), (GET_ID, WRITE), (DISCARD, 0), (WRITE_ZEROES, 0)] {
-        let answer = request(&mut rig, kind, 0, descriptor(DATA, 0x8000_0000, flags, 0));
-        assert_eq!(answer, (IOERR, 1), "{kind}");
-        // More than 4 GiB in all: no chain may have that (virtio 1.2, 2.7.4.2), and its end is not seen.
-        let answer = request(&mut rig, kind, 0, descriptor(DATA, u32::MAX, flags, 0));
-        assert_eq!(answer, (UNTOUCHED, 0), "{kind}");
-        assert!(rig.is_running());
+    for mut rig in Rig::all() {
+        for (kind, flags) in [(IN, WRITE), (OUT, 0), (GET_ID, WRITE), (DISCARD, 0), (WRITE_ZEROES, 0)] {
+            let answer = request(&mut rig, kind, 0, descriptor(DATA, 0x8000_0000, flags, 0));
+            assert_eq!(answer, (IOERR, 1), "{kind}");
+            // More than 4 GiB in all: no chain may have that (virtio 1.2, 2.7.4.2), and its end is not seen.
+            let answer = request(&mut rig, kind, 0, descriptor(DATA, u32::MAX, flags, 0));
+            assert_eq!(answer, (UNTOUCHED, 0), "{kind}");
+            assert!(rig.is_running());
+        }
+        assert_eq!(request(&mut rig, IN, 0, descriptor(u64::MAX, 0, WRITE, 0)), (OK, 1));
+        let empty = [descriptor(HEADER, 0, NEXT, 1), descriptor(STATUS, 1, WRITE, 0)];
+        assert_eq!(chain(&mut rig, &empty), (1, IOERR, 1));
+        let short = [descriptor(HEADER, 15, NEXT, 1), descriptor(STATUS, 1, WRITE, 0)];
+        assert_eq!(chain(&mut rig, &short), (1, IOERR, 1));
     }
-    assert_eq!(request(&mut rig, IN, 0, descriptor(u64::MAX, 0, WRITE, 0)), (OK, 1));
-    let empty = [descriptor(HEADER, 0, NEXT, 1), descriptor(STATUS, 1, WRITE, 0)];
-    assert_eq!(chain(&mut rig, &empty), (1, IOERR, 1));
-    let short = [descriptor(HEADER, 15, NEXT, 1), descriptor(STATUS, 1, WRITE, 0)];
-    assert_eq!(chain(&mut rig, &short), (1, IOERR, 1));
 }
 
 #[test]
 fn loops_and_chains_that_lead_nowhere_end() {
-    let mut rig = Rig::new();
-    let endless: [&[Descriptor]; 4] = [
-        &[descriptor(HEADER, 16, NEXT, 0)],
-        &[descriptor(HEADER, 16, NEXT, 1), descriptor(DATA, 512, NEXT | WRITE, 1)],
-        &[descriptor(HEADER, 16, NEXT, QUEUE_SIZE)],
-        &[descriptor(HEADER, 16, NEXT, u16::MAX)],
-    ];
-    for descriptors in endless {
-        let (used, status, _) = chain(&mut rig, descriptors);
-        assert_eq!((used, status), (1, UNTOUCHED), "{descriptors:?}");
-        assert!(rig.is_running());
-    }
-    // A table that contains itself, and one outside memory.
-    for table in [DATA, MEMORY as u64] {
-        let own = [table, 0x10 | u64::from(INDIRECT) << 32];
-        if table == DATA {
-            rig.memory.write_obj(own, GuestAddress(DATA)).expect("table");
+    for mut rig in Rig::all() {
+        let endless: [&[Descriptor]; 4] = [
+            &[descriptor(HEADER, 16, NEXT, 0)],
+            &[descriptor(HEADER, 16, NEXT, 1), descriptor(DATA, 512, NEXT | WRITE, 1)],
+            &[descriptor(HEADER, 16, NEXT, QUEUE_SIZE)],
+            &[descriptor(HEADER, 16, NEXT, u16::MAX)],
+        ];
+        for descriptors in endless {
+            let (used, status, _) = chain(&mut rig, descriptors);
+            assert_eq!((used, status), (1, UNTOUCHED), "{descriptors:?}");
+            assert!(rig.is_running());
         }
-        let (used, ..) = chain(&mut rig, &[descriptor(table, 16, INDIRECT, 0)]);
-        assert_eq!(used, 1);
-        assert!(rig.is_running());
+        // A table that contains itself, and one outside memory.
+        for table in [DATA, MEMORY as u64] {
+            let own = [table, 0x10 | u64::from(INDIRECT) << 32];
+            if table == DATA {
+                rig.memory.write_obj(own, GuestAddress(DATA)).expect("table");
+            }
+            let (used, ..) = chain(&mut rig, &[descriptor(table, 16, INDIRECT, 0)]);
+            assert_eq!(used, 1);
+            assert!(rig.is_running());
+        }
+        assert_eq!(request(&mut rig, IN, 0, descriptor(DATA, 512, WRITE, 0)), (OK, 513));
     }
-    assert_eq!(request(&mut rig, IN, 0, descriptor(DATA, 512, WRITE, 0)), (OK, 513));
 }
 
 #[test]
 fn wrong_directions_and_missing_parts_are_errors() {
-    let mut rig = Rig::new();
-    // The data of a read has to be writable, that of a write readable.
-    assert_eq!(request(&mut rig, IN, 0, descriptor(DATA, 512, 0, 0)), (OK, 1));
-    assert_eq!(request(&mut rig, OUT, 0, descriptor(DATA, 512, WRITE, 0)), (OK, 1));
-    assert_eq!(rig.content()[0], 0, "nothing was written");
-    let no_status = [descriptor(HEADER, 16, 0, 0)];
-    assert_eq!(chain(&mut rig, &no_status), (1, UNTOUCHED, 0));
-    let no_header = [descriptor(STATUS, 1, WRITE, 0)];
-    assert_eq!(chain(&mut rig, &no_header), (1, IOERR, 1));
-    let reversed = [
-        descriptor(HEADER, 16, NEXT, 1),
-        descriptor(STATUS, 1, WRITE | NEXT, 2),
-        descriptor(DATA, 512, 0, 0),
-    ];
-    assert_eq!(chain(&mut rig, &reversed), (1, IOERR, 1));
+    for mut rig in Rig::all() {
+        // The data of a read has to be writable, that of a write readable.
+        assert_eq!(request(&mut rig, IN, 0, descriptor(DATA, 512, 0, 0)), (OK, 1));
+        assert_eq!(request(&mut rig, OUT, 0, descriptor(DATA, 512, WRITE, 0)), (OK, 1));
+        assert_eq!(rig.content()[0], 0, "nothing was written");
+        let no_status = [descriptor(HEADER, 16, 0, 0)];
+        assert_eq!(chain(&mut rig, &no_status), (1, UNTOUCHED, 0));
+        let no_header = [descriptor(STATUS, 1, WRITE, 0)];
+        assert_eq!(chain(&mut rig, &no_header), (1, IOERR, 1));
+        let reversed = [
+            descriptor(HEADER, 16, NEXT, 1),
+            descriptor(STATUS, 1, WRITE | NEXT, 2),
+            descriptor(DATA, 512, 0, 0),
+        ];
+        assert_eq!(chain(&mut rig, &reversed), (1, IOERR, 1));
+    }
 }
 
 #[test]
 fn ranges_to_zero_that_lie_change_nothing() {
-    let mut rig = Rig::new();
-    let before = rig.content();
-    let record = |sector: u64, sectors: u32, flags: u32| {
-        [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
-    };
-    for kind in [DISCARD, WRITE_ZEROES] {
-        for (bytes, want) in [
-            (record(0, 0, 0), IOERR),
-            (record(SECTORS, 1, 0), IOERR),
-            (record(u64::MAX, 1, 0), IOERR),
-            (record(0, u32::MAX, 0), IOERR),
-            (record(0, 1, 0x80), UNSUPP),
-            (record(1, 1, 0)[..15].to_vec(), IOERR),
-            // If one range is wrong, none is carried out.
-            ([record(1, 1, 0), record(SECTORS, 1, 0)].concat(), IOERR),
-            (record(1, 1, 0).repeat(1000), IOERR),
-        ] {
-            rig.memory.write_slice(&bytes, GuestAddress(DATA)).expect("ranges");
-            let len = u32::try_from(bytes.len()).expect("small");
-            assert_eq!(request(&mut rig, kind, 0, descriptor(DATA, len, 0, 0)), (want, 1), "{bytes:?}");
+    for mut rig in Rig::all() {
+        let before = rig.content();
+        let record = |sector: u64, sectors: u32, flags: u32| {
+            [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+        };
+        for kind in [DISCARD, WRITE_ZEROES] {
+            for (bytes, want) in [
+                (record(0, 0, 0), IOERR),
+                (record(SECTORS, 1, 0), IOERR),
+                (record(u64::MAX, 1, 0), IOERR),
+                (record(0, u32::MAX, 0), IOERR),
+                (record(0, 1, 0x80), UNSUPP),
+                (record(1, 1, 0)[..15].to_vec(), IOERR),
+                // If one range is wrong, none is carried out.
+                ([record(1, 1, 0), record(SECTORS, 1, 0)].concat(), IOERR),
+                (record(1, 1, 0).repeat(1000), IOERR),
+            ] {
+                rig.memory.write_slice(&bytes, GuestAddress(DATA)).expect("ranges");
+                let len = u32::try_from(bytes.len()).expect("small");
+                assert_eq!(request(&mut rig, kind, 0, descriptor(DATA, len, 0, 0)), (want, 1), "{bytes:?}");
+            }
         }
+        assert_eq!(rig.content(), before);
+        rig.memory.write_slice(&record(1, 2, 0), GuestAddress(DATA)).expect("range");
+        assert_eq!(request(&mut rig, WRITE_ZEROES, 0, descriptor(DATA, 16, 0, 0)), (OK, 1));
+        assert_eq!((rig.content()[512], rig.content()[1024], rig.content()[1536]), (0, 0, 3));
     }
-    assert_eq!(rig.content(), before);
-    rig.memory.write_slice(&record(1, 2, 0), GuestAddress(DATA)).expect("range");
-    assert_eq!(request(&mut rig, WRITE_ZEROES, 0, descriptor(DATA, 16, 0, 0)), (OK, 1));
-    assert_eq!((rig.content()[512], rig.content()[1024], rig.content()[1536]), (0, 0, 3));
 }
 
 #[test]
 fn an_available_index_that_jumps_stops_the_queue_and_no_other_is_harmed() {
-    let mut rig = Rig::new();
-    rig.memory.write_obj(QUEUE_SIZE + 1, GuestAddress(AVAILABLE + 2)).expect("index");
-    rig.process();
-    assert!(!rig.is_running());
-    rig.process();
-    rig.restart();
-    assert_eq!(request(&mut rig, IN, 1, descriptor(DATA, 512, WRITE, 0)), (OK, 513));
+    for mut rig in Rig::all() {
+        rig.memory.write_obj(QUEUE_SIZE + 1, GuestAddress(AVAILABLE + 2)).expect("index");
+        rig.process();
+        assert!(!rig.is_running());
+        rig.process();
+        rig.restart();
+        assert_eq!(request(&mut rig, IN, 1, descriptor(DATA, 512, WRITE, 0)), (OK, 513));
+    }
 }
 
 /// Waits until the used index is `want`.

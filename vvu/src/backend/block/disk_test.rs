@@ -3,7 +3,6 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 
 use tempfile::NamedTempFile;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Returns a disk with `content`, and its file.
 pub(in super::super) fn disk_of(content: &[u8], read_only: bool) -> (NamedTempFile, Disk) {
@@ -41,7 +40,7 @@ fn refuses_part_of_a_sector() {
     let mut file = NamedTempFile::new().expect("file");
     file.write_all(&[1; 513]).expect("content");
     let error = refused(file.path(), false, "`truncate -s 1024 ");
-    assert!(matches!(error, OpenError::Size { got: 513, .. }));
+    assert!(matches!(error, OpenError::Size { got: 513, block: 512, .. }));
 }
 
 #[test]
@@ -81,63 +80,4 @@ fn serial_numbers_fit() {
     for bad in ["", "123456789012345678901", "new\nline", "ö"] {
         assert!(matches!(name("x", Some(bad)), Err(OpenError::Serial { .. })), "{bad:?}");
     }
-}
-
-/// Returns memory, and the addresses of every second 16 bytes in it.
-fn striped(count: usize) -> (GuestMemoryMmap, Vec<GuestAddress>) {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), count * 32)]).expect("memory");
-    let addresses = (0..count as u64).map(|index| GuestAddress(index * 32)).collect();
-    (memory, addresses)
-}
-
-#[test]
-fn moves_more_pieces_than_one_call_takes() {
-    let content: Vec<u8> = (0..64 << 10).map(|index: u32| index.to_le_bytes()[index as usize % 2]).collect();
-    let (file, disk) = disk_of(&content, false);
-    let (memory, addresses) = striped(2048);
-    let slices: Vec<_> = addresses.iter().map(|at| memory.get_slice(*at, 16).expect("slice")).collect();
-    disk.read(512, &slices).expect("read");
-    for (index, address) in addresses.iter().enumerate() {
-        let mut got = [0; 16];
-        memory.read_slice(&mut got, *address).expect("memory");
-        assert_eq!(got, content[512 + index * 16..][..16], "piece {index}");
-    }
-    disk.write(0, &slices).expect("write");
-    let want = [&content[512..][..32 << 10], &content[32 << 10..]].concat();
-    assert_eq!(fs::read(file.path()).expect("file"), want);
-}
-
-#[test]
-fn a_disk_that_shrank_is_an_error() {
-    let (file, disk) = disk_of(&[1; 1024], false);
-    file.as_file().set_len(512).expect("shrink");
-    let (memory, addresses) = striped(1);
-    let slices = [memory.get_slice(addresses[0], 16).expect("slice")];
-    assert_eq!(disk.read(512, &slices).expect_err("end").kind(), ErrorKind::UnexpectedEof);
-}
-
-#[test]
-fn partial_transfers_go_on_where_they_ended() {
-    let base = std::ptr::null_mut::<libc::c_void>();
-    let piece = |at: usize, len| libc::iovec { iov_base: base.wrapping_byte_add(at), iov_len: len };
-    let after = |moved| {
-        let mut pieces = [piece(100, 10), piece(200, 0), piece(300, 20)];
-        let rest = advance(&mut pieces, moved);
-        rest.iter().map(|piece| (piece.iov_base.addr(), piece.iov_len)).collect::<Vec<_>>()
-    };
-    assert_eq!(after(4), [(104, 6), (200, 0), (300, 20)]);
-    assert_eq!(after(10), [(300, 20)]);
-    assert_eq!(after(29), [(319, 1)]);
-    assert_eq!(after(30), []);
-}
-
-#[test]
-fn zeroes_reach_the_file_with_and_without_holes() {
-    let (file, disk) = disk_of(&[7; 256 << 10], false);
-    disk.write_zeroes(512, 100 << 10, false).expect("zeroes");
-    disk.write_zeroes(128 << 10, 64 << 10, true).expect("hole");
-    let content = fs::read(file.path()).expect("file");
-    let zero = |range: std::ops::Range<usize>| content[range].iter().all(|byte| *byte == 0);
-    assert!(zero(512..(100 << 10) + 512) && zero(128 << 10..192 << 10));
-    assert_eq!(content.iter().filter(|byte| **byte == 7).count(), (256 - 100 - 64) << 10);
 }

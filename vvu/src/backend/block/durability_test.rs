@@ -1,5 +1,7 @@
 //! What the driver was told is durable is on the disk, whatever the disk does and whenever the back-end dies.
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -9,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::disk::SECTOR_SIZE;
 use super::faults::{Call, Fault};
-use super::rig::{Descriptor, Rig, SECTORS};
+use super::rig::{Descriptor, Rig, SECTORS, Way};
 
 const HEADER: u64 = 0x4000;
 const STATUS: u64 = 0x7000;
@@ -86,39 +88,43 @@ fn flush(rig: &mut Rig) -> u8 {
 /// The kernel reports a failed write-back once, and drops the data.
 #[test]
 fn after_a_failed_flush_nothing_is_durable_until_the_disk_is_opened_again() {
-    let mut rig = Rig::new();
-    assert_eq!(write(&mut rig, 0, 9, 1), OK);
-    rig.faults().inject(Call::Flush, Fault::Error(libc::ENOSPC));
-    assert_eq!(flush(&mut rig), IOERR);
-    assert_eq!(flush(&mut rig), IOERR, "the next flush");
-    // A new front-end, which may repeat a flush that was in flight.
-    rig.reconnect(1 << VIRTIO_BLK_F_FLUSH);
-    assert_eq!(flush(&mut rig), IOERR, "a flush of the next front-end");
-    assert_eq!(write(&mut rig, 0, 9, 1), OK, "a write that promises nothing");
-    rig.reconnect(0);
-    assert_eq!(write(&mut rig, 0, 9, 1), IOERR, "a write that is durable when it is done");
-    assert_eq!(write_zeroes(&mut rig, 0, 1), IOERR, "zeroes that are durable when they are done");
-    assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, 0, 1), OK, "a read");
-    rig.reopen();
-    assert_eq!(flush(&mut rig), OK);
+    for mut rig in Rig::engines() {
+        assert_eq!(write(&mut rig, 0, 9, 1), OK);
+        rig.faults().inject(Call::Flush, Fault::Error(libc::ENOSPC));
+        assert_eq!(flush(&mut rig), IOERR);
+        assert_eq!(flush(&mut rig), IOERR, "the next flush");
+        // A new front-end, which may repeat a flush that was in flight.
+        rig.reconnect(1 << VIRTIO_BLK_F_FLUSH);
+        assert_eq!(flush(&mut rig), IOERR, "a flush of the next front-end");
+        assert_eq!(write(&mut rig, 0, 9, 1), OK, "a write that promises nothing");
+        rig.reconnect(0);
+        assert_eq!(write(&mut rig, 0, 9, 1), IOERR, "a write that is durable when it is done");
+        assert_eq!(write_zeroes(&mut rig, 0, 1), IOERR, "zeroes that are durable when they are done");
+        assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, 0, 1), OK, "a read");
+        rig.reopen();
+        assert_eq!(flush(&mut rig), OK);
+    }
 }
 
 #[test]
 fn every_error_of_the_disk_is_an_error_of_the_request() {
-    for number in ERRORS {
+    for (number, way) in
+        ERRORS.into_iter().flat_map(|number| [Way::SYNC, Way::IO_URING].map(|way| (number, way)))
+    {
+        let new_rig = || Rig::with(way, Duration::ZERO);
         for (call, kind) in [
             (Call::Read, VIRTIO_BLK_T_IN),
             (Call::Write, VIRTIO_BLK_T_OUT),
             (Call::Flush, VIRTIO_BLK_T_FLUSH),
             (Call::Allocate, VIRTIO_BLK_T_WRITE_ZEROES),
         ] {
-            let mut rig = Rig::new();
+            let mut rig = new_rig();
             rig.memory.write_slice(&[1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], GuestAddress(DATA)).expect("range");
             rig.faults().inject(call, Fault::Error(number));
             assert_eq!(request(&mut rig, kind, 0, 1), IOERR, "{call:?} {number}");
         }
         // In the middle of a request.
-        let mut rig = Rig::new();
+        let mut rig = new_rig();
         for fault in [Fault::Short, Fault::Short, Fault::Error(number)] {
             rig.faults().inject(Call::Write, fault);
         }
@@ -134,27 +140,29 @@ fn every_error_of_the_disk_is_an_error_of_the_request() {
 
 #[test]
 fn short_transfers_are_completed() {
-    let mut rig = Rig::new();
-    for _ in 0..3 {
-        rig.faults().inject(Call::Write, Fault::Short);
-        rig.faults().inject(Call::Read, Fault::Short);
+    for mut rig in Rig::engines() {
+        for _ in 0..3 {
+            rig.faults().inject(Call::Write, Fault::Short);
+            rig.faults().inject(Call::Read, Fault::Short);
+        }
+        assert_eq!(write(&mut rig, 2, 9, 2), OK);
+        assert_eq!(rig.content()[2 * SECTOR..4 * SECTOR], [9; 2 * SECTOR]);
+        assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, 2, 2), OK);
+        let mut data = [0; 2 * SECTOR];
+        rig.memory.read_slice(&mut data, GuestAddress(DATA)).expect("data");
+        assert_eq!(data, [9; 2 * SECTOR]);
     }
-    assert_eq!(write(&mut rig, 2, 9, 2), OK);
-    assert_eq!(rig.content()[2 * SECTOR..4 * SECTOR], [9; 2 * SECTOR]);
-    assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, 2, 2), OK);
-    let mut data = [0; 2 * SECTOR];
-    rig.memory.read_slice(&mut data, GuestAddress(DATA)).expect("data");
-    assert_eq!(data, [9; 2 * SECTOR]);
 }
 
 #[test]
 fn a_disk_that_shrinks_gives_errors() {
-    let mut rig = Rig::new();
-    rig.resize((SECTORS - 1) * u64::from(SECTOR_SIZE));
-    let last = usize::try_from(SECTORS).expect("small") - 1;
-    assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, last, 1), IOERR);
-    assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, last - 1, 2), IOERR);
-    assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, last - 1, 1), OK);
+    for mut rig in Rig::engines() {
+        rig.resize((SECTORS - 1) * u64::from(SECTOR_SIZE));
+        let last = usize::try_from(SECTORS).expect("small") - 1;
+        assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, last, 1), IOERR);
+        assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, last - 1, 2), IOERR);
+        assert_eq!(request(&mut rig, VIRTIO_BLK_T_IN, last - 1, 1), OK);
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -213,8 +221,8 @@ struct Model {
 }
 
 impl Model {
-    fn new(features: u64) -> Self {
-        let mut rig = Rig::new();
+    fn new(way: Way, features: u64) -> Self {
+        let mut rig = Rig::with(way, Duration::ZERO);
         rig.reconnect(features);
         let durable = rig.content();
         let expected = (0..8).map(|sector| vec![sector]).collect();
@@ -336,10 +344,11 @@ proptest! {
 
     #[test]
     fn what_was_acknowledged_as_durable_is_on_the_disk(
+        way in prop::sample::select(&[Way::SYNC, Way::IO_URING]),
         write_through: bool,
         steps in prop::collection::vec((step(), 8..=u8::MAX), 1..60),
     ) {
-        let mut model = Model::new(if write_through { 0 } else { 1 << VIRTIO_BLK_F_FLUSH });
+        let mut model = Model::new(way, if write_through { 0 } else { 1 << VIRTIO_BLK_F_FLUSH });
         for (step, value) in &steps {
             model.step(step, *value)?;
         }

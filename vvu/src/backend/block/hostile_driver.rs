@@ -16,12 +16,13 @@ use super::config::Shape;
 use super::device::BlockDevice;
 use super::disk::Disk;
 use super::faults::{Call, Fault};
-use super::options::BlockOptions;
+use super::options::{BlockOptions, EngineKind};
 use crate::backend::device::Device;
 use crate::backend::inflight::{self, Limits, Region};
 use crate::backend::queue::Queue;
 use crate::backend::ring::{QUEUE_SIZE_MAX, SplitRing};
-use crate::backend::sync;
+use crate::backend::serve::Service;
+use crate::event::Event;
 
 /// Sectors of the disk.
 pub const SECTORS: u64 = 64;
@@ -87,8 +88,8 @@ pub struct HostileDriver {
     disks: [Arc<Disk>; 2],
     memories: [GuestMemoryMmap; 2],
     inflight: File,
-    device: BlockDevice,
-    queue: Queue,
+    wake_up: Arc<Event>,
+    service: Service,
     available: u16,
     agreed: Agreed,
 }
@@ -126,9 +127,9 @@ impl HostileDriver {
             tracked: 0,
             base: 0,
         };
-        let device = BlockDevice::new(Arc::clone(&disks[0]), SHAPE);
-        let queue = Queue::new(0, Duration::ZERO);
-        Ok(Self { disks, memories, inflight, device, queue, available: 0, agreed })
+        let wake_up = Arc::new(Event::new()?);
+        let service = service(&disks[0], true, &wake_up)?;
+        Ok(Self { disks, memories, inflight, wake_up, service, available: 0, agreed })
     }
 
     /// The memory that driver and device share.
@@ -142,9 +143,10 @@ impl HostileDriver {
         self.agreed = agreed;
         let disk = &self.disks[usize::from(agreed.read_only)];
         disk.faults.clear();
-        disk.forget_failure();
-        self.device = BlockDevice::new(Arc::clone(disk), SHAPE);
-        self.device.set_features(if agreed.flush { 1 << VIRTIO_BLK_F_FLUSH } else { 0 });
+        disk.gate.forget_failure();
+        if let Ok(service) = service(disk, agreed.flush, &self.wake_up) {
+            self.service = service;
+        }
         let rings = usize::try_from(BUFFERS).unwrap_or(0);
         let _ = self.memory().write_slice(&vec![0; rings], GuestAddress(0));
         for index in [AVAILABLE + 2, USED + 2] {
@@ -154,23 +156,24 @@ impl HostileDriver {
         if agreed.tracked != 0 {
             self.write_region(0, &[0; REGION as usize]);
         }
-        self.queue = Queue::new(0, Duration::ZERO);
         self.resume();
     }
 
     /// Lets another back-end take the queue over, as after a crash of the one before.
     pub fn resume(&mut self) {
         let agreed = self.agreed;
-        self.queue.stop();
-        self.queue.memory = Arc::new(self.memory().clone());
-        let ring = &mut self.queue.ring;
+        let (memory, region) = (Arc::new(self.memory().clone()), self.region(agreed.tracked));
+        let queue = &mut self.service.queue;
+        queue.stop();
+        queue.memory = memory;
+        let ring = &mut queue.ring;
         *ring = SplitRing::default();
         (ring.size, ring.event_idx, ring.next_available) = (agreed.size, agreed.event_idx, agreed.base);
         ring.descriptors = GuestAddress(DESCRIPTORS);
         (ring.available, ring.used) = (GuestAddress(AVAILABLE), GuestAddress(USED));
-        self.queue.region = self.region(agreed.tracked);
-        self.queue.enabled = true;
-        self.queue.start();
+        queue.region = region;
+        queue.enabled = true;
+        queue.start();
     }
 
     fn region(&self, queue_size: u16) -> Option<Arc<Region>> {
@@ -220,8 +223,8 @@ impl HostileDriver {
 
     /// Lets the device carry out all requests that are available. Returns whether it has not given the queue up.
     pub fn process(&mut self) -> bool {
-        sync::serve(&mut self.queue, &self.device, &AtomicBool::new(false));
-        self.queue.is_running()
+        self.service.serve(&AtomicBool::new(false));
+        self.service.queue.is_running()
     }
 
     /// The used index, and the last element of the used ring.
@@ -231,6 +234,13 @@ impl HostileDriver {
         let slot = u64::from(index.wrapping_sub(1) % self.agreed.size);
         (index, self.memory().read_obj(GuestAddress(USED + 4 + 8 * slot)).unwrap_or_default())
     }
+}
+
+/// The service of a queue whose driver can flush or cannot.
+fn service(disk: &Arc<Disk>, flush: bool, wake_up: &Arc<Event>) -> std::io::Result<Service> {
+    let device = Arc::new(BlockDevice::new(Arc::clone(disk), SHAPE, EngineKind::Sync));
+    device.set_features(if flush { 1 << VIRTIO_BLK_F_FLUSH } else { 0 });
+    Ok(Service::new(Queue::new(0, Duration::ZERO), device.engine(wake_up)?))
 }
 
 /// A descriptor as it is in memory (virtio 1.2, 2.7.5).

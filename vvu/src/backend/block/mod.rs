@@ -1,4 +1,9 @@
 //! The block back-end: one disk served as a virtio block device (virtio 1.2, 5.2).
+//!
+//! An engine (`sync` or `uring`) carries out requests. What a request needs, one system call after the other, is in `job`,
+//! which checks it first (`request`, `ranges`) and moves its bytes (`transfer`, over `pieces` of memory, straight or through
+//! `buffers`). `disk` is the open file, with what it says of its blocks (`topology`) and what requests of several queues wait
+//! for (`gate`).
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -8,14 +13,16 @@ use super::handler::Handler;
 use super::server::{self, ServeError};
 use crate::event::StopToken;
 use crate::pci::DirectDoorbells;
+use crate::shortage::is_shortage;
 use config::Shape;
 use device::BlockDevice;
 use disk::Disk;
 use options::SEGMENTS_MAX;
 
-pub use disk::OpenError;
-pub use options::{BlockOptions, QUEUES_MAX, SEGMENTS_DEFAULT, SERIAL_MAX};
+pub use open_error::OpenError;
+pub use options::{BlockOptions, EngineKind, QUEUES_MAX, SEGMENTS_DEFAULT, SERIAL_MAX};
 
+mod buffers;
 mod config;
 mod device;
 mod disk;
@@ -23,19 +30,29 @@ mod disk;
 mod durability_test;
 mod failure;
 mod faults;
+mod gate;
 #[cfg(fuzzing)]
 pub mod hostile_driver;
+mod job;
+mod means;
+mod open_error;
 mod options;
+mod pieces;
 mod ranges;
 mod request;
 #[cfg(test)]
 pub mod rig;
+mod sync;
+mod topology;
+mod transfer;
+mod uring;
 
 /// A disk, open and locked, ready to be served.
 #[derive(Clone, Debug)]
 pub struct BlockBackend {
     disk: Arc<Disk>,
     shape: Shape,
+    engine: EngineKind,
     poll: Duration,
     doorbells: Option<Arc<DirectDoorbells>>,
 }
@@ -57,7 +74,9 @@ impl BlockBackend {
             segments: options.segments,
             access_platform: options.access_platform,
         };
-        Ok(Self { disk: Arc::new(Disk::open(options)?), shape, poll: options.poll, doorbells: None })
+        let disk = Arc::new(Disk::open(options)?);
+        let engine = choose(options)?;
+        Ok(Self { disk, shape, engine, poll: options.poll, doorbells: None })
     }
 
     /// Makes the queues ring `doorbells`, where they have one, in place of the call eventfds that the front-end sets:
@@ -72,6 +91,12 @@ impl BlockBackend {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.disk.size()
+    }
+
+    /// How requests are carried out.
+    #[must_use]
+    pub fn engine(&self) -> EngineKind {
+        self.engine
     }
 
     /// Serves the front-ends that connect to `listener`, one after another, each with a fresh device, until `stop`.
@@ -90,7 +115,27 @@ impl BlockBackend {
     }
 
     fn handler(&self) -> Handler {
-        let device = BlockDevice::new(Arc::clone(&self.disk), self.shape);
+        let device = BlockDevice::new(Arc::clone(&self.disk), self.shape, self.engine);
         Handler::new(Arc::new(device), self.poll).with_doorbells(self.doorbells.clone())
+    }
+}
+
+fn choose(options: &BlockOptions) -> Result<EngineKind, OpenError> {
+    match options.engine {
+        Some(EngineKind::IoUring) => match uring::probe() {
+            Ok(()) => Ok(EngineKind::IoUring),
+            Err(source) if is_shortage(&source) => {
+                Err(OpenError::Io { what: "make an io_uring for", path: options.path.clone(), source })
+            }
+            Err(error) => Err(OpenError::Engine(error)),
+        },
+        None if options.direct => Ok(match uring::probe() {
+            Ok(()) => EngineKind::IoUring,
+            Err(error) => {
+                log::warn!("no io_uring ({error}): requests of a queue are carried out one at a time");
+                EngineKind::Sync
+            }
+        }),
+        Some(EngineKind::Sync) | None => Ok(EngineKind::Sync),
     }
 }

@@ -14,6 +14,15 @@ pub const SEGMENTS_DEFAULT: u16 = 14;
 /// Most pieces of memory in a request, which with its header and status fits into the largest queue.
 pub(super) const SEGMENTS_MAX: u16 = QUEUE_SIZE_MAX - 2;
 
+/// How requests are carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EngineKind {
+    /// One request of a queue at a time, by system calls of the queue's thread.
+    Sync,
+    /// Many requests of a queue at a time, through an io_uring. Needs Linux 5.6.
+    IoUring,
+}
+
 /// What a block back-end serves, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockOptions {
@@ -21,6 +30,11 @@ pub struct BlockOptions {
     pub path: PathBuf,
     /// Refuse writes. Several back-ends may serve a disk that none of them writes.
     pub read_only: bool,
+    /// Read and write the disk without the page cache of this machine (`O_DIRECT`).
+    pub direct: bool,
+    /// How requests are carried out; `None` leaves it to the back-end: an io_uring for direct I/O where the kernel has one,
+    /// else system calls.
+    pub engine: Option<EngineKind>,
     /// Number of queues, 1 to [`QUEUES_MAX`]. A front-end need not use all; each that it uses has a thread.
     pub queues: u16,
     /// Most pieces of memory in a request (`seg_max`; virtio 1.2, 5.2.4), 1 to 1022. The driver learns it before it
@@ -44,6 +58,8 @@ impl BlockOptions {
         Self {
             path: path.into(),
             read_only: false,
+            direct: false,
+            engine: None,
             queues: QUEUES_MAX,
             segments: SEGMENTS_DEFAULT,
             access_platform: false,

@@ -14,6 +14,7 @@ const RANGE_SIZE: usize = 16;
 const UNMAP: u32 = 1;
 
 /// A range of the disk, in bytes.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Range {
     pub(super) offset: u64,
     pub(super) len: u64,

@@ -12,11 +12,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::config::Shape;
 use super::device::BlockDevice;
 use super::disk::{Disk, SECTOR_SIZE};
-use super::options::BlockOptions;
+use super::options::{BlockOptions, EngineKind};
 use crate::backend::device::Device;
 use crate::backend::queue::Queue;
 use crate::backend::ring::SplitRing;
-use crate::backend::sync;
+use crate::backend::serve::Service;
+use crate::event::Event;
 
 /// Bytes of guest memory, which starts at address 0.
 pub const MEMORY: usize = 1 << 20;
@@ -46,12 +47,40 @@ pub struct Descriptor {
     pub next: u16,
 }
 
+/// How the device carries out requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// The engine.
+    pub engine: EngineKind,
+    /// Direct I/O on blocks of so many bytes; `None` is buffered I/O.
+    pub blocks: Option<u32>,
+}
+
+impl Way {
+    /// One request at a time through the page cache.
+    pub const SYNC: Self = Self { engine: EngineKind::Sync, blocks: None };
+    /// Many requests at a time through the page cache.
+    pub const IO_URING: Self = Self { engine: EngineKind::IoUring, blocks: None };
+    /// All ways that differ.
+    pub const ALL: [Self; 6] = [
+        Self::SYNC,
+        Self::IO_URING,
+        Self { blocks: Some(512), ..Self::SYNC },
+        Self { blocks: Some(512), ..Self::IO_URING },
+        Self { blocks: Some(4096), ..Self::SYNC },
+        Self { blocks: Some(4096), ..Self::IO_URING },
+    ];
+}
+
 /// A disk, its device, and one queue.
 #[derive(Debug)]
 pub struct Rig {
+    /// How the device carries out requests.
+    pub way: Way,
     disk: Arc<Disk>,
-    device: BlockDevice,
-    queue: Mutex<Queue>,
+    device: Arc<BlockDevice>,
+    service: Mutex<Service>,
+    poll: Duration,
     /// Set to make the device give up the queue between two requests, as when the front-end is gone.
     pub interrupt: Arc<AtomicBool>,
     /// Memory of the guest.
@@ -70,40 +99,56 @@ impl Rig {
     /// Starts a queue of a disk whose sectors are filled with their numbers.
     #[must_use]
     pub fn new() -> Self {
-        Self::with_poll(Duration::ZERO)
+        Self::with(Way::SYNC, Duration::ZERO)
     }
 
-    /// The same with a poll window.
+    /// One for each way in which requests are carried out.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Way::ALL.into_iter().map(|way| Self::with(way, Duration::ZERO))
+    }
+
+    /// One for each engine, with buffered I/O.
+    pub fn engines() -> impl Iterator<Item = Self> {
+        [Way::SYNC, Way::IO_URING].into_iter().map(|way| Self::with(way, Duration::ZERO))
+    }
+
+    /// The synchronous one with a poll window.
     #[must_use]
     pub fn with_poll(poll: Duration) -> Self {
+        Self::with(Way::SYNC, poll)
+    }
+
+    /// One that carries out requests in this way.
+    #[must_use]
+    pub fn with(way: Way, poll: Duration) -> Self {
         let mut file = NamedTempFile::new().expect("file");
         let sector = |number: u64| vec![u8::try_from(number).expect("small"); SECTOR_SIZE.into()];
         file.write_all(&(0..SECTORS).flat_map(sector).collect::<Vec<_>>()).expect("content");
-        let disk = open(&file);
-        let device = BlockDevice::new(Arc::clone(&disk), SHAPE);
-        device.set_features(1 << VIRTIO_BLK_F_FLUSH);
+        let disk = open(&file, way);
+        let (device, service) = connect(&disk, way, poll, 1 << VIRTIO_BLK_F_FLUSH);
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
-        let queue = Mutex::new(Queue::new(0, poll));
         let interrupt = Arc::new(AtomicBool::new(false));
-        let mut rig = Self { disk, device, queue, interrupt, memory, file, available: 0 };
+        let service = Mutex::new(service);
+        let mut rig = Self { way, disk, device, service, poll, interrupt, memory, file, available: 0 };
         rig.restart();
         rig
     }
 
     /// Makes the poll window as long as it may be.
     pub fn widen_window(&self) {
-        self.queue().widen_window();
+        self.service().queue.widen_window();
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().expect("no panic before")
+    fn service(&self) -> MutexGuard<'_, Service> {
+        self.service.lock().expect("no panic before")
     }
 
     /// Starts the queue anew with empty rings.
     pub fn restart(&mut self) {
         self.memory.write_slice(&[0; 0x3000], GuestAddress(0)).expect("rings");
         self.available = 0;
-        let mut queue = self.queue();
+        let mut service = self.service();
+        let queue = &mut service.queue;
         queue.stop();
         queue.memory = Arc::new(self.memory.clone());
         queue.ring = SplitRing::default();
@@ -118,7 +163,7 @@ impl Rig {
     /// Whether the device has not given the queue up.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.queue().is_running()
+        self.service().queue.is_running()
     }
 
     /// Writes descriptors, from index 0 on, and makes the chain that starts at index 0 available.
@@ -138,7 +183,9 @@ impl Rig {
 
     /// Lets the device carry out all requests that are available.
     pub fn process(&self) {
-        sync::serve(&mut self.queue(), &self.device, &self.interrupt);
+        let mut service = self.service();
+        service.serve(&self.interrupt);
+        service.drain();
     }
 
     /// Returns the number of chains that were used, and the length of the last one.
@@ -165,8 +212,8 @@ impl Rig {
 
     /// Begins with a new front-end, whose driver accepts `features`.
     pub(super) fn reconnect(&mut self, features: u64) {
-        self.device = BlockDevice::new(Arc::clone(&self.disk), SHAPE);
-        self.device.set_features(features);
+        let (device, service) = connect(&self.disk, self.way, self.poll, features);
+        (self.device, self.service) = (device, Mutex::new(service));
         self.restart();
     }
 
@@ -174,10 +221,10 @@ impl Rig {
     pub(super) fn reopen(&mut self) {
         // The last owner of the disk gives up the lock on it.
         let mut other = NamedTempFile::new().expect("file");
-        other.write_all(&[0; SECTOR_SIZE as usize]).expect("content");
-        self.disk = open(&other);
+        other.write_all(&[0; 4096]).expect("content");
+        self.disk = open(&other, self.way);
         self.reconnect(0);
-        self.disk = open(&self.file);
+        self.disk = open(&self.file, self.way);
         self.reconnect(1 << VIRTIO_BLK_F_FLUSH);
     }
 
@@ -190,6 +237,20 @@ impl Rig {
     }
 }
 
-fn open(file: &NamedTempFile) -> Arc<Disk> {
-    Arc::new(Disk::open(&BlockOptions::new(file.path())).expect("disk"))
+fn open(file: &NamedTempFile, way: Way) -> Arc<Disk> {
+    let options = BlockOptions { direct: way.blocks.is_some(), ..BlockOptions::new(file.path()) };
+    let mut disk = Disk::open(&options).expect("disk");
+    if let Some(blocks) = way.blocks {
+        disk.set_alignment(512, blocks);
+    }
+    Arc::new(disk)
+}
+
+/// A device for a front-end whose driver accepts `features`, and the service of its queue.
+fn connect(disk: &Arc<Disk>, way: Way, poll: Duration, features: u64) -> (Arc<BlockDevice>, Service) {
+    let device = Arc::new(BlockDevice::new(Arc::clone(disk), SHAPE, way.engine));
+    device.set_features(features);
+    let wake_up = Arc::new(Event::new().expect("event"));
+    let engine = Arc::clone(&device).engine(&wake_up).expect("engine");
+    (device, Service::new(Queue::new(0, poll), engine))
 }

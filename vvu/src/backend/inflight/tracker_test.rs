@@ -286,6 +286,68 @@ fn live(ring: &mut Ring, mortal: &Mortal, steps: &[u8]) -> Result<(), TestCaseEr
     Ok(())
 }
 
+/// The orders in which `requests` requests can be taken and finished, as [`live`] takes them: they are taken one after the
+/// other, and finished in any order.
+fn orders(requests: usize) -> Vec<Vec<u8>> {
+    fn extend(steps: &[u8], left: usize, in_flight: usize, all: &mut Vec<Vec<u8>>) {
+        if left == 0 && in_flight == 0 {
+            all.push(steps.to_vec());
+        }
+        if left > 0 {
+            extend(&[steps, &[0, 1]].concat(), left - 1, in_flight + 1, all);
+        }
+        for position in 0..in_flight {
+            let finish = u8::try_from(4 * position + 3).expect("few");
+            extend(&[steps, &[finish]].concat(), left, in_flight - 1, all);
+        }
+    }
+    let mut all = Vec::new();
+    extend(&[], requests, 0, &mut all);
+    all
+}
+
+/// A back-end with several requests in flight is killed after each store, whatever the order in which they end, and so is
+/// the next one, after each store of its recovery and of what it finishes.
+#[test]
+fn with_several_in_flight_each_request_completes_once_after_any_two_kills() {
+    let (orders, finish) = (orders(4), [1, 3].repeat(4));
+    assert_eq!(orders.len(), 105, "as many as there are ways to pair begins and ends");
+    let mut kills = 0;
+    for order in &orders {
+        for first in 0.. {
+            let mut first_died = false;
+            for second in 0.. {
+                let memory = memory();
+                let mut ring = Ring::default();
+                let mortal = |stores| {
+                    let stores_left = Rc::new(Cell::new(stores));
+                    Mortal { memory: memory.clone(), stores_left }
+                };
+                let killed = |mortal: &Mortal| mortal.stores_left.get() == 0;
+                let device = mortal(first);
+                live(&mut ring, &device, order).expect("recovery");
+                first_died = killed(&device);
+                let device = mortal(second);
+                live(&mut ring, &device, &finish).expect("recovery");
+                let second_died = killed(&device);
+                live(&mut ring, &mortal(usize::MAX), &finish).expect("recovery");
+                let mut used = ring.used.clone();
+                used.sort_unstable();
+                let all: Vec<_> = (0..ring.submitted).collect();
+                assert_eq!(used, all, "{order:?} killed after {first} and {second} stores");
+                kills += 1;
+                if !second_died {
+                    break;
+                }
+            }
+            if !first_died {
+                break;
+            }
+        }
+    }
+    assert!(kills > 10_000, "{kills}");
+}
+
 /// Every record of a ring of two descriptors, with fields at the edges, and every position of the ring.
 #[test]
 fn recovery_takes_what_is_marked_and_not_in_the_last_batch_or_refuses() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use vvu::backend::block::{BlockBackend, BlockOptions, QUEUES_MAX, SEGMENTS_DEFAULT};
+use vvu::backend::block::{BlockBackend, BlockOptions, EngineKind, QUEUES_MAX, SEGMENTS_DEFAULT};
 use vvu::listening_socket::ListeningSocket;
 use vvu::{Bdf, StopToken, open_vfio, serve};
 
@@ -46,6 +46,24 @@ struct Place {
     socket: Option<PathBuf>,
 }
 
+/// How requests are carried out.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Engine {
+    Sync,
+    IoUring,
+    Auto,
+}
+
+impl Engine {
+    fn kind(self) -> Option<EngineKind> {
+        match self {
+            Self::Sync => Some(EngineKind::Sync),
+            Self::IoUring => Some(EngineKind::IoUring),
+            Self::Auto => None,
+        }
+    }
+}
+
 #[derive(Debug, clap::Args)]
 struct BlockArgs {
     #[command(flatten)]
@@ -56,9 +74,16 @@ struct BlockArgs {
     /// Refuse writes; several back-ends may serve one disk then
     #[arg(long, help_heading = "Disk")]
     read_only: bool,
+    /// Read and write the disk without the page cache of this machine (O_DIRECT)
+    #[arg(long, help_heading = "Disk")]
+    direct: bool,
     /// Serial number of up to 20 characters; by default the file name
     #[arg(long, value_name = "TEXT", help_heading = "Disk")]
     serial: Option<String>,
+    /// How requests are carried out: one of a queue at a time, many at a time through an io_uring, or the latter with
+    /// --direct where the kernel has it
+    #[arg(long, value_name = "ENGINE", default_value = "auto", help_heading = "Performance")]
+    engine: Engine,
     /// Most queues that the sibling may use; each that it uses has a thread of its own
     #[arg(long, value_name = "N", default_value_t = QUEUES_MAX, help_heading = "Performance")]
     queues: u16,
@@ -98,6 +123,8 @@ fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
     let disk = BlockBackend::open(&BlockOptions {
         path: args.file.clone(),
         read_only: args.read_only,
+        direct: args.direct,
+        engine: args.engine.kind(),
         queues: args.queues,
         serial: args.serial.clone(),
         segments: args.seg_max,
