@@ -14,6 +14,7 @@ fn report() -> Report {
         accelerator: Some(Accelerator { used: "tcg".into(), reason: "no /dev/kvm".into() }),
         qemu: Some(Qemu { path: "/usr/bin/qemu-system-x86_64".into(), version: "11.1.3".into() }),
         qemus: BTreeMap::new(),
+        kernels: BTreeMap::new(),
         kernel: Some(Kernel { version: "6.12.117".into(), config_digest: "ab".into() }),
         stages: vec![StageTime { name: "image".into(), began: 2.5, seconds: 1.5 }],
         checks: vec![Check { name: "capacity".into(), result: CheckResult::Pass, evidence: "131072".into() }],
@@ -82,6 +83,7 @@ fn the_table_shows_failures_whole_and_successes_in_a_line() {
   FAIL  backend-ready  no line
         last lines:
         | x
+stages of 1 s or more, partly side by side: image 2 s
 block passed in 9.5 s, launch to /dev/vda 3.0 s = 3.0 bare boots of 1.00 s, tcg, bad_blocks 0
 ";
     assert_eq!(table(&report), want);
