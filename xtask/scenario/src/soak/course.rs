@@ -33,6 +33,8 @@ pub(super) struct Disk {
     /// A letter; it names the vvu device.
     pub(super) name: char,
     pub(super) queues: u16,
+    /// The `--engine` of its back-end.
+    pub(super) engine: &'static str,
     /// Requests that the load keeps in flight.
     pub(super) depth: u32,
     pub(super) express: bool,
@@ -299,7 +301,8 @@ impl Disk {
         Self {
             name,
             queues: rng.u16(1..=2),
-            depth: rng.u32(1..=8),
+            engine: if rng.bool() { "io-uring" } else { "sync" },
+            depth: rng.u32(1..=16),
             express: rng.bool(),
             supervised: rng.bool(),
         }

@@ -63,6 +63,8 @@ impl Course {
         let scenario = json!({
             "name": self.name(),
             "description": format!("{} faults in {} rounds, chosen by seed {}", self.fault_count(), self.rounds.len(), self.seed),
+            // It has io_uring.
+            "kernel": ["devices"],
             "vms": Value::Object(vms.into_iter().collect()),
             "vvu": Value::Object(vvu.collect()),
             "disks": Value::Object(disks.collect()),
@@ -103,7 +105,7 @@ impl Steps {
         course.disks().for_each(|disk| self.start_backend(disk));
     }
 
-    fn start_backend(&mut self, &Disk { name, queues, .. }: &Disk) {
+    fn start_backend(&mut self, &Disk { name, queues, engine, .. }: &Disk) {
         self.add(
             "spawn",
             json!({
@@ -111,7 +113,7 @@ impl Steps {
                 "name": format!("backend-{name}"),
                 "command": format!(
                     "echo $$ > /run/{name}.pid && vvu bind {{{name}.bdf}} && \
-                     exec vvu device block --vfio {{{name}.bdf}} --file {{disk-{name}}} --queues {queues}"
+                     exec vvu device block --vfio {{{name}.bdf}} --file {{disk-{name}}} --queues {queues} --engine {engine}"
                 ),
             }),
         );
