@@ -9,7 +9,7 @@ pub(super) const MOST_DISKS: usize = 4;
 /// Most rounds of a course.
 const MOST_ROUNDS: usize = 4;
 /// Most faults while a round's loads run, and most after they have ended.
-const MOST_FAULTS: (usize, usize) = (5, 2);
+const MOST_FAULTS: (usize, usize) = (8, 2);
 
 /// One random run: siblings with disks that one device VM serves, and rounds of load and faults.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -176,11 +176,11 @@ impl Course {
             loaded.extend(rng.choice(&disks));
         }
         let quiet: Vec<_> = faults.iter().filter(|fault| self.spares(fault, &loaded)).cloned().collect();
-        let mut some = |of: &[Fault], most| {
-            let picks = (0..rng.usize(..=most)).filter_map(|_| rng.choice(of).cloned());
+        let mut some = |of: &[Fault], least, most| {
+            let picks = (0..rng.usize(least..=most)).filter_map(|_| rng.choice(of).cloned());
             picks.collect::<Vec<_>>()
         };
-        let (during, after) = (some(&quiet, MOST_FAULTS.0), some(faults, MOST_FAULTS.1));
+        let (during, after) = (some(&quiet, 1, MOST_FAULTS.0), some(faults, 0, MOST_FAULTS.1));
         Round { loaded, during, after }
     }
 
