@@ -100,11 +100,16 @@ impl Transcript {
         self.lock().bytes > MAX_BYTES
     }
 
-    /// The first line of a spawned command that matches; the lines up to it are passed.
-    pub(crate) fn find(&self, pattern: &Regex) -> Option<String> {
+    /// The first line of a spawned command that matches; the lines up to it are passed. `tried` lines are known not to
+    /// match; without a match it becomes the number of lines there are.
+    pub(crate) fn find(&self, pattern: &Regex, tried: &mut usize) -> Option<String> {
         let mut state = self.lock();
-        let index = state.said.iter().position(|line| pattern.is_match(line))?;
-        state.said.drain(..=index).next_back()
+        let found = state.said.iter().skip(*tried).position(|line| pattern.is_match(line));
+        let Some(found) = found else {
+            *tried = state.said.len();
+            return None;
+        };
+        state.said.drain(..=*tried + found).next_back()
     }
 
     /// Passes over the lines of spawned commands.
@@ -183,10 +188,17 @@ mod tests {
         for text in ["one", "two", "three"] {
             transcript.say("a", text);
         }
-        assert_eq!(transcript.find(&pattern(r"^\[a\] two$")).as_deref(), Some("[a] two"));
-        assert_eq!(transcript.find(&pattern("one|two")), None);
+        let find = |text: &str| transcript.find(&pattern(text), &mut 0);
+        assert_eq!(find(r"^\[a\] two$").as_deref(), Some("[a] two"));
+        assert_eq!(find("one|two"), None);
+        let mut tried = 0;
+        assert_eq!(transcript.find(&pattern("four"), &mut tried), None);
+        assert_eq!(tried, 1, "the third line");
+        transcript.say("a", "four");
+        assert_eq!(transcript.find(&pattern("three|four"), &mut tried).as_deref(), Some("[a] four"));
+        transcript.say("a", "five");
         transcript.skip();
-        assert_eq!(transcript.find(&pattern("three")), None);
+        assert_eq!(find("five"), None);
     }
 
     #[test]
