@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use fastrand::Rng;
 
+/// The VM that serves all disks.
+pub(super) const DEVICE_VM: &str = "device";
 /// Most siblings, and most disks of all siblings.
 pub(super) const MOST_DISKS: usize = 4;
 /// Most rounds of a course.
@@ -200,7 +202,7 @@ impl Course {
     /// Every fault that this topology can have.
     fn possible(&self) -> Vec<Fault> {
         let mut faults = vec![
-            Fault::TakeMemory(super::scenario::DEVICE_VM.to_owned()),
+            Fault::TakeMemory(DEVICE_VM.to_owned()),
             Fault::RebootDeviceVm,
             Fault::KillDeviceVm,
             Fault::KillAll,

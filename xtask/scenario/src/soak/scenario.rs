@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::course::{Course, Disk, Fault, Round, Sibling};
+use super::course::{Course, DEVICE_VM, Disk, Fault, Round, Sibling};
 
-/// The VM that serves all disks.
-pub(super) const DEVICE_VM: &str = "device";
+/// The measurement that counts verified blocks.
+pub(super) const VERIFIED: &str = "blocks_verified";
 /// RAM of the device VM in MiB: room for four disks, which are unpacked into it, and for back-ends.
 const DEVICE_MIB: u64 = 256;
 /// RAM of a sibling in MiB.
@@ -162,7 +162,7 @@ impl Steps {
                     "vm": sibling.name,
                     "command": format!("cat /tmp/load-{name}.json"),
                     "expect": { "stdout": r#""blocks_verified":([1-9]\d*),"bad_blocks":0,"io_errors":0,"# },
-                    "save": super::VERIFIED,
+                    "save": VERIFIED,
                     "measure": true,
                 }),
             );
