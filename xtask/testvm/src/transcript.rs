@@ -19,6 +19,8 @@ pub(crate) const TAIL_LINES: usize = 30;
 const MAX_SHOWN: usize = 500;
 /// Bytes of a line of the console after which it is written to the log in pieces.
 const MAX_LINE: usize = 64 << 10;
+/// What the kernel prints first when it boots.
+const BANNER: &[u8] = b"[    0.000000] Linux version ";
 /// A guest that prints more bytes than this is out of control.
 const MAX_BYTES: u64 = 64 << 20;
 
@@ -35,6 +37,8 @@ struct State {
     generation: u64,
     bytes: u64,
     tail: VecDeque<String>,
+    /// Number of times that the kernel has begun to boot.
+    boots: u32,
     /// The unfinished line of the console.
     line: Vec<u8>,
     /// Lines of spawned commands that no wait has passed yet, each behind `[NAME] `.
@@ -95,6 +99,11 @@ impl Transcript {
             .unwrap_or_else(PoisonError::into_inner);
     }
 
+    /// How often the guest's kernel has said that it boots.
+    pub(crate) fn boots(&self) -> u32 {
+        self.lock().boots
+    }
+
     /// Whether the guest has printed so much that the rest is dropped.
     pub(crate) fn is_flooded(&self) -> bool {
         self.lock().bytes > MAX_BYTES
@@ -133,6 +142,7 @@ impl Transcript {
 impl State {
     fn finish_line(&mut self) {
         let line = std::mem::take(&mut self.line);
+        self.boots += u32::from(line.starts_with(BANNER));
         self.note(line.trim_ascii_end());
     }
 
@@ -199,6 +209,16 @@ mod tests {
         transcript.say("a", "five");
         transcript.skip();
         assert_eq!(find("five"), None);
+    }
+
+    #[test]
+    fn each_boot_of_the_kernel_is_counted() {
+        let transcript = Transcript::default();
+        transcript.print(b"[    0.000000] Linux version 6.12\r\n[    1.2] Linux version again\r\n");
+        transcript.say("dmesg", "[    0.000000] Linux version 6.12");
+        assert_eq!(transcript.boots(), 1);
+        transcript.print(b"[    0.000000] Linux version 6.12\r\n");
+        assert_eq!(transcript.boots(), 2);
     }
 
     #[test]
