@@ -140,10 +140,11 @@ impl Console {
         mut check: impl FnMut() -> Result<()>,
     ) -> Result<Found> {
         let line = Regex::new(&format!("(?m)^[^\n]*(?:{pattern})[^\n]*\n"))?;
+        let mut tried = 0;
         loop {
             let generation = self.transcript.generation();
             let printed = self.poll(&line)?;
-            if let Some(text) = printed.or_else(|| self.transcript.find(pattern)) {
+            if let Some(text) = printed.or_else(|| self.transcript.find(pattern, &mut tried)) {
                 return Found::new(pattern, text.trim_end());
             }
             ensure!(!self.transcript.is_flooded(), "the guest prints without end");
@@ -158,7 +159,7 @@ impl Console {
 
     /// The first line of a spawned command that has arrived and matches; the lines up to it are passed.
     pub(crate) fn said(&self, pattern: &Regex) -> Option<Result<Found>> {
-        self.transcript.find(pattern).map(|line| Found::new(pattern, &line))
+        self.transcript.find(pattern, &mut 0).map(|line| Found::new(pattern, &line))
     }
 
     /// Passes over the lines that have arrived.

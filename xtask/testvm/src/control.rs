@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use vvu_init::protocol::{Action, Answer, Event, Identity, MAX_ANSWER, Message, Outcome, Request, line};
 
 use crate::spawned::Spawned;
@@ -25,6 +25,9 @@ pub(crate) struct Control {
     messages: Receiver<Result<Message>>,
     last_id: u64,
     ready: Option<Identity>,
+    transcript: Arc<Transcript>,
+    /// How often the guest is to have booted.
+    boots: u32,
     /// The commands that the guest was asked to spawn.
     pub(crate) spawned: Spawned,
 }
@@ -35,8 +38,17 @@ impl Control {
         stream.set_write_timeout(Some(WRITE_TIMEOUT)).context("cannot set up the control port")?;
         let reader = stream.try_clone().context("cannot clone the control port")?;
         let (sender, messages) = sync_channel(BACKLOG);
-        thread::spawn(move || read(reader, &transcript, &sender));
-        Ok(Self { stream, messages, last_id: 0, ready: None, spawned: Spawned::default() })
+        let lines = Arc::clone(&transcript);
+        thread::spawn(move || read(reader, &lines, &sender));
+        Ok(Self {
+            stream,
+            messages,
+            last_id: 0,
+            ready: None,
+            transcript,
+            boots: 1,
+            spawned: Spawned::default(),
+        })
     }
 
     /// Waits until the guest serves requests.
@@ -59,6 +71,7 @@ impl Control {
     /// Expects the guest to get ready again; its spawned commands end.
     pub(crate) fn restarting(&mut self) {
         self.ready = None;
+        self.boots += 1;
         self.spawned.clear();
     }
 
@@ -107,7 +120,21 @@ impl Control {
         while let Ok(message) = self.messages.try_recv() {
             self.sort(message?)?;
         }
-        Ok(())
+        self.check_boots()
+    }
+
+    /// Fails if the guest boots although nobody asked for it. Its kernel says so long before PID 1 does, and PID 1 may never
+    /// be reached.
+    fn check_boots(&mut self) -> Result<()> {
+        if self.transcript.boots() > self.boots { Err(self.restarted()) } else { Ok(()) }
+    }
+
+    /// The error of a guest that was restarted, which names the commands that are gone.
+    fn restarted(&mut self) -> Error {
+        let gone = self.spawned.clear();
+        let gone =
+            if gone.is_empty() { String::new() } else { format!("; {} gone with it", gone.join(", ")) };
+        anyhow!("the guest was restarted, although nobody asked for it{gone}")
     }
 
     /// Waits for one message and returns it if it is an answer.
@@ -123,6 +150,7 @@ impl Control {
                 Err(RecvTimeoutError::Disconnected) => bail!("the control port ended"),
                 Err(RecvTimeoutError::Timeout) => {
                     check()?;
+                    self.check_boots()?;
                     if left.is_zero() {
                         bail!("no answer in time");
                     }
@@ -136,13 +164,7 @@ impl Control {
             Message::Answer(answer) => return Ok(Some(answer)),
             Message::Event(Event::Ready(identity)) => {
                 if self.ready.replace(identity).is_some() {
-                    let gone = self.spawned.clear();
-                    let gone = if gone.is_empty() {
-                        String::new()
-                    } else {
-                        format!("; {} gone with it", gone.join(", "))
-                    };
-                    bail!("the guest was restarted, although nobody asked for it{gone}");
+                    return Err(self.restarted());
                 }
             }
             Message::Event(Event::Exited { name, end }) => self.spawned.record(name, end)?,
@@ -262,6 +284,23 @@ mod tests {
         assert_eq!(error, "the guest was restarted, although nobody asked for it");
         control.restarting();
         assert!(control.ready(Instant::now(), || Ok(())).is_err(), "not ready yet");
+    }
+
+    /// A guest that resets before PID 1 runs would boot again and again until the deadline.
+    #[test]
+    fn a_boot_that_nobody_asked_for_ends_the_wait_for_a_guest_that_is_not_ready() {
+        let (host, _guest) = UnixStream::pair().expect("a pair");
+        let transcript = Arc::new(Transcript::default());
+        let mut control = Control::new(host, Arc::clone(&transcript)).expect("a control port");
+        let boot = || transcript.print(b"[    0.000000] Linux version 6.12\r\n");
+        boot();
+        control.check().expect("the first boot");
+        control.restarting();
+        boot();
+        control.check().expect("asked for");
+        boot();
+        let error = format!("{:#}", control.ready(far(), || Ok(())).expect_err("again"));
+        assert!(error.contains("restarted, although nobody asked for it"), "{error}");
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub(crate) const TAIL_LINES: usize = 30;
 const MAX_SHOWN: usize = 500;
 /// Bytes of a line of the console after which it is written to the log in pieces.
 const MAX_LINE: usize = 64 << 10;
+/// What the kernel prints first when it boots.
+const BANNER: &[u8] = b"[    0.000000] Linux version ";
 /// A guest that prints more bytes than this is out of control.
 const MAX_BYTES: u64 = 64 << 20;
 
@@ -35,6 +37,8 @@ struct State {
     generation: u64,
     bytes: u64,
     tail: VecDeque<String>,
+    /// Number of times that the kernel has begun to boot.
+    boots: u32,
     /// The unfinished line of the console.
     line: Vec<u8>,
     /// Lines of spawned commands that no wait has passed yet, each behind `[NAME] `.
@@ -95,16 +99,26 @@ impl Transcript {
             .unwrap_or_else(PoisonError::into_inner);
     }
 
+    /// How often the guest's kernel has said that it boots.
+    pub(crate) fn boots(&self) -> u32 {
+        self.lock().boots
+    }
+
     /// Whether the guest has printed so much that the rest is dropped.
     pub(crate) fn is_flooded(&self) -> bool {
         self.lock().bytes > MAX_BYTES
     }
 
-    /// The first line of a spawned command that matches; the lines up to it are passed.
-    pub(crate) fn find(&self, pattern: &Regex) -> Option<String> {
+    /// The first line of a spawned command that matches; the lines up to it are passed. `tried` lines are known not to
+    /// match; without a match it becomes the number of lines there are.
+    pub(crate) fn find(&self, pattern: &Regex, tried: &mut usize) -> Option<String> {
         let mut state = self.lock();
-        let index = state.said.iter().position(|line| pattern.is_match(line))?;
-        state.said.drain(..=index).next_back()
+        let found = state.said.iter().skip(*tried).position(|line| pattern.is_match(line));
+        let Some(found) = found else {
+            *tried = state.said.len();
+            return None;
+        };
+        state.said.drain(..=*tried + found).next_back()
     }
 
     /// Passes over the lines of spawned commands.
@@ -128,6 +142,7 @@ impl Transcript {
 impl State {
     fn finish_line(&mut self) {
         let line = std::mem::take(&mut self.line);
+        self.boots += u32::from(line.starts_with(BANNER));
         self.note(line.trim_ascii_end());
     }
 
@@ -183,10 +198,27 @@ mod tests {
         for text in ["one", "two", "three"] {
             transcript.say("a", text);
         }
-        assert_eq!(transcript.find(&pattern(r"^\[a\] two$")).as_deref(), Some("[a] two"));
-        assert_eq!(transcript.find(&pattern("one|two")), None);
+        let find = |text: &str| transcript.find(&pattern(text), &mut 0);
+        assert_eq!(find(r"^\[a\] two$").as_deref(), Some("[a] two"));
+        assert_eq!(find("one|two"), None);
+        let mut tried = 0;
+        assert_eq!(transcript.find(&pattern("four"), &mut tried), None);
+        assert_eq!(tried, 1, "the third line");
+        transcript.say("a", "four");
+        assert_eq!(transcript.find(&pattern("three|four"), &mut tried).as_deref(), Some("[a] four"));
+        transcript.say("a", "five");
         transcript.skip();
-        assert_eq!(transcript.find(&pattern("three")), None);
+        assert_eq!(find("five"), None);
+    }
+
+    #[test]
+    fn each_boot_of_the_kernel_is_counted() {
+        let transcript = Transcript::default();
+        transcript.print(b"[    0.000000] Linux version 6.12\r\n[    1.2] Linux version again\r\n");
+        transcript.say("dmesg", "[    0.000000] Linux version 6.12");
+        assert_eq!(transcript.boots(), 1);
+        transcript.print(b"[    0.000000] Linux version 6.12\r\n");
+        assert_eq!(transcript.boots(), 2);
     }
 
     #[test]

@@ -4,12 +4,14 @@ use std::collections::BTreeSet;
 
 use fastrand::Rng;
 
+/// The VM that serves all disks.
+pub(super) const DEVICE_VM: &str = "device";
 /// Most siblings, and most disks of all siblings.
 pub(super) const MOST_DISKS: usize = 4;
 /// Most rounds of a course.
 const MOST_ROUNDS: usize = 4;
 /// Most faults while a round's loads run, and most after they have ended.
-const MOST_FAULTS: (usize, usize) = (5, 2);
+const MOST_FAULTS: (usize, usize) = (8, 2);
 
 /// One random run: siblings with disks that one device VM serves, and rounds of load and faults.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +35,8 @@ pub(super) struct Disk {
     /// A letter; it names the vvu device.
     pub(super) name: char,
     pub(super) queues: u16,
+    /// The `--engine` of its back-end.
+    pub(super) engine: &'static str,
     /// Requests that the load keeps in flight.
     pub(super) depth: u32,
     pub(super) express: bool,
@@ -174,11 +178,11 @@ impl Course {
             loaded.extend(rng.choice(&disks));
         }
         let quiet: Vec<_> = faults.iter().filter(|fault| self.spares(fault, &loaded)).cloned().collect();
-        let mut some = |of: &[Fault], most| {
-            let picks = (0..rng.usize(..=most)).filter_map(|_| rng.choice(of).cloned());
+        let mut some = |of: &[Fault], least, most| {
+            let picks = (0..rng.usize(least..=most)).filter_map(|_| rng.choice(of).cloned());
             picks.collect::<Vec<_>>()
         };
-        let (during, after) = (some(&quiet, MOST_FAULTS.0), some(faults, MOST_FAULTS.1));
+        let (during, after) = (some(&quiet, 1, MOST_FAULTS.0), some(faults, 0, MOST_FAULTS.1));
         Round { loaded, during, after }
     }
 
@@ -198,7 +202,7 @@ impl Course {
     /// Every fault that this topology can have.
     fn possible(&self) -> Vec<Fault> {
         let mut faults = vec![
-            Fault::TakeMemory(super::scenario::DEVICE_VM.to_owned()),
+            Fault::TakeMemory(DEVICE_VM.to_owned()),
             Fault::RebootDeviceVm,
             Fault::KillDeviceVm,
             Fault::KillAll,
@@ -299,7 +303,8 @@ impl Disk {
         Self {
             name,
             queues: rng.u16(1..=2),
-            depth: rng.u32(1..=8),
+            engine: if rng.bool() { "io-uring" } else { "sync" },
+            depth: rng.u32(1..=16),
             express: rng.bool(),
             supervised: rng.bool(),
         }

@@ -21,9 +21,8 @@ use crate::report::{Report, exit_code};
 use crate::run::{RunOptions, run_all};
 use course::Course;
 use minimise::minimise;
+use scenario::VERIFIED;
 
-/// The measurement that counts verified blocks.
-const VERIFIED: &str = "blocks_verified";
 /// The scenario of a run, in the run's directory.
 const SCENARIO: &str = "scenario.json";
 /// The smallest scenario that is known to fail.

@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::course::{Course, Disk, Fault, Round, Sibling};
+use super::course::{Course, DEVICE_VM, Disk, Fault, Round, Sibling};
 
-/// The VM that serves all disks.
-pub(super) const DEVICE_VM: &str = "device";
+/// The measurement that counts verified blocks.
+pub(super) const VERIFIED: &str = "blocks_verified";
 /// RAM of the device VM in MiB: room for four disks, which are unpacked into it, and for back-ends.
 const DEVICE_MIB: u64 = 256;
 /// RAM of a sibling in MiB.
@@ -63,6 +63,8 @@ impl Course {
         let scenario = json!({
             "name": self.name(),
             "description": format!("{} faults in {} rounds, chosen by seed {}", self.fault_count(), self.rounds.len(), self.seed),
+            // It has io_uring.
+            "kernel": ["devices"],
             "vms": Value::Object(vms.into_iter().collect()),
             "vvu": Value::Object(vvu.collect()),
             "disks": Value::Object(disks.collect()),
@@ -103,7 +105,7 @@ impl Steps {
         course.disks().for_each(|disk| self.start_backend(disk));
     }
 
-    fn start_backend(&mut self, &Disk { name, queues, .. }: &Disk) {
+    fn start_backend(&mut self, &Disk { name, queues, engine, .. }: &Disk) {
         self.add(
             "spawn",
             json!({
@@ -111,7 +113,7 @@ impl Steps {
                 "name": format!("backend-{name}"),
                 "command": format!(
                     "echo $$ > /run/{name}.pid && vvu bind {{{name}.bdf}} && \
-                     exec vvu device block --vfio {{{name}.bdf}} --file {{disk-{name}}} --queues {queues}"
+                     exec vvu device block --vfio {{{name}.bdf}} --file {{disk-{name}}} --queues {queues} --engine {engine}"
                 ),
             }),
         );
@@ -160,7 +162,7 @@ impl Steps {
                     "vm": sibling.name,
                     "command": format!("cat /tmp/load-{name}.json"),
                     "expect": { "stdout": r#""blocks_verified":([1-9]\d*),"bad_blocks":0,"io_errors":0,"# },
-                    "save": super::VERIFIED,
+                    "save": VERIFIED,
                     "measure": true,
                 }),
             );
