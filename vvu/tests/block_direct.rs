@@ -6,6 +6,8 @@ mod common;
 
 #[path = "block/connection.rs"]
 mod connection;
+#[path = "block/device.rs"]
+mod device;
 #[path = "block/hostile.rs"]
 mod hostile;
 #[path = "block/killed.rs"]
@@ -18,6 +20,8 @@ mod process;
 mod requests;
 #[path = "block/rings.rs"]
 mod rings;
+#[path = "block/unpinnable.rs"]
+mod unpinnable;
 #[path = "block/with.rs"]
 mod with;
 

@@ -6,6 +6,8 @@ mod common;
 
 #[path = "block/connection.rs"]
 mod connection;
+#[path = "block/device.rs"]
+mod device;
 #[path = "block/hostile.rs"]
 mod hostile;
 #[path = "block/killed.rs"]

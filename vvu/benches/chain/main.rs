@@ -23,7 +23,7 @@ use clap::Parser;
 use serde_json::{Map, Value, json};
 
 use links::Via;
-use tests::{Limit, Test};
+use tests::{Limit, Test, Way};
 
 /// Measures the chain and the plain socket in turns.
 #[derive(Debug, Parser)]
@@ -37,6 +37,9 @@ struct Options {
     /// How long each test takes
     #[arg(long, value_name = "S", default_value_t = 1.0)]
     seconds: f64,
+    /// Compare the engines of the block back-end, with and without direct I/O, over the plain socket
+    #[arg(long, conflicts_with = "test")]
+    engines: bool,
     /// Carry out one test alone, over the link that --via names
     #[arg(long, value_name = "TEST", requires = "via")]
     test: Option<Test>,
@@ -63,26 +66,39 @@ fn main() {
 fn measure(options: &Options) {
     let poll = Duration::from_micros(options.poll_us);
     if let (Some(test), Some(via), Some(operations)) = (options.test, options.via, options.operations) {
-        println!("{}", test.run(via, Limit::Operations(operations), poll).into_json());
+        println!("{}", test.run(via, Way::DEFAULT, Limit::Operations(operations), poll).into_json());
         return;
     }
     let limit = Limit::Time(Duration::try_from_secs_f64(options.seconds).expect("a number of seconds"));
     let mut results: Map<String, Value> = Map::new();
+    let mut add = |test: Test, variant: &str, got: Value| {
+        let of_test = results.entry(test.name()).or_insert_with(|| json!({}));
+        let rounds = of_test.as_object_mut().expect("an object").entry(variant);
+        rounds.or_insert_with(|| json!([])).as_array_mut().expect("an array").push(got);
+    };
     for round in 0..options.rounds {
-        // The two take turns to go first.
-        let order = if (round % 2 == 0) != options.vvu_first {
-            [Via::Plain, Via::Vvu]
-        } else {
-            [Via::Vvu, Via::Plain]
-        };
+        // The variants take turns to go first.
+        let reversed = (round % 2 == 0) == options.vvu_first;
+        if options.engines {
+            for test in [Test::ReadDepth1, Test::ReadDepth32] {
+                for way in turns(Way::ALL, reversed) {
+                    add(test, way.name, test.run(Via::Plain, way, limit, poll).into_json());
+                }
+            }
+            continue;
+        }
         for test in Test::ALL {
-            for via in order {
-                let got = test.run(via, limit, poll).into_json();
-                let of_test = results.entry(test.name()).or_insert_with(|| json!({}));
-                let rounds = of_test.as_object_mut().expect("an object").entry(via.name());
-                rounds.or_insert_with(|| json!([])).as_array_mut().expect("an array").push(got);
+            for via in turns([Via::Plain, Via::Vvu], reversed) {
+                add(test, via.name(), test.run(via, Way::DEFAULT, limit, poll).into_json());
             }
         }
     }
     println!("{}", Value::Object(results));
+}
+
+fn turns<T, const N: usize>(mut variants: [T; N], reversed: bool) -> [T; N] {
+    if reversed {
+        variants.reverse();
+    }
+    variants
 }

@@ -8,8 +8,9 @@ use vhost::VhostBackend;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
+use vvu::backend::block::EngineKind;
 
-use crate::common::{Backend, DEADLINE, Driver, Setup, pattern};
+use crate::common::{Backend, DEADLINE, Driver, Setup, pattern, wait};
 use crate::echo::Echo;
 use crate::latencies::{Latencies, Outcome};
 use crate::links::{Link, Via};
@@ -33,6 +34,25 @@ pub enum Test {
     ReadDepth1,
     /// 4 KiB reads, 32 at a time.
     ReadDepth32,
+}
+
+/// How the block back-end carries out requests.
+#[derive(Clone, Copy, Debug)]
+pub struct Way {
+    pub name: &'static str,
+    engine: EngineKind,
+    direct: bool,
+}
+
+impl Way {
+    pub const ALL: [Self; 4] = [
+        Self { name: "sync", engine: EngineKind::Sync, direct: false },
+        Self { name: "io-uring", engine: EngineKind::IoUring, direct: false },
+        Self { name: "sync-direct", engine: EngineKind::Sync, direct: true },
+        Self { name: "io-uring-direct", engine: EngineKind::IoUring, direct: true },
+    ];
+    /// That of a back-end which is told nothing.
+    pub const DEFAULT: Self = Self::ALL[0];
 }
 
 /// When a test ends.
@@ -84,8 +104,8 @@ impl Test {
         }
     }
 
-    /// Runs the test over a new link, with a back-end whose poll window is `poll`.
-    pub fn run(self, via: Via, limit: Limit, poll: Duration) -> Outcome {
+    /// Runs the test over a new link, with a back-end that carries out requests in `way` and whose poll window is `poll`.
+    pub fn run(self, via: Via, way: Way, limit: Limit, poll: Duration) -> Outcome {
         if self == Self::Notify {
             let echo = Echo::start();
             let mut link = Link::new(via, &echo.socket, Setup::default());
@@ -94,7 +114,9 @@ impl Test {
             echo.end();
             return outcome;
         }
-        let backend = Backend::start(&pattern(1, DISK), |options| options.poll = poll);
+        let backend = Backend::start(&pattern(1, DISK), |options| {
+            (options.engine, options.direct, options.poll) = (Some(way.engine), way.direct, poll);
+        });
         let mut link = Link::new(via, &backend.socket, Setup::default());
         let outcome = match self {
             Self::Notify | Self::Message => message(&mut link.driver, limit),
@@ -118,14 +140,12 @@ impl Calls {
         let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
         poll.ctl(ControlOperation::Add, call.as_raw_fd(), interest).expect("epoll");
         // Takes the call that the back-end makes when the queue is started.
-        let _ = poll.wait(0, &mut [EpollEvent::default()]).expect("epoll");
+        let _ = wait(&poll, Duration::from_millis(1));
         Self { poll }
     }
 
     fn wait(&self) {
-        let limit = i32::try_from(DEADLINE.as_millis()).expect("a short limit");
-        let got = self.poll.wait(limit, &mut [EpollEvent::default()]).expect("epoll");
-        assert_eq!(got, 1, "want a call, got none within {DEADLINE:?}");
+        assert!(wait(&self.poll, DEADLINE), "want a call, got none within {DEADLINE:?}");
     }
 }
 

@@ -85,13 +85,13 @@ impl Kicks {
         self.wake_up.signal();
     }
 
-    /// Waits for a kick, a wake-up or a finished request.
+    /// Waits for a kick, a wake-up or a finished request. It may end without one: the kernel interrupts a thread to give it
+    /// the result of a request, and looking for that is cheaper than another wait.
     ///
     /// # Errors
     /// When the kernel is out of memory.
     pub(super) fn wait(&self) -> io::Result<()> {
-        while !self.look(None)? {}
-        Ok(())
+        self.look(None).map(drop)
     }
 
     /// Takes kicks and wake-ups, waiting for the first one for at most `limit`. Returns whether there was one.
