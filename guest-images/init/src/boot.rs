@@ -67,6 +67,7 @@ pub(crate) fn set_up() -> Result<Options> {
         }
     }
     let command_line = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
+    vvu_init::modules::load_all(&command_line)?;
     let options = Options::parse(&command_line);
     let hostname = options.hostname.as_deref().unwrap_or("vvu");
     rustix::system::sethostname(hostname.as_bytes()).context("cannot set the host name")?;

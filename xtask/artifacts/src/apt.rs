@@ -97,6 +97,27 @@ impl<'a> Apt<'a> {
         Ok(text.lines().map(str::to_owned).collect())
     }
 
+    /// A package and those that it depends on, directly or not, whose names start with one of `prefixes`.
+    ///
+    /// # Errors
+    ///
+    /// The package does not exist, or apt fails.
+    pub(crate) fn depends(&self, package: &str, prefixes: &[&str]) -> Result<Vec<String>> {
+        let mut found = vec![package.to_owned()];
+        let mut next = 0;
+        while let Some(name) = found.get(next).cloned() {
+            let text = capture(self.command("apt-cache").args(["depends", "--important", &name]))?;
+            let names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+            for name in names.filter(|name| prefixes.iter().any(|prefix| name.starts_with(prefix))) {
+                if !found.iter().any(|known| known == name) {
+                    found.push(name.to_owned());
+                }
+            }
+            next += 1;
+        }
+        Ok(found)
+    }
+
     /// Downloads packages and everything they depend on.
     ///
     /// # Errors

@@ -10,6 +10,11 @@ const LIST: &str = include_str!("../../../guest-images/versions.json");
 /// The QEMU that is unpacked when the machine has no suitable one.
 const DEFAULT_QEMU: &str = "debian-13-backports";
 
+/// The kernel that is meant by "the distribution's".
+const DEFAULT_KERNEL_PACKAGE: &str = "debian-13-cloud";
+/// Stands for it in scenarios and on the command line.
+pub const DISTRIBUTION: &str = "distribution";
+
 /// The list, by name.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -17,6 +22,7 @@ pub struct Versions<'a> {
     #[serde(borrow)]
     vmms: BTreeMap<&'a str, VmmSource<'a>>,
     kernels: BTreeMap<&'a str, KernelSource<'a>>,
+    kernel_packages: BTreeMap<&'a str, KernelPackage<'a>>,
 }
 
 /// The source of a VMM.
@@ -62,6 +68,18 @@ pub struct KernelSource<'a> {
     /// Fragments under `guest-images/kernel` that it needs besides the base.
     #[serde(default)]
     pub fragments: Vec<&'a str>,
+}
+
+/// A kernel of Debian's, as its package has it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelPackage<'a> {
+    /// Suites of the Debian archive; the last is preferred.
+    #[serde(borrow)]
+    pub suites: Vec<&'a str>,
+    /// The flavour, such as `cloud`; `None` for the kernel with all drivers.
+    #[serde(default)]
+    pub flavour: Option<&'a str>,
 }
 
 impl Versions<'static> {
@@ -113,6 +131,16 @@ impl Versions<'static> {
         get(&self.kernels, "kernel source", name)
     }
 
+    /// The kernel package `name`, which [`DISTRIBUTION`] is as well.
+    ///
+    /// # Errors
+    ///
+    /// There is none; the message lists those there are.
+    pub fn kernel_package(&self, name: &str) -> Result<&KernelPackage<'static>> {
+        let name = if name == DISTRIBUTION { DEFAULT_KERNEL_PACKAGE } else { name };
+        get(&self.kernel_packages, "kernel package", name)
+    }
+
     /// The names of the VMMs that can host a vvu device.
     #[must_use]
     pub fn with_vvu_devices(&self) -> String {
@@ -140,12 +168,18 @@ mod tests {
             VmmSource::Qemu(source) => Some(&source.suites),
             VmmSource::CloudHypervisor {} => None,
         });
-        for suites in suites.chain(versions.kernels.values().map(|kernel| &kernel.suites)) {
+        let suites = suites.chain(versions.kernels.values().map(|kernel| &kernel.suites));
+        for suites in suites.chain(versions.kernel_packages.values().map(|kernel| &kernel.suites)) {
             // Suites and never hosts: which mirror they come from is the machine's business.
             let plain = |name: &str| name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
             assert!(!suites.is_empty() && suites.iter().all(|suite| plain(suite)), "{suites:?}");
         }
-        for error in [versions.vmm("nonesuch").map(drop), versions.kernel("nonesuch").map(drop)] {
+        versions.kernel_package(DISTRIBUTION).expect("there");
+        for error in [
+            versions.vmm("nonesuch").map(drop),
+            versions.kernel("nonesuch").map(drop),
+            versions.kernel_package("nonesuch").map(drop),
+        ] {
             let error = error.expect_err("unknown").to_string();
             assert!(error.contains("nonesuch") && error.contains("known are "), "{error}");
         }

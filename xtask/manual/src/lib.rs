@@ -16,7 +16,7 @@ use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 use vvu_testvm::memory::{ensure_files_fit, ensure_free};
 use vvu_testvm::{
-    Addr, Boot, Express, Frontend, Iommu, Lab, Needs, ProxyConfig, RunDir, Setup, SetupOptions, Slot,
+    Addr, Boot, Express, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfig, RunDir, Setup, SetupOptions, Slot,
     VmConfig, runs,
 };
 
@@ -46,9 +46,9 @@ pub struct DeviceOptions {
     /// Whether the VM has an express device, through which its guest notifies the sibling without the proxy
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     express: bool,
-    /// IOMMU in front of the devices
-    #[arg(long, value_enum, default_value_t = Iommu::Virtio)]
-    iommu: Iommu,
+    /// IOMMU in front of the devices [default: virtio-iommu; intel-iommu with a distribution's kernel]
+    #[arg(long, value_enum)]
+    iommu: Option<Iommu>,
     /// Disk image to put into the VM as /disk.img: a file, or a size such as 64M for an empty image
     #[arg(long, value_name = "FILE|SIZE")]
     disk: Option<Disk>,
@@ -194,8 +194,12 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         ..ProxyConfig::new("vvu", options.sibling_memory, lab.sockets())
     };
     let proxy = lab.proxy(&vvu)?;
+    let iommu = options.iommu.map_or_else(
+        || setup.kernel(&KernelId::default()).map(Iommu::default_for),
+        Ok,
+    )?;
     let config =
-        VmConfig { iommu: Some(options.iommu), devices: vvu.devices(), ..options.common.config("device") };
+        VmConfig { iommu: Some(iommu), devices: vvu.devices(), ..options.common.config("device") };
     let code = options.common.run(&lab, &config, options.disk.as_ref());
     if interrupt::requested() {
         return code;
@@ -249,6 +253,7 @@ impl Common {
         if let Some(disk) = disk {
             overlay.push(OverlayEntry::Disk { path: DISK_PATH.to_owned(), image: disk.image()? });
         }
+        overlay.extend(lab.setup().kernel_modules(&KernelId::default(), config)?);
         let mut boot = lab.plain()?;
         let file = lab.run().file("overlay.cpio");
         if !overlay.is_empty() {

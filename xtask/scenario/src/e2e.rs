@@ -37,7 +37,8 @@ pub struct Options {
     /// Run the scenario with KVM in a VM whose CPU QEMU emulates, on a machine without KVM
     #[arg(long)]
     #[arg(conflicts_with_all = [
-        "prepared", "overlay", "program", "variables", "measure", "accel", "qemu", "file", "keep", "interactive",
+        "prepared", "overlay", "program", "variables", "measure", "accel", "qemu", "file", "package", "quick",
+        "keep", "interactive",
     ])]
     nested: bool,
     #[command(flatten)]

@@ -5,14 +5,14 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use vvu_artifacts::image::OverlayEntry;
 use vvu_process::progress::Progress;
 use vvu_testvm::facts::Outcome;
 use vvu_testvm::outer::{NestedSetup, Outer, outside, proven};
 use vvu_testvm::{Lab, RunDir, Setup, SetupOptions, memory, runs};
 
-use crate::format::{self, Scenario};
+use crate::format::{self, KernelSpec, Scenario};
 use crate::report::{Check, Report, publish};
 
 /// Path of the scenario in the outer VM.
@@ -48,6 +48,7 @@ pub(crate) fn run_all(
             "{}: --nested takes no scenario that names QEMUs or a kernel's source: {named:?}",
             scenario.name
         );
+        fragments(scenario)?;
         memory::ensure_free(outer_memory_mib(scenario), 1)?;
     }
     let mut reports = Vec::new();
@@ -72,6 +73,14 @@ pub(crate) fn run_all(
     Ok(reports)
 }
 
+/// The fragments of the one kernel that the outer VM holds.
+fn fragments(scenario: &Scenario) -> Result<&[String]> {
+    match &scenario.kernel {
+        KernelSpec::Fragments(names) if scenario.vms.values().all(|vm| vm.kernel.is_none()) => Ok(names),
+        _ => bail!("{}: --nested takes no scenario with a distribution's kernel, or several kernels", scenario.name),
+    }
+}
+
 fn outer_memory_mib(scenario: &Scenario) -> u64 {
     let disks = scenario.disks.values().filter_map(|disk| disk.size_mib).fold(0, u64::saturating_add);
     Outer::memory_mib(scenario.memory_mib(), disks)
@@ -90,7 +99,7 @@ fn one(
     let lab = Lab::new(run, &setup)?;
     let extra = OverlayEntry::File { path: SCENARIO.to_owned(), mode: 0o644, from: file.to_owned() };
     let memory_mib = outer_memory_mib(scenario);
-    let (vm, outer) = Outer::start(&lab, &scenario.kernel, &nested, vec![extra], memory_mib, progress)?;
+    let (vm, outer) = Outer::start(&lab, fragments(scenario)?, &nested, vec![extra], memory_mib, progress)?;
     report.outer = Some(outer);
 
     let stage = progress.stage("nested run");

@@ -29,7 +29,7 @@ pub struct SetupOptions {
     #[arg(long, value_enum, default_value_t, help_heading = "VMs")]
     pub accel: accel::Request,
     /// Directory that holds everything, as --nested lays it out
-    #[arg(long, hide = true, value_name = "DIR", conflicts_with_all = ["qemu", "file", "source", "fragments"])]
+    #[arg(long, hide = true, value_name = "DIR", conflicts_with_all = ["qemu", "file", "source", "fragments", "package", "quick"])]
     pub prepared: Option<PathBuf>,
     /// Factor by which limits exceed those for native speed [default: 2 with KVM, 6 without]
     #[arg(long, hide = true, value_name = "FACTOR", value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -65,9 +65,7 @@ impl Setup {
                 let mut kernels = BTreeMap::new();
                 let plain = KernelId::default();
                 for id in needs.kernels.iter().chain(needs.kernels.is_empty().then_some(&plain)) {
-                    let mut options = options.kernel.clone();
-                    options.fragments.extend(id.fragments.iter().cloned());
-                    options.named.clone_from(&id.source);
+                    let options = id.options(&options.kernel);
                     kernels.insert(id.clone(), Kernel::obtain(progress, &cache, &options)?);
                 }
                 Ok::<_, Error>((qemu, vmms, tools, programs, kernels))

@@ -56,6 +56,7 @@ impl Prepared {
             vmlinux: file(VMLINUX),
             version: facts.kernel_version,
             config_digest: facts.kernel_config_digest,
+            modules: None,
         };
         let bytes = fs::metadata(file(BASE)).with_context(|| format!("{}", file(BASE).display()))?.len();
         Ok(Self {

@@ -5,19 +5,31 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use vvu_artifacts::accel::{Accelerator, Kind};
-use vvu_artifacts::image::{BaseImage, GuestBinaries};
-use vvu_artifacts::kernel::Kernel;
+use vvu_artifacts::image::{BaseImage, GuestBinaries, OverlayEntry, kernel_modules};
+use vvu_artifacts::kernel::{Kernel, KernelOptions};
 use vvu_artifacts::qemu::Qemu;
 
+use crate::vm::config::Config as VmConfig;
 use crate::vmm::Vmm;
 
 /// Identifies a kernel of a set-up.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct KernelId {
-    /// Name of its source; `None` for the source that the command line chooses.
-    pub(crate) source: Option<String>,
-    /// Configuration fragments in addition to the base.
-    pub(crate) fragments: Vec<String>,
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum KernelId {
+    /// Built here, unless the command line names another kernel.
+    Built {
+        /// Name of its source; `None` for the source that the command line chooses.
+        source: Option<String>,
+        /// Configuration fragments in addition to the base.
+        fragments: Vec<String>,
+    },
+    /// A distribution's own, by its name in `guest-images/versions.json`, or `distribution`.
+    Packaged(String),
+}
+
+impl Default for KernelId {
+    fn default() -> Self {
+        Self::with_fragments(&[])
+    }
 }
 
 impl KernelId {
@@ -25,14 +37,30 @@ impl KernelId {
     /// fragments in addition to the base.
     #[must_use]
     pub fn new(source: Option<&str>, fragments: &[String]) -> Self {
-        Self { source: source.map(str::to_owned), fragments: fragments.to_owned() }
+        Self::Built { source: source.map(str::to_owned), fragments: fragments.to_owned() }
     }
 
     /// The kernel of the source that the command line chooses, with these configuration fragments in addition to the
     /// base.
     #[must_use]
     pub fn with_fragments(fragments: &[String]) -> Self {
-        Self { source: None, fragments: fragments.to_owned() }
+        Self::Built { source: None, fragments: fragments.to_owned() }
+    }
+
+    /// The options by which the kernel is obtained if the command line has `options`.
+    pub(crate) fn options(&self, options: &KernelOptions) -> KernelOptions {
+        match self {
+            Self::Built { source, fragments } => {
+                let mut options = options.clone();
+                options.fragments.extend(fragments.iter().cloned());
+                options.named.clone_from(source);
+                options
+            }
+            Self::Packaged(name) if options.file.is_none() && options.packaged().is_none() => {
+                KernelOptions { package: Some(name.clone()), ..KernelOptions::default() }
+            }
+            Self::Packaged(_) => options.clone(),
+        }
     }
 }
 
@@ -82,6 +110,16 @@ impl Setup {
     /// Fails if the needs did not name it.
     pub fn kernel(&self, id: &KernelId) -> Result<&Kernel> {
         self.kernels.get(id).with_context(|| format!("{id:?} was not obtained"))
+    }
+
+    /// What the initramfs of a VM with this kernel has beside the base: the kernel's modules for its devices.
+    ///
+    /// # Errors
+    ///
+    /// The kernel has modules, and one is missing.
+    pub fn kernel_modules(&self, id: &KernelId, config: &VmConfig) -> Result<Vec<OverlayEntry>> {
+        kernel_modules(self.kernel(id)?, config.kernel_modules())
+            .with_context(|| format!("the VM {}", config.name))
     }
 
     /// The VMM of this name; without a name, the QEMU that the command line chooses.

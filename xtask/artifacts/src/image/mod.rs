@@ -13,8 +13,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
+use vvu_init::modules::{DIRECTORY, ORDER};
 
 use crate::cache::{Cache, Key, hex};
+use crate::kernel::{Kernel, Module};
 
 pub use binaries::{GuestBinaries, build_xtask};
 pub use cpio::Written;
@@ -79,6 +81,15 @@ pub enum OverlayEntry {
         /// The file.
         from: PathBuf,
     },
+    /// A file of these bytes.
+    Bytes {
+        /// Absolute path in the guest.
+        path: String,
+        /// Permissions in the guest.
+        mode: u32,
+        /// The content.
+        bytes: Vec<u8>,
+    },
     /// A disk image, as a file that the guest can write to.
     Disk {
         /// Absolute path in the guest.
@@ -128,6 +139,29 @@ fn base(binaries: &GuestBinaries, tools: &GuestTools) -> Result<Archive> {
     Ok(archive)
 }
 
+/// The modules of `kernel` that a guest has to load to have the modules `names`, and the list from which PID 1 knows
+/// their order. There are none if the kernel has no modules.
+///
+/// # Errors
+///
+/// The kernel lacks one of them.
+pub fn kernel_modules<'a>(
+    kernel: &Kernel,
+    names: impl IntoIterator<Item = &'a str>,
+) -> Result<Vec<OverlayEntry>> {
+    let Some(modules) = &kernel.modules else { return Ok(Vec::new()) };
+    let modules =
+        modules.load_order(names).with_context(|| format!("Linux {} cannot be used", kernel.version))?;
+    let mut order = String::new();
+    let mut entries = Vec::new();
+    for Module { name, bytes } in modules {
+        order.push_str(&format!("{name}\n"));
+        entries.push(OverlayEntry::Bytes { path: format!("{DIRECTORY}/{name}.ko"), mode: 0o644, bytes });
+    }
+    entries.push(OverlayEntry::Bytes { path: ORDER.to_owned(), mode: 0o644, bytes: order.into() });
+    Ok(entries)
+}
+
 /// Writes the base image and an archive of `overlay` behind it to `out`: the kernel unpacks one after the other.
 ///
 /// # Errors
@@ -142,6 +176,9 @@ pub fn with_overlay(base: &BaseImage, overlay: &[OverlayEntry], out: &Path) -> R
             OverlayEntry::TreeAt { path, from } => archive.tree(from, path)?,
             OverlayEntry::File { path, mode, from } => {
                 archive.file(path, *mode, Content::Copy(from.clone()))?;
+            }
+            OverlayEntry::Bytes { path, mode, bytes } => {
+                archive.file(path, *mode, Content::Bytes(bytes.clone()))?;
             }
             OverlayEntry::Disk { path, image } => archive.file(path, 0o600, Content::Disk(image.clone()))?,
         }

@@ -15,6 +15,8 @@ use crate::machine::KernelFormat;
 const MAX_SIZE: u64 = 1 << 30;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: where a PVH loader enters the kernel.
 const PHYS32_ENTRY: u32 = 18;
+/// The first bytes of an ELF file.
+const ELF: &[u8] = b"\x7fELF";
 const PT_NOTE: u32 = 4;
 const EM_X86_64: u16 = 62;
 
@@ -62,7 +64,7 @@ fn inspect_bytes(bytes: &[u8], format: KernelFormat) -> Result<Image> {
 }
 
 fn inspect_pvh(bytes: &[u8]) -> Result<Image> {
-    if bytes.starts_with(b"\x7fELF") {
+    if bytes.starts_with(ELF) {
         if !has_pvh_note(bytes) {
             bail!(
                 "it is an ELF file without PVH entry; build it with CONFIG_PVH=y, or give its bzImage instead"
@@ -74,6 +76,30 @@ fn inspect_pvh(bytes: &[u8]) -> Result<Image> {
         "it is neither an x86-64 vmlinux (ELF) nor a bzImage; both come out of a kernel build (arch/x86/boot/bzImage)",
     )?;
     inspect_plain(&decompress(payload)?)
+}
+
+/// The ELF file with a PVH entry in a bzImage, which starts without decompressing itself in the guest; `None` if there is
+/// none that this machine can take out.
+pub(super) fn pvh_payload(bytes: &[u8]) -> Option<Vec<u8>> {
+    let elf = decompress(bzimage_payload(bytes)?).ok()?;
+    has_pvh_note(&elf).then_some(elf)
+}
+
+/// What a compressed file holds; the bytes themselves if they are an ELF file.
+///
+/// # Errors
+///
+/// It is compressed in a way this machine cannot undo, or damaged.
+pub(super) fn plain_elf(bytes: Vec<u8>) -> Result<Vec<u8>> {
+    if bytes.starts_with(ELF) {
+        return Ok(bytes);
+    }
+    let Some(program) = compression(&bytes) else { bail!("it is compressed in an unknown way") };
+    let elf = filter(program, &bytes)?;
+    if !elf.starts_with(ELF) {
+        bail!("it is damaged: it holds no ELF file");
+    }
+    Ok(elf)
 }
 
 fn inspect_plain(bytes: &[u8]) -> Result<Image> {
@@ -159,7 +185,8 @@ fn bzimage_payload(bytes: &[u8]) -> Option<&[u8]> {
     bytes.get(start..start.checked_add(length)?)
 }
 
-fn decompress(payload: &[u8]) -> Result<Vec<u8>> {
+/// The program that decompresses `bytes`.
+fn compression(bytes: &[u8]) -> Option<&'static str> {
     const FORMATS: [(&[u8], &str); 5] = [
         (b"\x1f\x8b", "gzip"),
         (b"\xfd7zXZ", "xz"),
@@ -167,7 +194,11 @@ fn decompress(payload: &[u8]) -> Result<Vec<u8>> {
         (b"\x02\x21\x4c\x18", "lz4"),
         (b"BZh", "bzip2"),
     ];
-    let Some((_, program)) = FORMATS.iter().find(|(magic, _)| payload.starts_with(magic)) else {
+    FORMATS.iter().find(|(magic, _)| bytes.starts_with(magic)).map(|(_, program)| *program)
+}
+
+fn decompress(payload: &[u8]) -> Result<Vec<u8>> {
+    let Some(program) = compression(payload) else {
         bail!("the bzImage is compressed in an unknown way; give the vmlinux it was made from");
     };
     filter(program, payload).context("give the vmlinux that the bzImage was made from")

@@ -1,9 +1,11 @@
-//! The guest kernel: built from a distribution's source with the fragments in `guest-images/kernel`, or a file of the
-//! user.
+//! The guest kernel: built from a distribution's source with the fragments in `guest-images/kernel`, a distribution's own,
+//! or a file of the user.
 
 mod build;
 mod config;
 mod image;
+mod modules;
+mod package;
 mod source;
 
 use std::fs;
@@ -16,11 +18,12 @@ use tempfile::TempDir;
 
 use self::build::Build;
 use self::config::{Config, Requests};
+pub use self::modules::{Module, Modules};
 use self::source::Source;
 use crate::cache::{Cache, Key};
 use crate::machine::Machine;
 use crate::packages::{self, Package};
-use crate::versions::Versions;
+use crate::versions::{DISTRIBUTION, Versions};
 use vvu_process::progress::Progress;
 
 /// Packages that the host needs to compile a kernel.
@@ -60,9 +63,28 @@ pub struct KernelOptions {
     /// Add a configuration fragment: a name under guest-images/kernel, or a file
     #[arg(long = "kernel-fragment", value_name = "NAME|FILE", help_heading = "Kernel")]
     pub fragments: Vec<String>,
+    /// Run a distribution's own kernel: a name in guest-images/versions.json such as debian-13, or a package of Debian
+    /// that depends on one, followed by /SUITE if it is not of this machine's own suites
+    #[arg(long = "kernel-package", value_name = "NAME|PACKAGE[/SUITE]", help_heading = "Kernel")]
+    #[arg(conflicts_with_all = ["file", "source", "fragments"])]
+    pub package: Option<String>,
+    /// Compile no kernel: run Debian's cloud kernel, as --kernel-package distribution does
+    #[arg(long, conflicts_with_all = ["package", "file", "source", "fragments"], help_heading = "Kernel")]
+    pub quick: bool,
+    /// Directory with the modules of the --kernel, such as /lib/modules/VERSION
+    #[arg(long, value_name = "DIR", requires = "file", help_heading = "Kernel")]
+    pub modules: Option<PathBuf>,
     /// The source's name in `guest-images/versions.json`, if a scenario names one.
     #[arg(skip)]
     pub named: Option<String>,
+}
+
+impl KernelOptions {
+    /// The distribution's kernel that the command line asks for.
+    #[must_use]
+    pub fn packaged(&self) -> Option<&str> {
+        self.package.as_deref().or(self.quick.then_some(DISTRIBUTION))
+    }
 }
 
 /// A kernel that the guests can run.
@@ -74,6 +96,8 @@ pub struct Kernel {
     pub version: String,
     /// SHA-256 over the configuration, without the versions of the tools that built the kernel.
     pub config_digest: String,
+    /// The modules, which a kernel of a distribution needs for most devices.
+    pub modules: Option<Modules>,
 }
 
 /// Facts that are stored beside a built kernel.
@@ -93,13 +117,20 @@ impl Kernel {
     pub fn obtain(progress: &Progress, cache: &Cache, options: &KernelOptions) -> Result<Self> {
         let versions = Versions::read()?;
         let named = options.named.as_deref().map(|name| versions.kernel(name)).transpose()?;
-        if let (Some(name), true) = (&options.named, options.file.is_some() || options.source.is_some()) {
-            bail!("the scenario names its kernel's source, {name:?}: leave --kernel and --kernel-source out");
+        let chosen = options.file.is_some() || options.source.is_some() || options.packaged().is_some();
+        if let (Some(name), true) = (&options.named, chosen) {
+            bail!(
+                "the scenario names its kernel's source, {name:?}: leave --kernel, --kernel-package, --quick and \
+                 --kernel-source out"
+            );
+        }
+        if let Some(name) = options.packaged() {
+            return package::obtain(progress, cache, name);
         }
         let own = named.map_or(&[][..], |source| &source.fragments);
         let requests = requests(own.iter().copied().chain(options.fragments.iter().map(String::as_str)))?;
         if let Some(file) = &options.file {
-            return given(progress, file, &requests);
+            return given(progress, file, &requests, options.modules.as_deref());
         }
         packages::ensure(progress, cache, &PACKAGES)?;
         match Source::obtain(progress, cache, options.source.as_deref(), named)? {
@@ -129,7 +160,14 @@ fn requests<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Requests> {
     Ok(requests)
 }
 
-fn given(progress: &Progress, file: &Path, requests: &Requests) -> Result<Kernel> {
+/// The kernel in a file of the user. One that has modules is not checked by its configuration: whether it has what a VM
+/// needs shows when the VM's modules are looked up.
+fn given(
+    progress: &Progress,
+    file: &Path,
+    requests: &Requests,
+    modules: Option<&Path>,
+) -> Result<Kernel> {
     let stage = progress.stage("kernel");
     stage.update(format!("checking {}", file.display()));
     let path = std::path::absolute(file).context("the working directory is gone")?;
@@ -137,6 +175,12 @@ fn given(progress: &Progress, file: &Path, requests: &Requests) -> Result<Kernel
         bail!("--kernel {}: no such file", path.display());
     }
     let image = image::inspect(&path, Machine::host()?.kernel.format)?;
+    if let Some(dir) = modules {
+        let modules = Modules::open(dir).with_context(|| format!("--modules {}", dir.display()))?;
+        stage.done(format!("Linux {} as given, with {} modules", image.version, modules.len()));
+        let config_digest = image.config.as_ref().map(digest).unwrap_or_default();
+        return Ok(Kernel { vmlinux: path, config_digest, version: image.version, modules: Some(modules) });
+    }
     let Some(config) = &image.config else {
         bail!(
             "{} does not tell its configuration, so it cannot be checked; build it with CONFIG_IKCONFIG=y or put its \
@@ -160,7 +204,7 @@ fn given(progress: &Progress, file: &Path, requests: &Requests) -> Result<Kernel
         );
     }
     stage.done(format!("Linux {} as given", image.version));
-    Ok(Kernel { vmlinux: path, config_digest: digest(config), version: image.version })
+    Ok(Kernel { vmlinux: path, config_digest: digest(config), version: image.version, modules: None })
 }
 
 fn from_archive(
@@ -294,7 +338,12 @@ fn read_kernel(progress: &Progress, dir: &Path) -> Result<Kernel> {
         "Linux {}, {} objects, configuration {:.12}",
         facts.version, facts.objects, facts.config_digest
     ));
-    Ok(Kernel { vmlinux: dir.join(VMLINUX), version: facts.version, config_digest: facts.config_digest })
+    Ok(Kernel {
+        vmlinux: dir.join(VMLINUX),
+        version: facts.version,
+        config_digest: facts.config_digest,
+        modules: None,
+    })
 }
 
 /// SHA-256 over the options that determine how a kernel behaves.
@@ -383,7 +432,7 @@ mod tests {
     fn a_kernel_that_is_none_is_refused() {
         let progress = Progress::new(true);
         for (path, want) in [("/bin/sh", "without PVH"), ("/nonexistent", "no such file")] {
-            let error = given(&progress, Path::new(path), &Requests::default()).expect_err("refused");
+            let error = given(&progress, Path::new(path), &Requests::default(), None).expect_err("refused");
             assert!(format!("{error:#}").contains(want), "{error:#}");
         }
     }

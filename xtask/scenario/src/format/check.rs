@@ -10,7 +10,7 @@ use vvu_artifacts::versions::Versions;
 
 use vvu_testvm::{Addr, MAX_QUEUES};
 
-use super::scenario::{DiskSpec, Scenario, VmSpec};
+use super::scenario::{DiskSpec, KernelSpec, Scenario, VmSpec};
 
 /// Largest generated disk in MiB.
 const MAX_DISK_MIB: u64 = 64 << 10;
@@ -29,17 +29,21 @@ impl Scenario {
         for variable in self.variables.keys() {
             check_name(variable).context("at variables")?;
         }
-        for fragment in &self.kernel {
-            check_name(fragment).context("at kernel")?;
-        }
         let versions = Versions::read()?;
+        self.kernel.check(&versions).context("at kernel")?;
         if let Some(source) = &self.kernel_source {
             versions.kernel(source).context("at kernel_source")?;
+            ensure!(
+                matches!(self.kernel, KernelSpec::Fragments(_)),
+                "at kernel_source: want none, as the kernel is a distribution's own"
+            );
         }
         let programs = GuestPrograms::read()?;
         for (name, vm) in &self.vms {
             check_name(name).and_then(|()| vm.check(&programs)).with_context(|| format!("at vms.{name}"))?;
             self.check_vmm(name, vm, &versions).with_context(|| format!("at vms.{name}.vmm"))?;
+            let kernel = vm.kernel.as_ref().map_or(Ok(()), |kernel| kernel.check(&versions));
+            kernel.with_context(|| format!("at vms.{name}.kernel"))?;
         }
         self.check_vvu()?;
         for (name, disk) in &self.disks {
@@ -122,6 +126,15 @@ impl Scenario {
     }
 }
 
+impl KernelSpec {
+    fn check(&self, versions: &Versions<'static>) -> Result<()> {
+        match self {
+            KernelSpec::Fragments(names) => names.iter().try_for_each(|name| check_name(name)),
+            KernelSpec::Packaged(name) => versions.kernel_package(name).map(drop),
+        }
+    }
+}
+
 impl VmSpec {
     fn check(&self, programs: &GuestPrograms) -> Result<()> {
         ensure!(
@@ -142,6 +155,13 @@ impl VmSpec {
             self.memory_mib
         );
         ensure!((1..=8).contains(&self.cpus), "cpus: {}: want 1 to 8, as in the guest kernel", self.cpus);
+        for module in &self.modules {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
+            ensure!(
+                !module.is_empty() && module.bytes().all(plain),
+                "modules: {module:?} is no module: want its name without .ko"
+            );
+        }
         ensure!(!self.cmdline.contains(['\n', '\0']), "cmdline: want one line");
         self.programs.iter().try_for_each(|name| programs.check(name)).context("programs")?;
         if let Some(overlay) = &self.overlay {

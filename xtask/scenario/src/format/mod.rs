@@ -22,7 +22,9 @@ pub use layout::{laid_out, to_text};
 pub use matrix::{Axis, Impossible, Matrix};
 pub use message::{ExpectedMessage, find_in_order};
 pub use placed::Placed;
-pub use scenario::{DiskFacts, DiskSpec, Pattern, ROUND, Scenario, VmSpec, VvuFacts, VvuSpec, needs};
+pub use scenario::{
+    DiskFacts, DiskSpec, KernelSpec, Pattern, ROUND, Scenario, VmSpec, VvuFacts, VvuSpec, needs,
+};
 pub use schema::{SCHEMAS, SchemaFile};
 pub use step::{Milestone, RunStep, Signal, Step};
 pub use step_host::{AttachStep, DetachStep, ExpectedReply, QmpStep, TraceStep};

@@ -26,10 +26,10 @@ pub struct Scenario {
     pub name: String,
     /// One line for `cargo xtask e2e --list`.
     pub description: String,
-    /// Kernel fragments that the VMs need besides the base: names under `guest-images/kernel`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub kernel: Vec<String>,
-    /// Where the source of the VMs' kernel comes from, if not from the machine's own suites: a name in
+    /// The kernel of the VMs that name none of their own.
+    #[serde(default, skip_serializing_if = "KernelSpec::is_default")]
+    pub kernel: KernelSpec,
+    /// Where the source of a kernel that is built comes from, if not from the machine's own suites: a name in
     /// `guest-images/versions.json`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel_source: Option<String>,
@@ -76,6 +76,13 @@ pub struct VmSpec {
     /// The VMM that runs the VM, if not the run's: a name in `guest-images/versions.json`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<String>,
+    /// The VM's kernel, if not the scenario's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelSpec>,
+    /// Kernel modules that the VM loads besides those of its devices; a kernel that has none is expected to have them in its
+    /// image.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub modules: Vec<String>,
     /// The IOMMU in front of the VM's PCI devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommu: Option<Iommu>,
@@ -88,6 +95,28 @@ pub struct VmSpec {
     /// Programs that the VM gets: names in `guest-images/programs.json`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub programs: Vec<String>,
+}
+
+/// A kernel of VMs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "want a list of kernel fragments, or the name of a distribution's kernel")]
+pub enum KernelSpec {
+    /// One that is built, with these fragments besides the base: names under `guest-images/kernel`.
+    Fragments(Vec<String>),
+    /// A distribution's own, unmodified: `distribution`, or a name of `kernel_packages` in `guest-images/versions.json`.
+    Packaged(String),
+}
+
+impl Default for KernelSpec {
+    fn default() -> Self {
+        Self::Fragments(Vec::new())
+    }
+}
+
+impl KernelSpec {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A vvu device and the proxy that serves it.
@@ -278,10 +307,20 @@ impl Scenario {
         self.check()
     }
 
-    /// The kernel that the VMs run.
+    /// The kernel of a VM.
+    #[must_use]
+    pub fn kernel_of(&self, vm: &VmSpec) -> KernelId {
+        match vm.kernel.as_ref().unwrap_or(&self.kernel) {
+            KernelSpec::Fragments(names) => KernelId::new(self.kernel_source.as_deref(), names),
+            KernelSpec::Packaged(name) => KernelId::Packaged(name.clone()),
+        }
+    }
+
+    /// The kernel of the VMs that name none of their own, or of the first VM if all do.
     #[must_use]
     pub fn kernel_id(&self) -> KernelId {
-        KernelId::new(self.kernel_source.as_deref(), &self.kernel)
+        let plain = self.vms.values().find(|vm| vm.kernel.is_none()).or(self.vms.values().next());
+        plain.map_or_else(KernelId::default, |vm| self.kernel_of(vm))
     }
 
     /// The most RAM of all VMs in MiB.
@@ -305,7 +344,7 @@ impl Scenario {
 pub fn needs<'a>(scenarios: impl IntoIterator<Item = &'a Scenario>) -> Needs {
     let mut needs = Needs::default();
     for scenario in scenarios {
-        needs.kernels.insert(scenario.kernel_id());
+        needs.kernels.extend(scenario.vms.values().map(|vm| scenario.kernel_of(vm)));
         needs.vmms.extend(scenario.vms.values().filter_map(|vm| vm.vmm.clone()));
         needs.programs.extend(scenario.vms.values().flat_map(|vm| &vm.programs).cloned());
     }

@@ -15,7 +15,7 @@ use vvu_testvm::{
 
 use super::layout::to_text;
 use super::matrix::Matrix;
-use super::scenario::{DiskSpec, Scenario, VmSpec, VvuSpec};
+use super::scenario::{DiskSpec, KernelSpec, Scenario, VmSpec, VvuSpec};
 use super::step::{
     ConsoleStep, ExpectedExit, ExpectedResult, KillStep, Milestone, RepeatStep, RunStep, Signal, SpawnStep,
     Step, VmStep, VmWaitStep, WaitStep,
@@ -211,7 +211,7 @@ impl OldScenario {
             schema: None,
             name: self.name,
             description: self.description,
-            kernel: self.kernel,
+            kernel: KernelSpec::Fragments(self.kernel),
             kernel_source: self.kernel_source,
             variables: BTreeMap::new(),
             vms: vms.collect::<Result<_>>()?,
@@ -232,6 +232,8 @@ impl OldVm {
             cpu: self.cpu.as_deref().map(cpu_level).transpose()?,
             huge_pages: self.huge_pages,
             vmm: self.qemu,
+            kernel: None,
+            modules: Vec::new(),
             iommu: self.iommu,
             cmdline: self.cmdline,
             overlay: self.overlay,

@@ -26,8 +26,11 @@ pub struct Report {
     /// The QEMUs of the VMs that name one, by VM.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     pub qemus: BTreeMap<String, Qemu>,
-    /// The guest kernel.
+    /// The kernel of the guests that name none.
     pub kernel: Option<Kernel>,
+    /// The kernels of the VMs that name one, by VM.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub kernels: BTreeMap<String, Kernel>,
     /// The stages of the run in the order in which they ended.
     pub stages: Vec<StageTime>,
     /// The checks in the scenario's order.

@@ -14,6 +14,7 @@ fn report() -> Report {
         accelerator: Some(Accelerator { used: "tcg".into(), reason: "no /dev/kvm".into() }),
         qemu: Some(Qemu { path: "/usr/bin/qemu-system-x86_64".into(), version: "11.1.3".into() }),
         qemus: BTreeMap::new(),
+        kernels: BTreeMap::new(),
         kernel: Some(Kernel { version: "6.12.117".into(), config_digest: "ab".into() }),
         stages: vec![StageTime { name: "image".into(), began: 2.5, seconds: 1.5 }],
         checks: vec![Check { name: "capacity".into(), result: CheckResult::Pass, evidence: "131072".into() }],

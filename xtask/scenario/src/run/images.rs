@@ -8,6 +8,7 @@ use vvu_artifacts::image::{DiskImage, OverlayEntry, Pattern as Content, with_ove
 use vvu_process::progress::Progress;
 use vvu_testvm::Lab;
 
+use super::plan::Plan;
 use crate::format::{DiskFacts, DiskSpec, Pattern, Scenario};
 
 /// The initramfs of each VM and facts about the disks in it.
@@ -19,13 +20,14 @@ pub(super) struct Images {
 }
 
 impl Images {
-    /// Makes the initramfs of every VM, with the trees in `overlay` laid over each.
+    /// Makes the initramfs of every VM of `plan`, with the trees in `overlay` laid over each.
     ///
     /// # Errors
     ///
     /// Fails if a disk cannot be read or the run directory cannot be written.
     pub(super) fn build(
         scenario: &Scenario,
+        plan: &Plan,
         lab: &Lab<'_>,
         overlay: &[PathBuf],
         progress: &Progress,
@@ -38,6 +40,8 @@ impl Images {
             let programs = vm.programs.iter().filter_map(|program| setup.programs.get(program));
             let trees = programs.chain(overlay).chain(&vm.overlay);
             let mut entries: Vec<_> = trees.map(|tree| OverlayEntry::Tree(tree.clone())).collect();
+            let config = plan.vms.get(name).context("every VM is planned")?;
+            entries.extend(setup.kernel_modules(&scenario.kernel_of(vm), config)?);
             let mut disks = Vec::new();
             for (disk, spec) in scenario.disks.iter().filter(|(_, spec)| spec.vm == *name) {
                 let image = disk_image(spec)?;

@@ -18,7 +18,9 @@ use crate::report::{self, Part};
 pub(super) struct Launcher<'a> {
     /// The lab in which the VMs and proxies run.
     pub(super) lab: &'a Lab<'a>,
-    /// Kernel of all guests.
+    /// Kernel of each guest.
+    pub(super) kernels: BTreeMap<String, &'a Kernel>,
+    /// Kernel of a guest that names none.
     pub(super) kernel: &'a Kernel,
     /// Configuration of each VM and proxy.
     pub(super) plan: &'a Plan,
@@ -128,7 +130,8 @@ impl<'a> Launcher<'a> {
 
     fn boot(&self, vm: &str) -> Boot<'_> {
         let initramfs = self.images.files.get(vm).unwrap_or(&self.lab.setup().base.path);
-        Boot { kernel: &self.kernel.vmlinux, initramfs }
+        let kernel = self.kernels.get(vm).unwrap_or(&self.kernel);
+        Boot { kernel: &kernel.vmlinux, initramfs }
     }
 
     /// Reads the vhost-user messages that a vvu device has carried so far, one JSON object a line.

@@ -7,15 +7,16 @@ mod options;
 mod plan;
 mod steps;
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 use vvu_testvm::facts::{self, Outcome};
-use vvu_testvm::{Lab, RunDir, Setup, memory};
+use vvu_testvm::{Iommu, Lab, RunDir, Setup, memory};
 
-use crate::format::{self, Scenario, VvuFacts};
+use crate::format::{self, Scenario, VmSpec, VvuFacts};
 use crate::report::{Check, CheckResult, Report, publish};
 
 use images::Images;
@@ -93,14 +94,23 @@ fn one(
     }
     let kernel = setup.kernel(&scenario.kernel_id())?;
     report.kernel = Some(facts::Kernel::from(kernel));
+    let mut kernels = BTreeMap::new();
+    for (name, vm) in &scenario.vms {
+        let kernel = setup.kernel(&scenario.kernel_of(vm))?;
+        kernels.insert(name.clone(), kernel);
+        if vm.kernel.is_some() {
+            report.kernels.insert(name.clone(), facts::Kernel::from(kernel));
+        }
+    }
     let lab = Lab::new(run, setup)?;
-    let plan = Plan::new(scenario, run, lab.sockets())?;
-    let images = Images::build(scenario, &lab, &overlay.trees, progress)?;
+    let default_iommu = |vm: &VmSpec| Ok(Iommu::default_for(setup.kernel(&scenario.kernel_of(vm))?));
+    let plan = Plan::new(scenario, run, lab.sockets(), default_iommu)?;
+    let images = Images::build(scenario, &plan, &lab, &overlay.trees, progress)?;
     let values = scenario.values(
         |vvu| VvuFacts { bdf: plan.proxies[vvu].slot.to_string(), memory: plan.proxies[vvu].memory_file() },
         |disk| images.disks.get(disk).cloned().unwrap_or_default(),
     )?;
-    let launcher = Launcher { lab: &lab, kernel, plan: &plan, images: &images };
+    let launcher = Launcher { lab: &lab, kernels, kernel, plan: &plan, images: &images };
     launcher.write_replay(scenario, &values)?;
 
     if options.measure {

@@ -20,12 +20,18 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Settles addresses and paths of `scenario`.
+    /// Settles addresses and paths of `scenario`. `default_iommu` is the IOMMU of a device VM that names none: VFIO needs
+    /// one.
     ///
     /// # Errors
     ///
-    /// Fails if a VM has more devices than its bus has slots.
-    pub(super) fn new(scenario: &Scenario, run: &RunDir, sockets: &SocketDir) -> Result<Self> {
+    /// Fails if a VM has more devices than its bus has slots, or `default_iommu` does.
+    pub(super) fn new(
+        scenario: &Scenario,
+        run: &RunDir,
+        sockets: &SocketDir,
+        default_iommu: impl Fn(&VmSpec) -> Result<Iommu>,
+    ) -> Result<Self> {
         let slots = settle(scenario)?;
         let express = settle_express(scenario, &slots)?;
         let mut proxies = BTreeMap::new();
@@ -56,8 +62,10 @@ impl Plan {
         for (name, spec) in &scenario.vms {
             let back_ends: Vec<_> = scenario.vvu_of_device(name).collect();
             let front_ends: Vec<_> = scenario.vvu_of_sibling(name).collect();
-            // VFIO in a device VM needs an IOMMU.
-            let iommu = spec.iommu.or((!back_ends.is_empty()).then_some(Iommu::Virtio));
+            let iommu = match (spec.iommu, back_ends.is_empty()) {
+                (None, false) => Some(default_iommu(spec)?),
+                (chosen, _) => chosen,
+            };
             let own: Vec<_> = back_ends.iter().flat_map(|(vvu, _)| proxies[*vvu].devices()).collect();
             let (mut siblings, mut attachable) = (Vec::new(), Vec::new());
             for (vvu, spec) in &front_ends {
@@ -90,6 +98,7 @@ impl Plan {
                 attachable,
                 managed: scenario.manages(name),
                 cmdline: spec.cmdline.clone(),
+                modules: spec.modules.clone(),
                 reboots: scenario.reboots(name),
             };
             vms.insert(name.clone(), config);
@@ -158,7 +167,8 @@ mod tests {
         std::fs::write(&file, text).expect("written");
         let scenario = Scenario::load(&file).expect("valid");
         let run = RunDir::create(dir.path(), "s").expect("a run directory");
-        Plan::new(&scenario, &run, &SocketDir::for_run(&run).expect("a directory")).expect("settled")
+        let sockets = SocketDir::for_run(&run).expect("a directory");
+        Plan::new(&scenario, &run, &sockets, |_| Ok(Iommu::Virtio)).expect("settled")
     }
 
     /// How many sockets and links the proxies make.

@@ -46,6 +46,8 @@ pub struct Config {
     pub managed: bool,
     /// Words that are added to the kernel command line.
     pub cmdline: String,
+    /// Kernel modules that the guest loads besides those of its devices, if the kernel has modules.
+    pub modules: Vec<String>,
     /// The VMM starts the guest again when it reboots. Otherwise the VMM exits.
     pub reboots: bool,
 }
@@ -55,6 +57,14 @@ impl Config {
     #[must_use]
     pub fn new(name: &str, memory_mib: u64) -> Self {
         Self { name: name.to_owned(), memory_mib, cpus: 1, ..Self::default() }
+    }
+
+    /// The kernel modules that the guest needs, unless they are part of its kernel's image.
+    pub fn kernel_modules(&self) -> impl Iterator<Item = &str> {
+        // Before the devices that it stands in front of: without it their drivers wait.
+        let iommu: Option<&str> = (self.iommu == Some(Iommu::Virtio)).then_some("virtio-iommu");
+        let devices = self.devices.iter().chain(&self.attachable).flat_map(Device::kernel_modules);
+        iommu.into_iter().chain(devices.map(|name| *name as &str)).chain(self.modules.iter().map(String::as_str))
     }
 }
 
@@ -117,6 +127,15 @@ impl Device {
             Device::Vvu { .. } | Device::Express { .. } => false,
         };
         disk.then_some(r"virtio_blk virtio\d+: \[(vd[a-z]+)\] \d+ 512-byte logical blocks.*")
+    }
+
+    /// The modules of Linux that drive it.
+    fn kernel_modules(&self) -> &'static [&'static str] {
+        match self {
+            Device::Vvu { .. } | Device::Express { .. } => &["vfio_iommu_type1", "vfio-pci"],
+            Device::VhostUser { frontend, .. } => frontend.kernel_modules(),
+            Device::VirtioBlk { .. } => &["virtio_blk"],
+        }
     }
 
     /// The unix socket that it is connected to.

@@ -141,6 +141,18 @@ impl Default for NetFrontend {
 }
 
 impl Frontend {
+    /// The modules of Linux that drive it.
+    pub(crate) fn kernel_modules(&self) -> &'static [&'static str] {
+        match self {
+            Frontend::Block(_) => &["virtio_blk"],
+            Frontend::Fs(_) => &["virtiofs"],
+            Frontend::Rng(_) => &["virtio-rng"],
+            Frontend::Vsock(_) => &["vmw_vsock_virtio_transport"],
+            Frontend::Console(_) => &["virtio_console"],
+            Frontend::Net(_) => &["virtio_net"],
+        }
+    }
+
     /// The number of virtqueues, each of which the vvu device has to carry.
     #[must_use]
     pub fn virtqueues(&self) -> u16 {

@@ -2,6 +2,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use vvu_artifacts::kernel::Kernel;
 
 /// How a VM's devices reach its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
@@ -22,6 +23,13 @@ pub enum Iommu {
 }
 
 impl Iommu {
+    /// The IOMMU of a device VM for which none is chosen: virtio-iommu, unless a distribution made the kernel, which may
+    /// lack it. VT-d and its interrupt remapping are in every such kernel for x86-64.
+    #[must_use]
+    pub fn default_for(kernel: &Kernel) -> Self {
+        if kernel.modules.is_some() && cfg!(target_arch = "x86_64") { Self::Intel } else { Self::Virtio }
+    }
+
     /// The name in scenarios, on the command line and in machine profiles.
     #[must_use]
     pub fn name(self) -> &'static str {
