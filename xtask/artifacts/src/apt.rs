@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 
@@ -31,7 +32,11 @@ pub(crate) enum Suites<'a> {
     Named(&'a [&'a str]),
 }
 
-/// An apt whose lists and downloads live in a directory of their own, used by one run at a time.
+/// The lines of sources.list whose package lists this process has fetched.
+static FETCHED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// An apt whose state and downloads live in a directory of their own, used by one run at a time. All share the package
+/// lists, of which each is fetched once in the life of a process.
 ///
 /// Dropping it removes the directory. Unpack or move away what is to stay before.
 pub(crate) struct Apt<'a> {
@@ -72,19 +77,34 @@ impl<'a> Apt<'a> {
         };
         let dir = cache.dir("apt")?.join(&name);
         let lock = cache.lock(&format!("apt/{name}"))?;
-        cache.dir(&format!("apt/{name}/lists/partial"))?;
+        let lists = cache.dir("apt/lists")?;
+        cache.dir(&format!("apt/{name}"))?;
         stage.update("reading the machine's apt configuration");
         let sources = sources(suites, &machine_indexes(suites)?)?;
         // The status file says what is installed: nothing, so that dependencies come along.
         for (name, text) in
-            [("sources.list", sources), ("apt.conf", config(&dir, suites)?), ("status", String::new())]
+            [("sources.list", &*sources), ("apt.conf", &config(&dir, &lists, suites)?), ("status", "")]
         {
             let path = dir.join(name);
             fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         }
         let apt = Self { dir, log: cache.dir("logs")?.join(format!("apt-{name}.log")), stage, _lock: lock };
-        apt.get("fetching package lists", &apt.dir, &["update"]).map_err(|error| explain(&error))?;
+        apt.update(cache, &sources)?;
         Ok(apt)
+    }
+
+    /// Fetches the package lists of `sources` that this process has not fetched yet. apt itself asks of the others whether
+    /// they have changed.
+    fn update(&self, cache: &Cache, sources: &str) -> Result<()> {
+        self.stage.update("waiting for package lists");
+        let mut fetched = FETCHED.lock().unwrap_or_else(PoisonError::into_inner);
+        if sources.lines().all(|line| fetched.contains(line)) {
+            return Ok(());
+        }
+        let _lock = cache.lock("apt/lists")?;
+        self.get("fetching package lists", &self.dir, &["update"]).map_err(|error| explain(&error))?;
+        fetched.extend(sources.lines().map(str::to_owned));
+        Ok(())
     }
 
     /// The names of the packages that start with `prefix`.
@@ -312,7 +332,7 @@ fn sources(suites: Suites<'_>, indexes: &BTreeSet<Index>) -> Result<String> {
 }
 
 /// The private configuration: how the machine reaches its mirror, and none of its hooks.
-fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
+fn config(dir: &Path, lists: &Path, suites: Suites<'_>) -> Result<String> {
     let machine = capture(Command::new("apt-config").arg("dump"))?;
     let mut text = String::new();
     for line in
@@ -321,7 +341,10 @@ fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
         text.push_str(line);
         text.push('\n');
     }
-    let dir = dir.to_str().context("the cache's path is not UTF-8, which apt.conf needs")?;
+    let text_of = |path: &Path| {
+        path.to_str().map(str::to_owned).context("the cache's path is not UTF-8, which apt.conf needs")
+    };
+    let (dir, lists) = (&*text_of(dir)?, &*text_of(lists)?);
     let architecture = Machine::host()?.debian.architecture;
     let user = if rustix::process::geteuid().is_root() { "root" } else { "_apt" };
     let own = [
@@ -332,6 +355,7 @@ fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
         ("Dir::Etc::sourcelist", &format!("{dir}/sources.list")),
         ("Dir::Etc::sourceparts", "/dev/null"),
         ("Dir::State", dir),
+        ("Dir::State::lists", lists),
         ("Dir::State::status", &format!("{dir}/status")),
         ("Dir::Cache", dir),
         ("Dir::Log", dir),
@@ -343,6 +367,9 @@ fn config(dir: &Path, suites: Suites<'_>) -> Result<String> {
         // Without this a mirror that cannot be reached is but a warning.
         ("APT::Update::Error-Mode", "any"),
         ("Acquire::Languages", "none"),
+        ("Acquire::GzipIndexes", "true"),
+        // The lists of other suites are there as well.
+        ("APT::Get::List-Cleanup", "false"),
         ("Acquire::Retries", "3"),
         ("Acquire::http::Timeout", "30"),
         ("Acquire::https::Timeout", "30"),

@@ -16,8 +16,8 @@ use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 use vvu_testvm::memory::{ensure_files_fit, ensure_free};
 use vvu_testvm::{
-    Addr, Boot, Express, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfig, RunDir, Setup, SetupOptions, Slot,
-    VmConfig, runs,
+    Addr, Boot, Express, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfig, RunDir, Setup, SetupOptions,
+    Slot, VmConfig, runs,
 };
 
 /// vhost queues of the vvu device: enough for any front-end that a person tries.
@@ -194,12 +194,9 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         ..ProxyConfig::new("vvu", options.sibling_memory, lab.sockets())
     };
     let proxy = lab.proxy(&vvu)?;
-    let iommu = options.iommu.map_or_else(
-        || setup.kernel(&KernelId::default()).map(Iommu::default_for),
-        Ok,
-    )?;
-    let config =
-        VmConfig { iommu: Some(iommu), devices: vvu.devices(), ..options.common.config("device") };
+    let iommu =
+        options.iommu.map_or_else(|| setup.kernel(&KernelId::default()).map(Iommu::default_for), Ok)?;
+    let config = VmConfig { iommu: Some(iommu), devices: vvu.devices(), ..options.common.config("device") };
     let code = options.common.run(&lab, &config, options.disk.as_ref());
     if interrupt::requested() {
         return code;

@@ -77,7 +77,10 @@ pub(crate) fn run_all(
 fn fragments(scenario: &Scenario) -> Result<&[String]> {
     match &scenario.kernel {
         KernelSpec::Fragments(names) if scenario.vms.values().all(|vm| vm.kernel.is_none()) => Ok(names),
-        _ => bail!("{}: --nested takes no scenario with a distribution's kernel, or several kernels", scenario.name),
+        _ => bail!(
+            "{}: --nested takes no scenario with a distribution's kernel, or several kernels",
+            scenario.name
+        ),
     }
 }
 

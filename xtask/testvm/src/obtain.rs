@@ -4,17 +4,17 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::thread::{self, ScopedJoinHandle};
 
-use anyhow::{Error, Result, anyhow};
+use anyhow::{Result, anyhow};
 use vvu_artifacts::accel::{self, Accelerator};
 use vvu_artifacts::cache::Cache;
-use vvu_artifacts::image::{GuestBinaries, GuestPrograms, GuestTools, build_base};
+use vvu_artifacts::image::{BuildProfile, GuestBinaries, GuestPrograms, GuestTools, build_base};
 use vvu_artifacts::kernel::{Kernel, KernelOptions};
 use vvu_artifacts::qemu::Qemu;
 use vvu_process::progress::Progress;
 
 use crate::prepared::Prepared;
 use crate::setup::{KernelId, Needs, Setup, slowness};
-use crate::vmm;
+use crate::vmm::{self, Vmm};
 
 /// Command-line options of the set-up.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -48,36 +48,56 @@ impl Setup {
             return Ok(prepared.with(choose(options.accel, progress)?, options.slowness));
         }
         let cache = Cache::open(progress)?;
-        let (fetched, binaries, accelerator) = thread::scope(|scope| {
-            let binaries = scope.spawn(|| GuestBinaries::build(progress));
+        let profile = if options.kernel.quick { BuildProfile::Quick } else { BuildProfile::Guest };
+        let obtained = thread::scope(|scope| {
+            // First, as it takes longest.
+            let kernels = scope.spawn(|| obtain_kernels(options, needs, &cache, progress));
+            let binaries = scope.spawn(|| GuestBinaries::build(progress, profile));
             let accelerator = scope.spawn(|| choose(options.accel, progress));
-            // One after the other, as apt and dpkg take one caller at a time.
-            let fetch = || {
-                let qemu = Qemu::locate(progress, &cache, options.qemu.as_deref())?;
-                let named = needs.vmms.iter();
-                let named = named.map(|name| Ok((name.clone(), vmm::obtain(progress, &cache, name)?)));
-                let vmms = named.collect::<Result<BTreeMap<_, _>>>()?;
-                let tools = GuestTools::obtain(progress, &cache)?;
-                let list = GuestPrograms::read()?;
-                let programs = needs.programs.iter();
-                let programs = programs.map(|name| Ok((name.clone(), list.obtain(name, progress, &cache)?)));
-                let programs = programs.collect::<Result<BTreeMap<_, _>>>()?;
-                let mut kernels = BTreeMap::new();
-                let plain = KernelId::default();
-                for id in needs.kernels.iter().chain(needs.kernels.is_empty().then_some(&plain)) {
-                    let options = id.options(&options.kernel);
-                    kernels.insert(id.clone(), Kernel::obtain(progress, &cache, &options)?);
-                }
-                Ok::<_, Error>((qemu, vmms, tools, programs, kernels))
-            };
-            (fetch(), joined(binaries), joined(accelerator))
+            let fetched = fetch(options, needs, &cache, progress);
+            (fetched, joined(kernels), joined(binaries), joined(accelerator))
         });
-        let ((qemu, vmms, tools, programs, kernels), binaries) = (fetched?, binaries?);
+        let (fetched, kernels, binaries, accelerator) = obtained;
+        let (Fetched { qemu, vmms, tools, programs }, kernels, binaries) = (fetched?, kernels?, binaries?);
         let base = build_base(&cache, &binaries, &tools)?;
         let accelerator = accelerator?;
         let slowness = slowness(&accelerator, options.slowness);
         Ok(Self { qemu, vmms, kernels, programs, binaries, base, accelerator, slowness })
     }
+}
+
+/// What is downloaded.
+struct Fetched {
+    qemu: Qemu,
+    vmms: BTreeMap<String, Box<dyn Vmm>>,
+    tools: GuestTools,
+    programs: BTreeMap<String, PathBuf>,
+}
+
+/// Downloads one after the other: together they would be no sooner.
+fn fetch(options: &SetupOptions, needs: &Needs, cache: &Cache, progress: &Progress) -> Result<Fetched> {
+    let qemu = Qemu::locate(progress, cache, options.qemu.as_deref())?;
+    let vmms = needs.vmms.iter().map(|name| Ok((name.clone(), vmm::obtain(progress, cache, name)?)));
+    let vmms = vmms.collect::<Result<_>>()?;
+    let tools = GuestTools::obtain(progress, cache)?;
+    let list = GuestPrograms::read()?;
+    let programs = needs.programs.iter();
+    let programs = programs.map(|name| Ok((name.clone(), list.obtain(name, progress, cache)?)));
+    Ok(Fetched { qemu, vmms, tools, programs: programs.collect::<Result<_>>()? })
+}
+
+/// Obtains the kernels, each with all processors.
+fn obtain_kernels(
+    options: &SetupOptions,
+    needs: &Needs,
+    cache: &Cache,
+    progress: &Progress,
+) -> Result<BTreeMap<KernelId, Kernel>> {
+    let plain = KernelId::default();
+    let wanted = needs.kernels.iter().chain(needs.kernels.is_empty().then_some(&plain));
+    let kernels =
+        wanted.map(|id| Ok((id.clone(), Kernel::obtain(progress, cache, &id.options(&options.kernel))?)));
+    kernels.collect()
 }
 
 fn choose(request: accel::Request, progress: &Progress) -> Result<Accelerator> {

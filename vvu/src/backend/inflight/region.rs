@@ -2,7 +2,7 @@
 //! part is.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::fs::{
     MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs, ftruncate, memfd_create,
@@ -138,15 +138,12 @@ impl Region {
         if size < want || !offset.is_multiple_of(PAGE_SIZE) {
             return Err(RegionError::Place { size, offset, want });
         }
-        if can_shrink(&file)? {
-            return Err(RegionError::CanShrink);
-        }
+        let Some(length) = fixed_length(&file)? else { return Err(RegionError::CanShrink) };
         if fstatfs(&file)?.f_type == HUGETLBFS {
             return Err(RegionError::HugePages);
         }
         let map = |error: &dyn std::fmt::Display| RegionError::Map(error.to_string());
         let end = offset.checked_add(want);
-        let length = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
         if end.is_none_or(|end| end > length) {
             return Err(map(&format_args!("its file ends at {length:#x}")));
         }
@@ -188,14 +185,26 @@ impl Region {
     }
 }
 
-/// Whether another process can take away the memory behind a mapping of `fd`.
-fn can_shrink(fd: impl AsFd) -> Result<bool, RegionError> {
+/// The bytes of a file that nobody can shrink, so that nobody can take away the memory behind a mapping of it; `None` if
+/// somebody could.
+fn fixed_length(fd: impl AsFd) -> Result<Option<u64>, RegionError> {
+    let length = || fstat(&fd).map(|stat| Some(u64::try_from(stat.st_size).unwrap_or(0)));
     match fcntl_get_seals(&fd) {
-        Ok(seals) => Ok(!seals.contains(SealFlags::SHRINK)),
+        Ok(seals) if seals.contains(SealFlags::SHRINK) => Ok(length()?),
+        Ok(_) => Ok(None),
         // A file without seals may still be the memory of a PCI device, whose size is fixed.
-        Err(Errno::INVAL) => Ok(fstatfs(&fd)?.f_type != SYSFS),
+        Err(Errno::INVAL) if fstatfs(&fd)?.f_type == SYSFS => Ok(length()?),
+        // VFIO's tells no size, and the kernel maps nothing behind a region of the device.
+        Err(Errno::INVAL) if is_vfio_device(&fd) => Ok(Some(u64::MAX)),
+        Err(Errno::INVAL) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether `fd` is VFIO's descriptor of a device. The bridge hands it over where the kernel does not map the file in sysfs.
+fn is_vfio_device(fd: impl AsFd) -> bool {
+    let link = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    rustix::fs::readlink(link, Vec::new()).is_ok_and(|name| name.as_bytes() == b"anon_inode:[vfio-device]")
 }
 
 #[cfg(test)]

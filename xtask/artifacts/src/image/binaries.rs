@@ -12,7 +12,23 @@ use crate::machine::Machine;
 use vvu_process::logged;
 use vvu_process::progress::{Progress, Stage};
 
-const PROFILE: &str = "guest";
+/// Cargo's profile, and the directory below the target directory that has its builds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BuildProfile {
+    /// Optimized.
+    Guest,
+    /// Built sooner and slower to run.
+    Quick,
+}
+
+impl BuildProfile {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Guest => "guest",
+            Self::Quick => "quick",
+        }
+    }
+}
 
 /// The paths of the built programs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,10 +47,10 @@ impl GuestBinaries {
     /// # Errors
     ///
     /// Cargo fails.
-    pub fn build(progress: &Progress) -> Result<Self> {
+    pub fn build(progress: &Progress, profile: BuildProfile) -> Result<Self> {
         let stage = progress.stage("guest build");
         let packages = ["vvu-init", "vvu", "vvu-load"].map(|package| ["--package", package]);
-        let built = build(&stage, &[packages.as_flattened(), &["--bins"]].concat())?;
+        let built = build(&stage, profile, &[packages.as_flattened(), &["--bins"]].concat())?;
         stage.done("static vvu-init, vvu and vvu-load");
         Ok(Self { init: built.join("vvu-init"), vvu: built.join("vvu"), load: built.join("vvu-load") })
     }
@@ -47,7 +63,7 @@ impl GuestBinaries {
 /// Cargo fails.
 pub fn build_xtask(progress: &Progress) -> Result<PathBuf> {
     let stage = progress.stage("xtask build");
-    let built = build(&stage, &["--package", "xtask", "--bins"])?;
+    let built = build(&stage, BuildProfile::Guest, &["--package", "xtask", "--bins"])?;
     stage.done("static xtask");
     Ok(built.join("xtask"))
 }
@@ -58,28 +74,28 @@ pub fn build_xtask(progress: &Progress) -> Result<PathBuf> {
 ///
 /// Cargo fails.
 pub(super) fn build_example(stage: &Stage, name: &str) -> Result<PathBuf> {
-    let built = build(stage, &["--package", "vvu", "--example", name])?;
+    let built = build(stage, BuildProfile::Guest, &["--package", "vvu", "--example", name])?;
     Ok(built.join("examples").join(name))
 }
 
 /// Builds what the arguments `wanted` of cargo name, and returns the directory with the programs.
-fn build(stage: &Stage, wanted: &[&str]) -> Result<PathBuf> {
+fn build(stage: &Stage, profile: BuildProfile, wanted: &[&str]) -> Result<PathBuf> {
     let root = workspace();
     let triple = Machine::host()?.rust_target;
     // A directory of its own: other flags would throw the developer's build away.
-    let target = target_directory().join(PROFILE);
+    let target = target_directory().join(profile.name());
     fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
     let mut command = cargo();
     command
         .current_dir(root)
         .arg("build")
         .args(wanted)
-        .args(["--profile", PROFILE, "--target", triple, "--target-dir"])
+        .args(["--profile", profile.name(), "--target", triple, "--target-dir"])
         .arg(&target)
         .env("CARGO_ENCODED_RUSTFLAGS", flags(root))
         .env("CARGO_TERM_COLOR", "never");
     logged::run(command, &target.join("build.log"), |line| stage.update(line.trim()))?;
-    Ok(target.join(triple).join(PROFILE))
+    Ok(target.join(triple).join(profile.name()))
 }
 
 /// Flags for static programs without the path of the source in panic messages, so that every checkout gives the same

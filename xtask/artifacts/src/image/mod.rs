@@ -18,7 +18,7 @@ use vvu_init::modules::{DIRECTORY, ORDER};
 use crate::cache::{Cache, Key, hex};
 use crate::kernel::{Kernel, Module};
 
-pub use binaries::{GuestBinaries, build_xtask};
+pub use binaries::{BuildProfile, GuestBinaries, build_xtask};
 pub use cpio::Written;
 use cpio::{Archive, Content};
 pub use disk::{DiskImage, Pattern};

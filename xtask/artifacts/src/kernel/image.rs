@@ -44,7 +44,7 @@ pub(super) fn inspect(path: &Path, format: KernelFormat) -> Result<Image> {
         .with_context(|| format!("{} cannot be used as kernel", path.display()))?;
     if image.config.is_none() {
         let dir = path.parent().unwrap_or(Path::new("."));
-        let beside = [dir.join(format!("config-{}", image.version)), dir.join(".config")];
+        let beside = [&*format!("config-{}", image.version), ".config", "config"].map(|name| dir.join(name));
         image.config =
             beside.iter().find_map(|path| fs::read_to_string(path).ok()).map(|text| config::parse(&text));
     }

@@ -162,12 +162,7 @@ fn requests<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Requests> {
 
 /// The kernel in a file of the user. One that has modules is not checked by its configuration: whether it has what a VM
 /// needs shows when the VM's modules are looked up.
-fn given(
-    progress: &Progress,
-    file: &Path,
-    requests: &Requests,
-    modules: Option<&Path>,
-) -> Result<Kernel> {
+fn given(progress: &Progress, file: &Path, requests: &Requests, modules: Option<&Path>) -> Result<Kernel> {
     let stage = progress.stage("kernel");
     stage.update(format!("checking {}", file.display()));
     let path = std::path::absolute(file).context("the working directory is gone")?;

@@ -21,8 +21,7 @@ fn module(fields: &[&str]) -> Vec<u8> {
     file.extend(&info);
     file.extend(NAMES);
     file.extend([0; 64]);
-    for (name, kind, offset, size) in
-        [(1_u32, 1_u32, 64, info.len()), (10, 3, 64 + info.len(), NAMES.len())]
+    for (name, kind, offset, size) in [(1_u32, 1_u32, 64, info.len()), (10, 3, 64 + info.len(), NAMES.len())]
     {
         file.extend(name.to_le_bytes());
         file.extend(kind.to_le_bytes());
@@ -54,7 +53,10 @@ fn names(modules: &[Module]) -> Vec<&str> {
 #[test]
 fn what_a_module_needs_comes_before_it_and_each_comes_once() {
     let dir = tree(&[
-        ("drivers/vfio/pci/vfio-pci.ko", &["license=GPL", "depends=vfio-pci-core,irqbypass", "name=vfio_pci"]),
+        (
+            "drivers/vfio/pci/vfio-pci.ko",
+            &["license=GPL", "depends=vfio-pci-core,irqbypass", "name=vfio_pci"],
+        ),
         ("drivers/vfio/pci/vfio-pci-core.ko", &["depends=vfio,irqbypass,hid"]),
         ("drivers/vfio/vfio.ko", &["depends="]),
         ("virt/lib/irqbypass.ko", &["depends="]),

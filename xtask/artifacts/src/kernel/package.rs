@@ -23,7 +23,7 @@ const PACKAGES: [Package; 3] = [
 ];
 /// Packages with a kernel or modules, by the beginnings of their names. Whatever else a kernel depends on is for making
 /// it boot on the host.
-const KERNEL_PREFIXES: [&str; 2] = ["linux-image-", "linux-modules-"];
+const KERNEL_PREFIXES: [&str; 4] = ["linux-image-", "linux-binary-", "linux-modules-", "linux-base-"];
 /// Where packages have modules: since `/usr` was merged, and before.
 const MODULE_PLACES: [&str; 2] = ["usr/lib/modules", "lib/modules"];
 const MODULES: &str = "modules";
@@ -43,7 +43,9 @@ impl Choice {
         let versions = Versions::read()?;
         if !name.starts_with("linux-") {
             let kernel = versions.kernel_package(name).with_context(|| {
-                format!("{name:?} is no package with a kernel either: want one such as linux-image-{architecture}")
+                format!(
+                    "{name:?} is no package with a kernel either: want one such as linux-image-{architecture}"
+                )
             })?;
             let flavour = kernel.flavour.map(|flavour| format!("{flavour}-")).unwrap_or_default();
             let suites = kernel.suites.iter().map(|&suite| suite.to_owned()).collect();
@@ -92,13 +94,7 @@ pub(super) fn obtain(progress: &Progress, cache: &Cache, name: &str) -> Result<K
 }
 
 /// Downloads the packages and keeps of them in `dir` what guests need.
-fn unpack(
-    cache: &Cache,
-    stage: &Stage,
-    choice: &Choice,
-    machine: &Machine,
-    dir: &Path,
-) -> Result<()> {
+fn unpack(cache: &Cache, stage: &Stage, choice: &Choice, machine: &Machine, dir: &Path) -> Result<()> {
     let suites: Vec<&str> = choice.suites.iter().map(String::as_str).collect();
     let suites = if suites.is_empty() { Suites::Machine } else { Suites::Named(&suites) };
     let apt = Apt::open(cache, stage, suites)?;
@@ -110,15 +106,17 @@ fn unpack(
         apt::unpack(deb, &root)?;
     }
     drop(apt);
-    let file = one_below(&root.join("boot"), |name| name.starts_with("vmlinuz-") || name.starts_with("vmlinux-"))
-        .with_context(|| format!("{} has no kernel in it", names.join(" ")))?;
-    let inspected = image::inspect(&file, machine.kernel.format)?;
-    keep_image(&file, machine.kernel.format, &dir.join(VMLINUX))?;
-    let modules = MODULE_PLACES.iter().map(|place| root.join(place)).find(|place| place.is_dir());
-    let modules = modules.with_context(|| format!("{} has no modules in it", names.join(" ")))?;
-    let of_version = one_below(&modules, |name| name == inspected.version)
-        .with_context(|| format!("{} has no modules of Linux {}", names.join(" "), inspected.version))?;
-    fs::rename(&of_version, dir.join(MODULES)).context("cannot move the kernel's modules")?;
+    let whose = names.join(" ");
+    let modules = MODULE_PLACES.iter().filter_map(|place| only_directory(&root.join(place))).next();
+    let modules =
+        modules.with_context(|| format!("{whose}: want modules of one kernel in {}", MODULE_PLACES[0]))?;
+    let version = modules.file_name().unwrap_or_default().to_string_lossy();
+    let files = [root.join(format!("boot/vmlinuz-{version}")), modules.join("vmlinuz")];
+    let file = files.iter().find(|file| file.is_file());
+    let file = file.with_context(|| format!("{whose}: want the kernel to be boot/vmlinuz-{version}"))?;
+    let inspected = image::inspect(file, machine.kernel.format)?;
+    keep_image(file, machine.kernel.format, &dir.join(VMLINUX))?;
+    fs::rename(&modules, dir.join(MODULES)).context("cannot move the kernel's modules")?;
     let config_digest = inspected.config.as_ref().map(digest).unwrap_or_default();
     let facts = Facts { version: inspected.version, config_digest };
     let bytes = serde_json::to_vec_pretty(&facts).context("cannot encode the kernel's facts")?;
@@ -136,10 +134,11 @@ fn keep_image(file: &Path, format: KernelFormat, target: &Path) -> Result<()> {
     fs::write(target, payload.unwrap_or(bytes)).with_context(|| format!("cannot write {}", target.display()))
 }
 
-/// The one entry of a directory whose name `is_wanted`.
-fn one_below(dir: &Path, is_wanted: impl Fn(&str) -> bool) -> Option<PathBuf> {
-    let entries = fs::read_dir(dir).ok()?.filter_map(Result::ok);
-    entries.map(|entry| entry.path()).find(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(&is_wanted))
+/// The one directory in a directory.
+fn only_directory(dir: &Path) -> Option<PathBuf> {
+    let mut directories =
+        fs::read_dir(dir).ok()?.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir());
+    directories.next().filter(|_| directories.next().is_none())
 }
 
 #[cfg(test)]
@@ -157,7 +156,9 @@ mod tests {
         assert_eq!(choice("debian-12"), want(&["bookworm"], "linux-image-amd64"));
         assert_eq!(choice("linux-image-rt-amd64"), want(&[], "linux-image-rt-amd64"));
         assert_eq!(choice("linux-image-amd64/sid"), want(&["sid"], "linux-image-amd64"));
-        for (name, said) in [("debian-1", "known are"), ("linux-image /x", "is no package"), ("linux-x/", "is no")] {
+        for (name, said) in
+            [("debian-1", "known are"), ("linux-image /x", "is no package"), ("linux-x/", "is no")]
+        {
             let error = format!("{:#}", Choice::of(name, "amd64").expect_err("refused"));
             assert!(error.contains(said), "{error}");
         }

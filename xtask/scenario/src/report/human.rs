@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use vvu_process::progress::StageTime;
 use vvu_process::text::printable;
 use vvu_testvm::facts::Outcome;
 
@@ -24,6 +25,9 @@ pub fn table(report: &Report) -> String {
         let evidence = if failed { indented(&check.evidence) } else { shortened(&check.evidence) };
         line(&mut text, format_args!("  {mark}  {:width$}  {evidence}", check.name));
     }
+    if let Some(stages) = long_stages(&report.stages) {
+        line(&mut text, format_args!("stages of a second or more, some of them side by side: {stages}"));
+    }
     let mut sums =
         format!("{} {} in {:.1} s", report.scenario, verdict(report.result), report.totals.seconds);
     if let Some(seconds) = report.totals.launch_to_vda_seconds {
@@ -40,6 +44,14 @@ pub fn table(report: &Report) -> String {
     }
     line(&mut text, format_args!("{sums}"));
     text
+}
+
+/// The stages that took a second or more, in the order in which they began; `None` if there is none.
+fn long_stages(stages: &[StageTime]) -> Option<String> {
+    let mut long: Vec<_> = stages.iter().filter(|stage| stage.seconds >= 1.0).collect();
+    long.sort_by(|a, b| a.began.total_cmp(&b.began));
+    let named = long.iter().map(|stage| format!("{} {:.0} s", stage.name, stage.seconds));
+    (!long.is_empty()).then(|| named.collect::<Vec<_>>().join(", "))
 }
 
 /// Formats the reports of several scenarios: one line for each, then one for all.

@@ -64,7 +64,10 @@ impl Config {
         // Before the devices that it stands in front of: without it their drivers wait.
         let iommu: Option<&str> = (self.iommu == Some(Iommu::Virtio)).then_some("virtio-iommu");
         let devices = self.devices.iter().chain(&self.attachable).flat_map(Device::kernel_modules);
-        iommu.into_iter().chain(devices.map(|name| *name as &str)).chain(self.modules.iter().map(String::as_str))
+        iommu
+            .into_iter()
+            .chain(devices.map(|name| *name as &str))
+            .chain(self.modules.iter().map(String::as_str))
     }
 }
 
