@@ -26,7 +26,7 @@ pub fn table(report: &Report) -> String {
         line(&mut text, format_args!("  {mark}  {:width$}  {evidence}", check.name));
     }
     if let Some(stages) = long_stages(&report.stages) {
-        line(&mut text, format_args!("stages of a second or more, some of them side by side: {stages}"));
+        line(&mut text, format_args!("stages of 1 s or more, partly side by side: {stages}"));
     }
     let mut sums =
         format!("{} {} in {:.1} s", report.scenario, verdict(report.result), report.totals.seconds);

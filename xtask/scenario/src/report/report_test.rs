@@ -83,6 +83,7 @@ fn the_table_shows_failures_whole_and_successes_in_a_line() {
   FAIL  backend-ready  no line
         last lines:
         | x
+stages of 1 s or more, partly side by side: image 2 s
 block passed in 9.5 s, launch to /dev/vda 3.0 s = 3.0 bare boots of 1.00 s, tcg, bad_blocks 0
 ";
     assert_eq!(table(&report), want);
