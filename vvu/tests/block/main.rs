@@ -6,6 +6,7 @@
 mod common;
 
 mod connection;
+mod conventions;
 mod hostile;
 mod killed;
 mod limits;
