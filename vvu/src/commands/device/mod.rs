@@ -132,19 +132,13 @@ fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
     let ready = |place: &dyn std::fmt::Display| {
         format!("block back-end ready on {place}, {}, {}", file.display(), Size(disk.size()))
     };
-    let socket = match args.place.settle()? {
-        Place::Vvu(bdf) => return through_device(bdf, &disk, stop, &ready(&bdf)),
-        Place::Socket(socket) => socket,
-    };
-    say(&ready(&socket))?;
-    match &socket {
-        Socket::Bound(socket) => disk.serve(socket.listener(), stop)?,
-        Socket::Listening(listener) => disk.serve(listener, stop)?,
-        Socket::Connected(frontend) => {
-            disk.serve_frontend(frontend.try_clone().context("cannot use --fd")?, stop);
+    match args.place.settle()? {
+        Place::Vvu(bdf) => through_device(bdf, &disk, stop, &ready(&bdf)),
+        Place::Socket(socket) => {
+            let ready = ready(&socket);
+            on_socket(socket, &disk, stop, &ready)
         }
     }
-    Ok(())
 }
 
 /// Serves `disk` through the vvu device `bdf`.
@@ -162,6 +156,17 @@ fn through_device(bdf: Bdf, disk: &BlockBackend, stop: &StopToken, ready: &str) 
         },
     )?;
     said
+}
+
+/// Serves `disk` at a socket of this machine.
+fn on_socket(socket: Socket, disk: &BlockBackend, stop: &StopToken, ready: &str) -> anyhow::Result<()> {
+    say(ready)?;
+    match socket {
+        Socket::Bound(socket) => disk.serve(socket.listener(), stop)?,
+        Socket::Listening(listener) => disk.serve(&listener, stop)?,
+        Socket::Connected(frontend) => disk.serve_frontend(frontend, stop),
+    }
+    Ok(())
 }
 
 /// Tells the caller, and the service manager if there is one, that front-ends can connect.
@@ -185,6 +190,10 @@ impl std::fmt::Display for Size {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use vvu::listening_socket::ListeningSocket;
+
     use super::*;
 
     #[test]
@@ -205,8 +214,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("directory");
         let path = directory.path().join("s");
         let _other = ListeningSocket::bind(&path).expect("socket");
-        let stop = StopToken::new().expect("token");
-        let error = on_socket(&path, &disk(directory.path()), &stop, "ready").expect_err("in use");
+        let error = PlaceArgs::at(&path).settle().expect_err("in use");
         assert!(error.to_string().contains("choose another path"), "{error}");
         assert!(path.exists());
     }
@@ -217,7 +225,10 @@ mod tests {
         let path = directory.path().join("s");
         let stop = StopToken::new().expect("token");
         stop.stop();
-        on_socket(&path, &disk(directory.path()), &stop, "ready").expect("clean end");
+        let Place::Socket(socket) = PlaceArgs::at(&path).settle().expect("a socket") else {
+            panic!("want a socket")
+        };
+        on_socket(socket, &disk(directory.path()), &stop, "ready").expect("clean end");
         assert!(!path.exists());
     }
 }

@@ -67,6 +67,11 @@ impl fmt::Display for Socket {
 }
 
 impl PlaceArgs {
+    #[cfg(test)]
+    pub(super) fn at(socket: &std::path::Path) -> Self {
+        Self { vfio: None, socket: Some(socket.to_owned()), fd: None }
+    }
+
     /// Makes or takes over the socket.
     ///
     /// # Errors
