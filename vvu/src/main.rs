@@ -18,6 +18,7 @@ mod sandbox {
         anyhow::bail!("this vvu was built without its sandbox (feature `sandbox`): run with --sandbox off")
     }
 }
+mod service;
 mod stop;
 
 /// virtio-vhost-user: a vhost-user back-end in one VM serves a virtio device of another VM
@@ -49,6 +50,10 @@ enum Command {
     /// Remove the names of a proxy when it ends; started by `vvu proxy`
     #[command(hide = true)]
     RemoveNames(commands::names::Args),
+    /// Write the man pages and the completions of shells
+    #[cfg(feature = "manual")]
+    #[command(hide = true)]
+    Manual(commands::manual::Args),
     /// Print the version of the state that supervised proxies save
     #[command(hide = true)]
     StateFormat,
@@ -70,6 +75,8 @@ fn main() -> ExitCode {
         Command::Trace(args) => commands::trace::run(&args),
         Command::Supervise(args) => commands::supervise::run(&args),
         Command::RemoveNames(args) => commands::names::run(&args),
+        #[cfg(feature = "manual")]
+        Command::Manual(args) => commands::manual::run(&args, <Cli as clap::CommandFactory>::command()),
         Command::StateFormat => commands::proxy::state_format(),
     };
     logger::finish(result.as_ref().err().map(explain).as_deref());

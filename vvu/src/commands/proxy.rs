@@ -19,7 +19,7 @@ use vvu::vfio_user::server::Server;
 mod supervised;
 
 use super::names::NameRemover;
-use crate::{sandbox, stop};
+use crate::{sandbox, service, stop};
 
 /// Options of `vvu proxy`.
 #[derive(Debug, clap::Args)]
@@ -156,6 +156,8 @@ fn run_alone(args: &Args) -> anyhow::Result<()> {
         device.set_trace(Trace::new(file).context("cannot start the thread of the trace")?);
     }
     let server = Server::new(vfio_user.listener().try_clone()?, stop, &device)?;
+    // Before the sandbox, which opens no sockets. Who connects now waits in the backlog.
+    service::ready();
     let serve = || -> anyhow::Result<()> {
         writeln!(io::stdout(), "{PROXY_READY}").context("cannot write to standard output")?;
         server.serve(&mut device)?;

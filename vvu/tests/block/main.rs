@@ -6,6 +6,7 @@
 mod common;
 
 mod connection;
+mod conventions;
 mod device;
 mod hostile;
 mod killed;

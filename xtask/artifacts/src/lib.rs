@@ -14,6 +14,7 @@ pub mod accel;
 mod apt;
 pub mod cache;
 mod cargo;
+pub mod host_system;
 pub mod image;
 pub mod kernel;
 pub mod machine;

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::cache::Cache;
+use crate::host_system::HostSystem;
 use vvu_process::logged;
 use vvu_process::progress::Progress;
 
@@ -62,7 +63,10 @@ pub fn ensure(progress: &Progress, cache: &Cache, packages: &[Package]) -> Resul
         if is_there(Brings::Program("apt-get"), &dirs) {
             bail!("packages are missing; run: sudo {}", command(&names));
         }
-        bail!("install these, by the names your distribution has for them: {}", names.join(" "));
+        match HostSystem::this() {
+            Some(system) => bail!("packages are missing; run: {}", system.install_command(&names)),
+            None => bail!("install these, by the names your distribution has for them: {}", names.join(" ")),
+        }
     };
 
     // Another run may be installing the same.

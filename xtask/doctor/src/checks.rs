@@ -134,7 +134,8 @@ fn install(host: &Host, name: &str) -> (Status, String) {
     } else if host.program("apt-get").is_some() {
         (Status::Missing, format!("sudo {command}"))
     } else {
-        (Status::Missing, format!("install the package that your distribution has for {name}"))
+        let by_name = || format!("install the package that your distribution has for {name}");
+        (Status::Missing, host.system.map_or_else(by_name, |system| system.install_command(&[name])))
     }
 }
 
@@ -162,7 +163,13 @@ fn apt(host: &Host) -> Requirement {
         Status::Worse,
         format!("no {}", missing.join(", no ")),
         "QEMU, kernel source and missing packages cannot be fetched from Debian",
-        "name your own QEMU and kernel with --qemu and --kernel",
+        match host.system {
+            Some(system) => format!(
+                "{}; then VVU_DEBIAN_MIRROR names a mirror. Or name your own QEMU and kernel with --qemu and --kernel",
+                system.install_command(&["apt", "dpkg", "debian-archive-keyring"])
+            ),
+            None => "name your own QEMU and kernel with --qemu and --kernel".to_owned(),
+        },
     )
 }
 

@@ -8,6 +8,7 @@ use super::host::{Host, Place};
 use super::*;
 use vvu_artifacts::accel::{Accelerator, Kind};
 use vvu_artifacts::cache::Surveyed;
+use vvu_artifacts::host_system::HostSystem;
 use vvu_artifacts::packages::Brings;
 
 /// A program that answers every question with `text`.
@@ -49,6 +50,7 @@ fn ready(dir: &Path) -> Host {
         programs: vec![bin],
         root: dir.to_owned(),
         arch: "x86_64",
+        system: None,
         installs: true,
         free_mib: Ok(8192),
         accelerator: Ok(Accelerator { kind: Kind::Kvm, reason, evidence: None }),
@@ -154,6 +156,15 @@ fn what_nobody_can_install_is_left_to_a_person() {
     remove(&host, "apt-get");
     let by_name = "install the package that your distribution has for bc".to_owned();
     assert_eq!(fix(&host), (Status::Missing, by_name));
+    host.system = HostSystem::of("ID=fedora\n");
+    assert_eq!(fix(&host), (Status::Missing, "sudo dnf install bc".to_owned()));
+    let all = checks::all(&host);
+    let apt = all.iter().find(|requirement| requirement.id == "apt").expect("listed");
+    let remedy = apt.fix.as_deref().expect("a remedy");
+    assert!(
+        remedy.starts_with("sudo dnf install apt dpkg debian-archive-keyring; then VVU_DEBIAN_MIRROR"),
+        "{remedy}"
+    );
 }
 
 #[test]

@@ -13,6 +13,7 @@ use rustix::process::{Resource, getrlimit};
 
 use vvu_artifacts::accel::{self, Accelerator};
 use vvu_artifacts::cache::{self, Surveyed};
+use vvu_artifacts::host_system::HostSystem;
 use vvu_artifacts::packages::{self, Brings};
 use vvu_process::children;
 
@@ -29,6 +30,8 @@ pub(super) struct Host {
     pub(super) root: PathBuf,
     /// The processor's architecture, as Rust names it.
     pub(super) arch: &'static str,
+    /// How its distribution installs packages, if that is known.
+    pub(super) system: Option<&'static HostSystem>,
     /// apt can install packages without a password.
     pub(super) installs: bool,
     /// Memory that is available, in MiB.
@@ -78,6 +81,7 @@ impl Host {
             programs: std::env::split_paths(&path).chain(more).collect(),
             root: "/".into(),
             arch: std::env::consts::ARCH,
+            system: HostSystem::this(),
             installs: packages::privilege().is_some(),
             free_mib: vvu_testvm::memory::free_mib(),
             accelerator: accel::choose(accel::Request::Auto),

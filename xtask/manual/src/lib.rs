@@ -16,12 +16,15 @@ use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 use vvu_testvm::memory::{ensure_files_fit, ensure_free};
 use vvu_testvm::{
-    Addr, Boot, Express, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfig, RunDir, Setup, SetupOptions,
-    Slot, VmConfig, runs,
+    Addr, BlockFrontend, Boot, Express, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfig, RunDir, Setup,
+    SetupOptions, Slot, VmConfig, runs,
 };
 
 /// vhost queues of the vvu device: enough for any front-end that a person tries.
-const QUEUES: u32 = 16;
+const QUEUES: u16 = 16;
+/// Descriptors of the disk's queues. crosvm's back-end announces requests of up to 254 pieces and takes no indirect
+/// descriptors: with QEMU's 128 a large one would never fit.
+const QUEUE_SIZE: u16 = 256;
 /// Where `--disk` is in the guest.
 const DISK_PATH: &str = "/disk.img";
 
@@ -62,6 +65,13 @@ pub struct SiblingOptions {
     /// vhost-user socket of the block back-end: the --vvu-proxy of the device VM
     #[arg(long, value_name = "SOCKET")]
     vhost_user_blk: PathBuf,
+    /// Request queues of the disk; the vvu device carries 16
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES)))]
+    queues: u16,
+    /// Descriptors of each queue, a power of two; at least two more than the pieces of the back-end's longest request
+    #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE)]
+    queue_size: u16,
     #[command(flatten)]
     common: Common,
 }
@@ -91,6 +101,16 @@ struct Common {
     timeout: u64,
     #[command(flatten)]
     setup: SetupOptions,
+}
+
+impl SiblingOptions {
+    /// The disk.
+    fn frontend(&self) -> Result<Frontend> {
+        let (queues, queue_size) = (self.queues, Some(self.queue_size));
+        let frontend = Frontend::Block(BlockFrontend { queues, queue_size, ..BlockFrontend::default() });
+        frontend.check()?;
+        Ok(frontend)
+    }
 }
 
 /// `SOCKET[,addr=BDF]`.
@@ -190,7 +210,7 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         vhost_user: socket.clone(),
         express: options.express.then(|| Express { slot: express, socket: with_suffix(socket, ".express") }),
         memory_link: memory_link(socket),
-        queues: QUEUES,
+        queues: QUEUES.into(),
         ..ProxyConfig::new("vvu", options.sibling_memory, lab.sockets())
     };
     let proxy = lab.proxy(&vvu)?;
@@ -225,7 +245,7 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
     };
     let config = VmConfig {
         memory_file: Some(vvu.memory_file()),
-        devices: vec![vvu.vhost_user_device(Frontend::default())],
+        devices: vec![vvu.vhost_user_device(options.frontend()?)],
         ..options.common.config("sibling")
     };
     options.common.run(&lab, &config, None)
@@ -289,6 +309,27 @@ mod tests {
         assert_eq!(parsed.slot, Slot::DEFAULT);
         assert_eq!(memory_link(&parsed.socket), Path::new("/run/s.mem"));
         "/run/s,addr=10".parse::<VvuProxy>().expect_err("no address");
+    }
+
+    #[test]
+    fn a_siblings_disk_has_long_queues_unless_told_otherwise() {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(flatten)]
+            options: SiblingOptions,
+        }
+        let frontend = |words: &[&str]| {
+            let words = ["sibling", "--vhost-user-blk", "s"].iter().chain(words);
+            <Cli as clap::Parser>::try_parse_from(words).map(|cli| cli.options.frontend())
+        };
+        let block = |queues, size| {
+            Frontend::Block(BlockFrontend { queues, queue_size: Some(size), ..BlockFrontend::default() })
+        };
+        assert_eq!(frontend(&[]).expect("parsed").expect("valid"), block(1, 256));
+        let given = frontend(&["--queues", "4", "--queue-size", "128"]).expect("parsed");
+        assert_eq!(given.expect("valid"), block(4, 128));
+        frontend(&["--queue-size", "100"]).expect("parsed").expect_err("no power of two");
+        assert!(frontend(&["--queues", "17"]).is_err());
     }
 
     #[test]

@@ -2,18 +2,20 @@
 
 use std::convert::Infallible;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use vvu::backend::block::{BlockBackend, BlockOptions, EngineKind, QUEUES_MAX, SEGMENTS_DEFAULT};
-use vvu::listening_socket::ListeningSocket;
 use vvu::{Bdf, StopToken, open_vfio, serve};
 
-use crate::stop;
+use crate::{service, stop};
+use place::{Place, PlaceArgs, Socket};
 
 mod bridge;
+mod capabilities;
+mod place;
 mod program;
 
 /// Longest poll window in microseconds. A front-end that stops a queue waits for the end of the window at most.
@@ -32,18 +34,6 @@ enum Device {
     Block(BlockArgs),
     /// Connect a vvu device to any vhost-user back-end
     Bridge(bridge::Args),
-}
-
-/// Where front-ends find the back-end.
-#[derive(Debug, clap::Args)]
-#[group(required = true, multiple = false)]
-struct Place {
-    /// Serve the sibling VM through the vvu device with this PCI address
-    #[arg(long, value_name = "BDF", help_heading = "Front-end, one of")]
-    vfio: Option<Bdf>,
-    /// Serve VMs of this machine on a vhost-user socket
-    #[arg(long, value_name = "PATH", help_heading = "Front-end, one of")]
-    socket: Option<PathBuf>,
 }
 
 /// How requests are carried out.
@@ -67,10 +57,14 @@ impl Engine {
 #[derive(Debug, clap::Args)]
 struct BlockArgs {
     #[command(flatten)]
-    place: Place,
+    place: PlaceArgs,
+    /// Print what the back-end can do as JSON, for management programs, and end
+    #[arg(long, exclusive = true)]
+    print_capabilities: bool,
     /// Disk image or block device to serve
-    #[arg(long, value_name = "PATH", help_heading = "Disk")]
-    file: PathBuf,
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH", help_heading = "Disk")]
+    #[arg(required_unless_present = "print_capabilities")]
+    file: Option<PathBuf>,
     /// Refuse writes; several back-ends may serve one disk then
     #[arg(long, help_heading = "Disk")]
     read_only: bool,
@@ -117,11 +111,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
+    if args.print_capabilities {
+        return capabilities::print_block();
+    }
+    let file = args.file.as_ref().context("name a disk: --file PATH")?;
     // A write beyond the limit on the size of files (`ulimit -f`) fails with EFBIG then, rather than end the process.
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
         .context("cannot catch signals")?;
     let disk = BlockBackend::open(&BlockOptions {
-        path: args.file.clone(),
+        path: file.clone(),
         read_only: args.read_only,
         direct: args.direct,
         engine: args.engine.kind(),
@@ -132,12 +130,14 @@ fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
         poll: Duration::from_micros(args.poll_us.into()),
     })?;
     let ready = |place: &dyn std::fmt::Display| {
-        format!("block back-end ready on {place}, {}, {}", args.file.display(), Size(disk.size()))
+        format!("block back-end ready on {place}, {}, {}", file.display(), Size(disk.size()))
     };
-    match (&args.place.vfio, &args.place.socket) {
-        (Some(bdf), _) => through_device(*bdf, &disk, stop, &ready(bdf)),
-        (_, Some(path)) => on_socket(path, &disk, stop, &ready(&path.display())),
-        (None, None) => anyhow::bail!("name a place: --vfio BDF or --socket PATH"),
+    match args.place.settle()? {
+        Place::Vvu(bdf) => through_device(bdf, &disk, stop, &ready(&bdf)),
+        Place::Socket(socket) => {
+            let ready = ready(&socket);
+            on_socket(socket, &disk, stop, &ready)
+        }
     }
 }
 
@@ -158,15 +158,20 @@ fn through_device(bdf: Bdf, disk: &BlockBackend, stop: &StopToken, ready: &str) 
     said
 }
 
-/// Serves `disk` on the socket at `path`.
-fn on_socket(path: &Path, disk: &BlockBackend, stop: &StopToken, ready: &str) -> anyhow::Result<()> {
-    let socket = ListeningSocket::bind(path)?;
+/// Serves `disk` at a socket of this machine.
+fn on_socket(socket: Socket, disk: &BlockBackend, stop: &StopToken, ready: &str) -> anyhow::Result<()> {
     say(ready)?;
-    Ok(disk.serve(socket.listener(), stop)?)
+    match socket {
+        Socket::Bound(socket) => disk.serve(socket.listener(), stop)?,
+        Socket::Listening(listener) => disk.serve(&listener, stop)?,
+        Socket::Connected(frontend) => disk.serve_frontend(frontend, stop),
+    }
+    Ok(())
 }
 
-/// Prints the line that tells the caller that front-ends can connect.
+/// Tells the caller, and the service manager if there is one, that front-ends can connect.
 fn say(ready: &str) -> anyhow::Result<()> {
+    service::ready();
     writeln!(io::stdout(), "vvu: {ready}").context("cannot write to standard output")
 }
 
@@ -185,6 +190,10 @@ impl std::fmt::Display for Size {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use vvu::listening_socket::ListeningSocket;
+
     use super::*;
 
     #[test]
@@ -205,8 +214,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("directory");
         let path = directory.path().join("s");
         let _other = ListeningSocket::bind(&path).expect("socket");
-        let stop = StopToken::new().expect("token");
-        let error = on_socket(&path, &disk(directory.path()), &stop, "ready").expect_err("in use");
+        let error = PlaceArgs::at(&path).settle().expect_err("in use");
         assert!(error.to_string().contains("choose another path"), "{error}");
         assert!(path.exists());
     }
@@ -217,7 +225,10 @@ mod tests {
         let path = directory.path().join("s");
         let stop = StopToken::new().expect("token");
         stop.stop();
-        on_socket(&path, &disk(directory.path()), &stop, "ready").expect("clean end");
+        let Place::Socket(socket) = PlaceArgs::at(&path).settle().expect("a socket") else {
+            panic!("want a socket")
+        };
+        on_socket(socket, &disk(directory.path()), &stop, "ready").expect("clean end");
         assert!(!path.exists());
     }
 }

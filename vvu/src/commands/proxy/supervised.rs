@@ -29,7 +29,7 @@ use vvu::event::{wait_any, wait_readable};
 use vvu::vfio_user::server::Server;
 
 use super::{Args, Sandbox};
-use crate::{logger, sandbox, stop};
+use crate::{logger, sandbox, service, stop};
 use equipment::Equipment;
 
 mod equipment;
@@ -48,6 +48,7 @@ pub(super) fn run(args: Args, verbosity: u8) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let signals = Signals::block().context("cannot block signals")?;
     let equipment = Equipment::obtain(&args)?;
+    service::ready();
     let mut crashes = 0;
     loop {
         let start = Instant::now();
