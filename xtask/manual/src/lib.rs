@@ -46,6 +46,9 @@ pub struct DeviceOptions {
     /// Whether the VM has an express device, through which its guest notifies the sibling without the proxy
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     express: bool,
+    /// Give the VM the sibling's memory as persistent memory too; its kernel needs --kernel-fragment window
+    #[arg(long)]
+    window: bool,
     /// IOMMU in front of the devices [default: virtio-iommu; intel-iommu with a distribution's kernel]
     #[arg(long, value_enum)]
     iommu: Option<Iommu>,
@@ -62,6 +65,9 @@ pub struct SiblingOptions {
     /// vhost-user socket of the block back-end: the --vvu-proxy of the device VM
     #[arg(long, value_name = "SOCKET")]
     vhost_user_blk: PathBuf,
+    /// The device VM has --window
+    #[arg(long)]
+    window: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -191,12 +197,19 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         express: options.express.then(|| Express { slot: express, socket: with_suffix(socket, ".express") }),
         memory_link: memory_link(socket),
         queues: QUEUES,
+        window: options.window,
         ..ProxyConfig::new("vvu", options.sibling_memory, lab.sockets())
     };
+    let mut devices = vvu.devices();
+    if options.window {
+        let taken = |free| devices.iter().any(|device| device.slot() == free);
+        let free = Slot::last_free(taken).context("a bus has more than two slots")?;
+        devices.push(vvu.window_device(free, options.sibling_memory));
+    }
     let proxy = lab.proxy(&vvu)?;
     let iommu =
         options.iommu.map_or_else(|| setup.kernel(&KernelId::default()).map(Iommu::default_for), Ok)?;
-    let config = VmConfig { iommu: Some(iommu), devices: vvu.devices(), ..options.common.config("device") };
+    let config = VmConfig { iommu: Some(iommu), devices, ..options.common.config("device") };
     let code = options.common.run(&lab, &config, options.disk.as_ref());
     if interrupt::requested() {
         return code;
@@ -221,10 +234,12 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
     let vvu = ProxyConfig {
         vhost_user: socket,
         memory_link: link,
+        window: options.window,
         ..ProxyConfig::new("vvu", options.common.memory, lab.sockets())
     };
     let config = VmConfig {
         memory_file: Some(vvu.memory_file()),
+        memory_offset_mib: vvu.memory_offset_mib(),
         devices: vec![vvu.vhost_user_device(Frontend::default())],
         ..options.common.config("sibling")
     };
