@@ -8,6 +8,7 @@ pub mod event;
 pub mod pci;
 pub mod spec;
 pub mod vfio_user;
+pub mod window;
 
 // What the binary, the tests and the fuzz targets share with the library; no part of its interface.
 #[doc(hidden)]
@@ -28,7 +29,9 @@ mod rig;
 mod serve;
 
 pub use event::StopToken;
-pub use serve::{OpenError, ServeError, open_vfio, serve, serve_socket, serve_vfio};
+pub use serve::{
+    OpenError, ServeError, WindowUse, open_vfio, open_vfio_with, serve, serve_socket, serve_vfio,
+};
 pub use spec::addr::Bdf;
 
 /// The line that `vvu proxy` writes to standard output when both of its sockets accept connections.

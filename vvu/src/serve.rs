@@ -17,6 +17,7 @@ use crate::event::StopToken;
 use crate::listening_socket::connect_now;
 use crate::pci::PciDevice;
 use crate::spec::addr::Bdf;
+use crate::window::{self, Window, WindowError};
 
 /// A vvu device of this machine cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +33,26 @@ pub enum OpenError {
         /// The cause.
         source: DriverError,
     },
+    /// The device has no window, and [`WindowUse::Required`] asks for one.
+    #[error("{bdf} cannot have the sibling's memory in a window: {source}")]
+    Window {
+        /// The device.
+        bdf: Bdf,
+        /// The cause.
+        source: WindowError,
+    },
+}
+
+/// When a back-end gets the sibling's memory in a [window](crate::window), and not in the shared memory BAR.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WindowUse {
+    /// When there is one.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Always: without one the device is not opened.
+    Required,
 }
 
 /// A back-end does not serve a vvu device any longer; `E` is the back-end's own error.
@@ -63,11 +84,20 @@ pub enum ServeError<E: Debug + Display> {
 }
 
 /// Opens the vvu device `bdf` of this machine through VFIO and brings it up. The device has to be bound to vfio-pci:
-/// `vvu bind BDF` does that. If the machine has an express device for it that is bound as well, the driver uses it.
+/// `vvu bind BDF` does that. If the machine has an express device for it that is bound as well, the driver uses it; the
+/// same holds for its window.
 ///
 /// # Errors
 /// [`OpenError`].
 pub fn open_vfio(bdf: Bdf) -> Result<Driver<VfioDevice>, OpenError> {
+    open_vfio_with(bdf, WindowUse::Auto)
+}
+
+/// Opens a vvu device as [`open_vfio`] does, with or without a window.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn open_vfio_with(bdf: Bdf, window: WindowUse) -> Result<Driver<VfioDevice>, OpenError> {
     let sysfs = PciSysfs::default();
     let device = VfioDevice::open(sysfs.clone(), bdf)?;
     let mut driver = Driver::new(device).map_err(|source| OpenError::Driver { bdf, source })?;
@@ -76,7 +106,31 @@ pub fn open_vfio(bdf: Bdf) -> Result<Driver<VfioDevice>, OpenError> {
         Err(error @ FindError::Absent) => log::info!("{bdf} notifies the sibling through the proxy: {error}"),
         Err(error) => log::warn!("{bdf} notifies the sibling through the proxy: {error}"),
     }
+    use_window(bdf, window, &mut driver)?;
     Ok(driver)
+}
+
+/// Makes the driver use its window if `wanted` says so, and says in one line of the log what is used.
+fn use_window<D: PciDevice>(bdf: Bdf, wanted: WindowUse, driver: &mut Driver<D>) -> Result<(), OpenError> {
+    if wanted == WindowUse::Off {
+        return Ok(());
+    }
+    match window::attach(driver) {
+        Ok(Window { memory, believes_info_blocks: false }) => {
+            log::info!("{bdf} has the sibling's memory in a window on {memory}");
+        }
+        Ok(Window { memory, believes_info_blocks: true }) => log::warn!(
+            "{bdf} has the sibling's memory in a window on {memory}, and this kernel believes NVDIMM info blocks, which the \
+             sibling's VMM can write: where that must not be trusted, use a kernel without CONFIG_NVDIMM_PFN and \
+             CONFIG_NVDIMM_DAX"
+        ),
+        Err(source) if wanted == WindowUse::Required => return Err(OpenError::Window { bdf, source }),
+        Err(error @ WindowError::NotOffered) => {
+            log::info!("{bdf} has the sibling's memory in its BAR: {error}")
+        }
+        Err(error) => log::warn!("{bdf} has the sibling's memory in its BAR: {error}"),
+    }
+    Ok(())
 }
 
 /// Serves a device: `backend` gets one connected vhost-user stream after the other, each for one front-end, and

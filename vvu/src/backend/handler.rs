@@ -16,7 +16,7 @@ use virtio_bindings::bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::device::Device;
-use super::inflight::{self, Limits, Region};
+use super::inflight::{self, FileId, Limits, Region};
 use super::memory::{Memory, REGIONS_MAX};
 use super::queue::Queue;
 use super::ring::QUEUE_SIZE_MAX;
@@ -43,6 +43,8 @@ pub(super) struct Handler {
     window: Duration,
     /// What the queues ring in place of their call events.
     doorbells: Option<Arc<DirectDoorbells>>,
+    /// A file that in-flight regions may be in, although it can be made shorter.
+    lasting: Option<FileId>,
     owned: bool,
     /// Virtio features that the front-end has set.
     features: Option<u64>,
@@ -60,6 +62,7 @@ impl Handler {
             device,
             window,
             doorbells: None,
+            lasting: None,
             owned: false,
             features: None,
             memory: Memory::default(),
@@ -71,6 +74,11 @@ impl Handler {
     /// Makes the queues ring `doorbells` where they have one.
     pub(super) fn with_doorbells(self, doorbells: Option<Arc<DirectDoorbells>>) -> Self {
         Self { doorbells, ..self }
+    }
+
+    /// Takes in-flight regions in `file`, which nobody makes shorter.
+    pub(super) fn with_lasting(self, file: Option<FileId>) -> Self {
+        Self { lasting: file, ..self }
     }
 
     /// Ends the queues' threads. Requests that have been begun are finished first.
@@ -307,7 +315,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_inflight_fd(&mut self, description: &VhostUserInflight, file: File) -> Result<()> {
-        let region = Arc::new(Region::open(description, file, self.limits()).map_err(failed)?);
+        let region = Arc::new(Region::open(description, file, self.limits(), self.lasting).map_err(failed)?);
         self.change_all(|queue| queue.region = Some(Arc::clone(&region)));
         self.region = Some(region);
         Ok(())

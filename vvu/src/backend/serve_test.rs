@@ -77,7 +77,7 @@ impl Driver {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).expect("memory");
         let asked = VhostUserInflight { num_queues: 1, queue_size: SIZE, ..Default::default() };
         let (made, file) = inflight::create(&asked, LIMITS).expect("region");
-        let region = Arc::new(Region::open(&made, file, LIMITS).expect("region"));
+        let region = Arc::new(Region::open(&made, file, LIMITS, None).expect("region"));
         let (free, offered) = ((0..SIZE).collect(), Vec::new());
         Self { memory: Arc::new(memory), region, available: 0, used: 0, free, offered }
     }

@@ -14,7 +14,7 @@ use crate::spec::vhost_user::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Attachments {
     None,
-    /// The shared memory BAR's file, once for each of so many regions.
+    /// The file of the sibling's memory, once for each of so many regions.
     Memory(usize),
     /// The eventfd that the device signals for a kick of the queue.
     Kick(QueueIndex),
@@ -46,7 +46,7 @@ pub(super) enum AttachmentError {
 pub(super) struct Limits {
     /// vhost queues.
     pub(super) queues: u16,
-    /// Bytes of the shared memory BAR.
+    /// Bytes of the shared memory BAR, or of the window in its place.
     pub(super) shared_memory: u64,
 }
 

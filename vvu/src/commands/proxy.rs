@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use rustix::rand::{GetRandomFlags, getrandom};
 use uuid::Uuid;
 use vvu::PROXY_READY;
-use vvu::device::{DeviceConfig, SiblingMemory, Trace, VvuDevice};
+use vvu::device::{DeviceConfig, MemoryOptions, SiblingMemory, Trace, VvuDevice};
 use vvu::listening_socket::ListeningSocket;
 use vvu::spec::PAGE_SIZE;
 use vvu::vfio_user::server::Server;
@@ -73,6 +73,10 @@ struct Memory {
     /// Use huge pages of 2 MiB for the sibling's memory; the host must have reserved them.
     #[arg(long, requires = "memory_size")]
     huge_pages: bool,
+    /// Let the device VM have the sibling's memory as persistent memory too, which is cached and takes direct I/O: put 2 MiB in
+    /// front of it, so that the sibling needs memory-backend-file,offset=2M.
+    #[arg(long, requires = "memory_size")]
+    window: bool,
     /// Symbolic link to create for the sibling memory file: the sibling's memory-backend-file,mem-path. It works for
     /// processes of the same user and PID namespace.
     #[arg(long, value_name = "PATH", requires = "memory_size")]
@@ -87,8 +91,8 @@ impl Memory {
     fn open(&self) -> anyhow::Result<(SiblingMemory, Option<MemoryLink>)> {
         match (self.memory_size, &self.memory_link, &self.memory) {
             (Some(Size(size)), Some(path), _) => {
-                let create = if self.huge_pages { SiblingMemory::create_huge } else { SiblingMemory::create };
-                let memory = create(size)
+                let options = MemoryOptions { huge_pages: self.huge_pages, window: self.window };
+                let memory = SiblingMemory::create_as(size, options)
                     .with_context(|| format!("cannot create a sibling memory file for {size} bytes"))?;
                 let link = MemoryLink::new(path, memory.file())?;
                 Ok((memory, Some(link)))

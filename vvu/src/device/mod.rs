@@ -8,7 +8,7 @@
 
 pub use crate::pci::Host;
 pub use link::{LinkEvent, LinkState};
-pub use sibling_memory::{OpenError, SiblingMemory};
+pub use sibling_memory::{MemoryOptions, OpenError, SiblingMemory};
 pub use trace::Trace;
 pub use vvu_device::{DeviceConfig, VvuDevice};
 

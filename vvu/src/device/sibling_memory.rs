@@ -1,4 +1,6 @@
 //! The sibling memory file: it holds the sibling's RAM, and the shared memory BAR shows it.
+//!
+//! From its start: the header, if the file is made for a window; the sibling's RAM; in-flight regions.
 
 use std::fs::File;
 use std::io;
@@ -25,6 +27,10 @@ const INFLIGHT_REGIONS: u64 = 8;
 /// Bytes after the sibling's RAM. The kernel allocates them when they are used.
 const TAIL_SIZE: u64 = INFLIGHT_REGIONS * INFLIGHT_SIZE;
 
+/// Bytes in front of the sibling's RAM in a file for a window. The device VM keeps the metadata of a file system there,
+/// and neither its kernel nor that file system takes bytes of the sibling's guest for metadata.
+const WINDOW_HEADER: u64 = HUGE_PAGE_SIZE;
+
 /// Why the shared memory BAR cannot show a memory region of the front-end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MemoryError {
@@ -43,6 +49,11 @@ pub(crate) enum MemoryError {
          give vvu proxy the sibling's memory size"
     )]
     Beyond { offset: BarOffset, size: u64, len: u64 },
+    #[error(
+        "memory region at offset {offset} begins in the header of the sibling memory file: add offset={}M to the sibling's \
+         -object memory-backend-file", header >> 20
+    )]
+    Header { offset: BarOffset, header: u64 },
     #[error(
         "in-flight region of {size:#x} bytes: want at most {INFLIGHT_SIZE:#x}, behind the RAM in the sibling memory file"
     )]
@@ -92,12 +103,23 @@ impl From<Errno> for OpenError {
     }
 }
 
+/// The kind of sibling memory file to create.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryOptions {
+    /// Huge pages of 2 MiB. All are allocated at once, so that no later access fails for want of one.
+    pub huge_pages: bool,
+    /// A header of 2 MiB in front of the sibling's RAM, so that the device VM can have the file as persistent memory.
+    pub window: bool,
+}
+
 /// A sibling memory file. The devices of one sibling share one file.
 #[derive(Debug)]
 pub struct SiblingMemory {
     file: File,
     /// Holds the claim on the in-flight region; never handed out.
     claims: File,
+    /// Bytes before the RAM.
+    header: u64,
     ram: u64,
     /// Offset of the in-flight region of this device.
     inflight: u64,
@@ -110,7 +132,9 @@ impl SiblingMemory {
     /// Seals that fix the size. So neither a front-end nor a guest can truncate the file and make an
     /// access to the shared memory BAR fault.
     const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+    /// Name of the file in `/proc`. Nobody can change it, so it tells every proxy whether there is a header.
     const NAME: &str = "vvu-sibling-memory";
+    const WINDOW_NAME: &str = "vvu-sibling-window";
     const FLAGS: MemfdFlags = MemfdFlags::CLOEXEC.union(MemfdFlags::ALLOW_SEALING);
 
     /// Creates a file for `ram` bytes of sibling RAM, a multiple of [`PAGE_SIZE`] above 0.
@@ -118,33 +142,41 @@ impl SiblingMemory {
     /// # Errors
     /// [`OpenError::Size`], [`OpenError::Io`].
     pub fn create(ram: u64) -> Result<Self, OpenError> {
-        let size = Self::file_size(ram, PAGE_SIZE)?;
-        let file = memfd_create(Self::NAME, Self::FLAGS)?;
-        ftruncate(&file, size)?;
-        fcntl_add_seals(&file, Self::SEALS)?;
-        Self::open(file.into())
+        Self::create_as(ram, MemoryOptions::default())
     }
 
-    /// Creates a file that consists of huge pages of 2 MiB; `ram` is a multiple of [`HUGE_PAGE_SIZE`] above
-    /// 0. All pages are allocated at once, so that no later access fails for want of one.
+    /// Creates a file for `ram` bytes of sibling RAM, above 0 and a multiple of [`PAGE_SIZE`], with either of the
+    /// options of [`HUGE_PAGE_SIZE`].
     ///
     /// # Errors
     /// [`OpenError::Size`], [`OpenError::HugePages`], [`OpenError::Io`].
-    pub fn create_huge(ram: u64) -> Result<Self, OpenError> {
-        let size = Self::file_size(ram, HUGE_PAGE_SIZE)?;
+    pub fn create_as(ram: u64, options: MemoryOptions) -> Result<Self, OpenError> {
+        let MemoryOptions { huge_pages, window } = options;
+        let page = if huge_pages || window { HUGE_PAGE_SIZE } else { PAGE_SIZE };
+        let (name, header) = if window { (Self::WINDOW_NAME, WINDOW_HEADER) } else { (Self::NAME, 0) };
+        let size = ram.checked_add(header + TAIL_SIZE).filter(|_| ram > 0 && ram.is_multiple_of(page));
+        let size = size.ok_or(OpenError::Size { got: ram, page })?;
         let wanted = size / HUGE_PAGE_SIZE;
-        let lacking = |error: Errno| OpenError::HugePages { wanted, source: error.into() };
-        let flags = Self::FLAGS | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-        let file = memfd_create(Self::NAME, flags).map_err(lacking)?;
+        let lacking = |error: Errno| match huge_pages {
+            true => OpenError::HugePages { wanted, source: error.into() },
+            false => error.into(),
+        };
+        let huge = if huge_pages { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
+        let file = memfd_create(name, Self::FLAGS | huge).map_err(lacking)?;
         ftruncate(&file, size)?;
-        fallocate(&file, FallocateFlags::empty(), 0, size).map_err(lacking)?;
+        if huge_pages {
+            fallocate(&file, FallocateFlags::empty(), 0, size).map_err(lacking)?;
+        }
         fcntl_add_seals(&file, Self::SEALS)?;
         Self::open(file.into())
     }
 
-    fn file_size(ram: u64, page: u64) -> Result<u64, OpenError> {
-        let size = ram.checked_add(TAIL_SIZE).filter(|_| ram > 0 && ram.is_multiple_of(page));
-        size.ok_or(OpenError::Size { got: ram, page })
+    /// Returns the sizes of header and RAM, as the name and the size of `file` tell.
+    fn parts_of(file: &File, size: i64) -> io::Result<(u64, u64)> {
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        let is_window = name.to_string_lossy().starts_with(&format!("/memfd:{} ", Self::WINDOW_NAME));
+        let header = if is_window { WINDOW_HEADER } else { 0 };
+        Ok((header, u64::try_from(size).unwrap_or(0).saturating_sub(header + TAIL_SIZE)))
     }
 
     /// Opens the file of another device of the same sibling.
@@ -154,7 +186,7 @@ impl SiblingMemory {
     pub fn open(file: File) -> Result<Self, OpenError> {
         let stat = fstat(&file)?;
         let sealed = is_sealed(&file);
-        let ram = u64::try_from(stat.st_size).unwrap_or(0).saturating_sub(TAIL_SIZE);
+        let (header, ram) = Self::parts_of(&file, stat.st_size)?;
         if !sealed || ram == 0 || !ram.is_multiple_of(PAGE_SIZE) {
             return Err(OpenError::Kind);
         }
@@ -165,9 +197,9 @@ impl SiblingMemory {
         let claims =
             File::options().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         for region in 0..INFLIGHT_REGIONS {
-            let inflight = ram + region * INFLIGHT_SIZE;
+            let inflight = header + ram + region * INFLIGHT_SIZE;
             if claim(&claims, inflight)? {
-                return Ok(Self { file, claims, ram, inflight, identity, huge });
+                return Ok(Self { file, claims, header, ram, inflight, identity, huge });
             }
         }
         Err(OpenError::Full)
@@ -180,13 +212,13 @@ impl SiblingMemory {
     #[doc(hidden)]
     pub fn inherit(file: File, claims: File, inflight: u64) -> Result<Self, OpenError> {
         let stat = fstat(&file)?;
-        let ram = u64::try_from(stat.st_size).unwrap_or(0).saturating_sub(TAIL_SIZE);
-        if ram == 0 || inflight < ram {
+        let (header, ram) = Self::parts_of(&file, stat.st_size)?;
+        if ram == 0 || inflight < header + ram {
             return Err(OpenError::Kind);
         }
         let identity = (stat.st_dev, stat.st_ino);
         let huge = fstatfs(&file)?.f_type == libc::HUGETLBFS_MAGIC;
-        Ok(Self { file, claims, ram, inflight, identity, huge })
+        Ok(Self { file, claims, header, ram, inflight, identity, huge })
     }
 
     /// Makes a second handle of the same file and in-flight region.
@@ -205,15 +237,20 @@ impl SiblingMemory {
         (&self.file, &self.claims, self.inflight)
     }
 
-    /// The file, which begins with the sibling's RAM.
+    /// The file: header, RAM, in-flight regions.
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Bytes of the file: the sibling's RAM and the in-flight regions.
+    /// Bytes of the file.
     pub(crate) fn size(&self) -> u64 {
-        self.ram + TAIL_SIZE
+        self.header + self.ram + TAIL_SIZE
+    }
+
+    /// Bytes before the sibling's RAM, 0 unless the file is made for a window.
+    pub(crate) fn header(&self) -> u64 {
+        self.header
     }
 
     /// Checks that `fd`, which came with a memory region, is this file and that the region lies in its RAM.
@@ -224,9 +261,12 @@ impl SiblingMemory {
             let orphaned = is_sealed(&fd) && self.is_orphaned().unwrap_or(false);
             return Err(if orphaned { MemoryError::Orphaned } else { MemoryError::Foreign { gpa: gpa.0 } });
         }
-        let end = offset.0.checked_add(size);
-        if end.is_none_or(|end| end > self.ram) {
-            return Err(MemoryError::Beyond { offset, size, len: self.ram });
+        if offset.0 < self.header {
+            return Err(MemoryError::Header { offset, header: self.header });
+        }
+        let (end, len) = (offset.0.checked_add(size), self.header + self.ram);
+        if end.is_none_or(|end| end > len) {
+            return Err(MemoryError::Beyond { offset, size, len });
         }
         Ok(())
     }
@@ -267,7 +307,7 @@ impl SiblingMemory {
     /// Whether the proxy that made the file has ended. The link to the file led to that proxy, so no sibling VM that
     /// starts from now on can have this memory.
     fn is_orphaned(&self) -> io::Result<bool> {
-        let makers = self.ram;
+        let makers = self.header + self.ram;
         Ok(self.inflight != makers && !is_claimed(&self.claims, makers)?)
     }
 

@@ -128,10 +128,43 @@ fn any_other_file_is_refused() {
     assert!(matches!(SiblingMemory::open(unsealed.into()), Err(OpenError::Kind)));
 }
 
+const HUGE: MemoryOptions = MemoryOptions { huge_pages: true, window: false };
+const WINDOW: MemoryOptions = MemoryOptions { huge_pages: false, window: true };
+
+#[test]
+fn a_file_for_a_window_has_a_header_that_is_no_ram() {
+    const HEADER: u64 = 2 << 20;
+    let memory = SiblingMemory::create_as(4 << 20, WINDOW).expect("memory");
+    assert_eq!((memory.header(), memory.size()), (HEADER, (6 << 20) + TAIL_SIZE));
+    assert!(memory.check(&region(HEADER, 4 << 20), memory.file()).is_ok());
+    for offset in [0, 0x1000, HEADER - 0x1000] {
+        let error = memory.check(&region(offset, 0x1000), memory.file()).expect_err("header").to_string();
+        assert!(error.contains("add offset=2M"), "{error}");
+    }
+    let beyond = memory.check(&region(HEADER, (4 << 20) + 0x1000), memory.file());
+    assert!(matches!(beyond, Err(MemoryError::Beyond { .. })));
+    assert_eq!(memory.inflight, HEADER + (4 << 20));
+    let odd = SiblingMemory::create_as((4 << 20) + 0x1000, WINDOW).expect_err("odd").to_string();
+    assert!(odd.contains("want a multiple of 2097152"), "{odd}");
+}
+
+#[test]
+fn every_proxy_of_a_sibling_knows_whether_there_is_a_header() {
+    for (options, header) in [(WINDOW, 2 << 20), (MemoryOptions::default(), 0)] {
+        let first = SiblingMemory::create_as(4 << 20, options).expect("memory");
+        let second = SiblingMemory::open(reopen(&first)).expect("shared");
+        assert_eq!((second.header(), second.ram), (header, 4 << 20));
+        let (file, claims, inflight) = first.parts();
+        let [file, claims] = [file, claims].map(|file| file.try_clone().expect("dup"));
+        let third = SiblingMemory::inherit(file, claims, inflight).expect("inherited");
+        assert_eq!((third.header(), third.size()), (header, first.size()));
+    }
+}
+
 /// Tests with huge pages if the machine has some, and the error if not. The output says which.
 #[test]
 fn huge_pages_are_all_there_or_their_lack_is_explained() {
-    match SiblingMemory::create_huge(4 << 20) {
+    match SiblingMemory::create_as(4 << 20, HUGE) {
         Ok(memory) => {
             eprintln!("with the huge pages of this machine");
             assert_eq!(fstatfs(memory.file()).expect("fstatfs").f_type, libc::HUGETLBFS_MAGIC);
@@ -154,7 +187,7 @@ fn huge_pages_are_all_there_or_their_lack_is_explained() {
             assert!(error.to_string().contains("sysctl vm.nr_hugepages=18"), "{error}");
         }
     }
-    let odd = SiblingMemory::create_huge(1 << 20).expect_err("odd").to_string();
+    let odd = SiblingMemory::create_as(1 << 20, HUGE).expect_err("odd").to_string();
     assert!(odd.contains("want a multiple of 2097152"), "{odd}");
 }
 

@@ -168,11 +168,14 @@ impl VvuDevice {
         backend | frontend
     }
 
-    fn device_config(&self) -> [u8; device_config::SIZE] {
-        let mut bytes = [0; device_config::SIZE];
+    fn device_config(&self) -> [u8; device_config::SIZE_WITH_WINDOW] {
+        let memory = &self.relay.resources.memory;
+        let mut bytes = [0; device_config::SIZE_WITH_WINDOW];
         bytes[..4].copy_from_slice(&self.link_status().to_le_bytes());
         bytes[4..8].copy_from_slice(&u32::from(self.queues).to_le_bytes());
-        bytes[8..].copy_from_slice(&self.uuid);
+        bytes[8..24].copy_from_slice(&self.uuid);
+        bytes[24..32].copy_from_slice(&memory.header().to_le_bytes());
+        bytes[32..].copy_from_slice(&memory.size().to_le_bytes());
         bytes
     }
 

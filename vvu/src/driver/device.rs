@@ -1,5 +1,6 @@
 //! The driver of a vvu device that is up: sends and receives its messages, watches its link.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use super::registers::{self, Registers};
 use crate::message_socket::Message;
 use crate::pci::{BarFile, DeviceError, DirectDoorbells, PciDevice};
 use crate::spec::addr::QueueIndex;
-use crate::spec::pci::SHARED_MEMORY_BAR;
+use crate::spec::pci::{Region, SHARED_MEMORY_BAR};
 use crate::spec::vhost_user::{HEADER_SIZE, Header};
 use crate::spec::virtio::{RX_QUEUE, TX_QUEUE, common, device_config, status};
 
@@ -53,6 +54,26 @@ pub struct Driver<D: PciDevice> {
     errs: Vec<Option<Event>>,
     /// Doorbell of the first vhost queue's errors.
     err_base: u16,
+    window: Option<Window>,
+}
+
+/// A file that has the content of the shared memory BAR.
+#[derive(Debug)]
+struct Window {
+    /// Name of the persistent memory.
+    name: String,
+    file: File,
+    /// Bytes.
+    size: u64,
+}
+
+/// Sizes of a device's memory in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowSizes {
+    /// What is in front of the sibling's RAM and no part of it; 0 if there is none, so that there must be no window.
+    pub header: u64,
+    /// All of it.
+    pub size: u64,
 }
 
 impl<D: PciDevice> Driver<D> {
@@ -65,7 +86,8 @@ impl<D: PciDevice> Driver<D> {
         let Prepared { rx, tx, kicks, err_base } = BringUp { device: &device, layout: &layout }.prepare()?;
         let errs: Vec<_> = kicks.iter().map(|_| None).collect();
         let calls = Calls::new(u16::try_from(errs.len()).unwrap_or(QUEUES_MAX));
-        let mut driver = Self { device, layout, rx, tx, rx_posted: false, kicks, calls, errs, err_base };
+        let mut driver =
+            Self { device, layout, rx, tx, rx_posted: false, kicks, calls, errs, err_base, window: None };
         driver.registers().start()?;
         driver.rx.queue.post_all().map_err(rx_error)?;
         driver.notify(RX_QUEUE, driver.rx.notify)?;
@@ -82,18 +104,69 @@ impl<D: PciDevice> Driver<D> {
         u16::try_from(self.kicks.len()).unwrap_or(QUEUES_MAX)
     }
 
-    /// Returns the size of the shared memory BAR in bytes.
+    /// Returns the size of the file of the sibling's memory in bytes.
     #[must_use]
     pub fn shared_memory_size(&self) -> u64 {
-        self.layout.shared_memory
+        self.window.as_ref().map_or(self.layout.shared_memory, |window| window.size)
     }
 
-    /// Returns the file of the sibling's memory. Offsets in messages count from the start of the shared memory BAR.
+    /// Returns the file of the sibling's memory: the window, or else the shared memory BAR. Offsets in messages count from
+    /// the start of the shared memory BAR.
     ///
     /// # Errors
     /// [`DriverError::Device`].
     pub fn shared_memory(&self) -> Result<BarFile, DriverError> {
-        Ok(self.device.bar_file(SHARED_MEMORY_BAR)?)
+        let Some(window) = &self.window else { return Ok(self.device.bar_file(SHARED_MEMORY_BAR)?) };
+        let file = window.file.try_clone().map_err(|source| DeviceError::Io {
+            what: "duplicate the descriptor of the window".to_owned(),
+            source,
+        })?;
+        Ok(BarFile { file, offset: 0 })
+    }
+
+    /// Returns the file of the window, if there is one. Nobody can make it shorter but root in this machine: no path leads
+    /// to it.
+    #[must_use]
+    pub fn window(&self) -> Option<&File> {
+        self.window.as_ref().map(|window| &window.file)
+    }
+
+    /// Returns the sizes of the device's memory if it can be a window, `None` if the device offers none.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn window_sizes(&self) -> Result<Option<WindowSizes>, DeviceError> {
+        let config = self.registers().device_config();
+        let has_window = usize::try_from(self.layout.device.length)
+            .is_ok_and(|length| length >= device_config::SIZE_WITH_WINDOW);
+        if !has_window {
+            return Ok(None);
+        }
+        let read = |at| {
+            Ok::<_, DeviceError>(u64::from(config.read32(at + 4)?) << 32 | u64::from(config.read32(at)?))
+        };
+        let (header, size) = (read(device_config::WINDOW_HEADER)?, read(device_config::WINDOW_SIZE)?);
+        Ok((size <= self.layout.shared_memory).then_some(WindowSizes { header, size }))
+    }
+
+    /// Writes to the shared memory BAR.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub(crate) fn write_shared_memory(&self, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        self.device.write(Region::Bar(SHARED_MEMORY_BAR), offset, bytes)
+    }
+
+    /// Returns the name of the persistent memory that the window is on, such as `pmem0`; `None` without a window.
+    #[must_use]
+    pub fn window_name(&self) -> Option<&str> {
+        self.window.as_ref().map(|window| window.name.as_str())
+    }
+
+    /// Hands out `file`, of `size` bytes, on the persistent memory `name`, in place of the shared memory BAR's file. It has the same content at the same
+    /// offsets.
+    pub(crate) fn use_window(&mut self, name: String, file: File, size: u64) {
+        self.window = Some(Window { name, file, size });
     }
 
     /// Returns the event that is signalled when a message was received or the link changed.

@@ -11,7 +11,7 @@ pub mod inspect;
 pub mod sysfs;
 pub mod vfio;
 
-pub use device::{Driver, Incoming, Link};
+pub use device::{Driver, Incoming, Link, WindowSizes};
 pub use error::DriverError;
 pub use express::ExpressError;
 pub use layout::LayoutError;

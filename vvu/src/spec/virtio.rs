@@ -87,7 +87,8 @@ pub mod isr {
     pub const CONFIG: u8 = 2;
 }
 
-/// Device configuration of virtio-vhost-user: 24 bytes, little-endian.
+/// Device configuration of virtio-vhost-user, little-endian: 24 bytes as in crosvm, and those of the window. A driver that
+/// does not know these ignores them.
 pub mod device_config {
     /// le32: link status, bits [`BACKEND_UP`] and [`FRONTEND_UP`].
     pub const STATUS: u64 = 0;
@@ -95,8 +96,15 @@ pub mod device_config {
     pub const MAX_VHOST_QUEUES: u64 = 4;
     /// 16 bytes that identify the device.
     pub const UUID: u64 = 8;
-    /// Bytes of the structure.
+    /// Bytes of the structure as in crosvm, which every device has.
     pub const SIZE: usize = 24;
+    /// le64: bytes at the start of the shared memory BAR that the front-end cannot name as memory, and in which the driver
+    /// may write. 0 if there are none, so that the BAR's memory cannot be used as a window.
+    pub const WINDOW_HEADER: u64 = 24;
+    /// le64: bytes of the shared memory BAR that are memory, the header among them; what remains reads as zeroes.
+    pub const WINDOW_SIZE: u64 = 32;
+    /// Bytes of the structure with the window.
+    pub const SIZE_WITH_WINDOW: usize = 40;
 
     /// Status bit 0, written by the driver: there is a back-end, which waits for a front-end or has one.
     pub const BACKEND_UP: u32 = 1;

@@ -4,6 +4,7 @@
 
 mod back_end;
 mod chain;
+mod memory;
 mod nested;
 mod options;
 mod plot;
@@ -23,12 +24,27 @@ pub use options::Options;
 use options::What;
 use results::{FORMAT, Machine, Results, SUBJECT};
 
+/// Measures the ways to the sibling's memory and prints what came of it.
+fn measure_memory(options: &Options) -> Result<ExitCode> {
+    let progress = Progress::new(false);
+    let run = RunDir::create(&runs(), "bench-memory")?;
+    let setup = Setup::obtain(&options.setup, &memory::needs(), &progress)?;
+    let text = memory::measure(options, &Lab::new(&run, &setup)?, &progress)?;
+    print!("{text}");
+    run.write("memory.txt", text)?;
+    println!("{}", run.path().display());
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Measures, prints the results and writes `bench.json` and `bench.svg` to the run directory.
 ///
 /// # Errors
 ///
 /// Fails if the set-up cannot be made, a VM fails, or the baseline cannot be read.
 pub fn main(options: &Options) -> Result<ExitCode> {
+    if options.what == Some(What::Memory) {
+        return measure_memory(options);
+    }
     // Read first, before minutes are spent on measuring.
     let baseline = options.baseline.as_deref().map(Results::load).transpose()?;
     let progress = Progress::new(false);

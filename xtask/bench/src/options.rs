@@ -44,4 +44,7 @@ pub(crate) enum What {
     Chain,
     /// The disk of a sibling VM, and how long it takes to appear
     Vms,
+    /// The sibling's memory in the device VM, by the BAR and in the window: type and speed of the mappings, and a disk
+    /// that is served through them; not among everything
+    Memory,
 }

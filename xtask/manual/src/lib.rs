@@ -49,6 +49,9 @@ pub struct DeviceOptions {
     /// Whether the VM has an express device, through which its guest notifies the sibling without the proxy
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     express: bool,
+    /// Give the VM the sibling's memory as persistent memory too; its kernel needs --kernel-fragment window
+    #[arg(long)]
+    window: bool,
     /// IOMMU in front of the devices [default: virtio-iommu; intel-iommu with a distribution's kernel]
     #[arg(long, value_enum)]
     iommu: Option<Iommu>,
@@ -72,6 +75,9 @@ pub struct SiblingOptions {
     /// Descriptors of each queue, a power of two; at least two more than the pieces of the back-end's longest request
     #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE)]
     queue_size: u16,
+    /// The device VM has --window
+    #[arg(long)]
+    window: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -211,12 +217,19 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
         express: options.express.then(|| Express { slot: express, socket: with_suffix(socket, ".express") }),
         memory_link: memory_link(socket),
         queues: QUEUES.into(),
+        window: options.window,
         ..ProxyConfig::new("vvu", options.sibling_memory, lab.sockets())
     };
+    let mut devices = vvu.devices();
+    if options.window {
+        let taken = |free| devices.iter().any(|device| device.slot() == free);
+        let free = Slot::last_free(taken).context("a bus has more than two slots")?;
+        devices.push(vvu.window_device(free, options.sibling_memory));
+    }
     let proxy = lab.proxy(&vvu)?;
     let iommu =
         options.iommu.map_or_else(|| setup.kernel(&KernelId::default()).map(Iommu::default_for), Ok)?;
-    let config = VmConfig { iommu: Some(iommu), devices: vvu.devices(), ..options.common.config("device") };
+    let config = VmConfig { iommu: Some(iommu), devices, ..options.common.config("device") };
     let code = options.common.run(&lab, &config, options.disk.as_ref());
     if interrupt::requested() {
         return code;
@@ -241,10 +254,12 @@ fn sibling(options: &SiblingOptions) -> Result<ExitCode> {
     let vvu = ProxyConfig {
         vhost_user: socket,
         memory_link: link,
+        window: options.window,
         ..ProxyConfig::new("vvu", options.common.memory, lab.sockets())
     };
     let config = VmConfig {
         memory_file: Some(vvu.memory_file()),
+        memory_offset_mib: vvu.memory_offset_mib(),
         devices: vec![vvu.vhost_user_device(options.frontend()?)],
         ..options.common.config("sibling")
     };

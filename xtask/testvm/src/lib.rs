@@ -43,6 +43,7 @@
 //! # }
 //! ```
 
+mod attack;
 pub mod clean;
 mod console;
 mod control;
@@ -64,6 +65,7 @@ mod vm;
 mod vmm;
 mod watch;
 
+pub use attack::Attack;
 pub use console::Found;
 pub use lab::{Attached, Lab};
 pub use obtain::SetupOptions;

@@ -7,6 +7,11 @@ use crate::vm::addr::Slot;
 use crate::vm::config::Device;
 use crate::vm::frontend::Frontend;
 
+/// MiB that a sibling memory file for a window has before the sibling's RAM.
+const WINDOW_HEADER_MIB: u64 = 2;
+/// MiB that a sibling memory file has behind the RAM.
+const TAIL_MIB: u64 = 32;
+
 /// A proxy to start.
 #[derive(Debug, Clone)]
 pub struct ProxyConfig {
@@ -26,6 +31,8 @@ pub struct ProxyConfig {
     pub memory_mib: Option<u64>,
     /// Makes the memory file of huge pages.
     pub huge_pages: bool,
+    /// Whether the memory file is made for a window.
+    pub window: bool,
     /// File to which the proxy writes every message.
     pub trace: Option<PathBuf>,
     /// vhost queues of the device.
@@ -56,6 +63,7 @@ impl ProxyConfig {
             memory_link: sockets.socket(&format!("{name}.mem")),
             memory_mib: Some(memory_mib),
             huge_pages: false,
+            window: false,
             trace: None,
             queues: 1,
             supervised: false,
@@ -77,6 +85,19 @@ impl ProxyConfig {
     pub fn vhost_user_device(&self, frontend: Frontend) -> Device {
         let socket = text(&self.vhost_user);
         Device::VhostUser { slot: Slot::DEFAULT, socket, frontend, reconnect_ms: 0 }
+    }
+
+    /// The memory of the sibling, which has `memory_mib` of RAM, for the device VM.
+    #[must_use]
+    pub fn window_device(&self, slot: Slot, memory_mib: u64) -> Device {
+        let size_mib = WINDOW_HEADER_MIB + memory_mib + TAIL_MIB;
+        Device::Window { slot, file: text(&self.memory_link), size_mib }
+    }
+
+    /// Where the sibling's RAM begins in the sibling memory file, in MiB.
+    #[must_use]
+    pub fn memory_offset_mib(&self) -> u64 {
+        if self.window { WINDOW_HEADER_MIB } else { 0 }
     }
 
     /// The sibling memory file, for the sibling VM.
@@ -111,6 +132,9 @@ impl ProxyConfig {
         }
         if self.huge_pages && self.memory_mib.is_some() {
             words.push("--huge-pages".to_owned());
+        }
+        if self.window && self.memory_mib.is_some() {
+            words.push("--window".to_owned());
         }
         words
     }

@@ -179,7 +179,7 @@ impl HostileDriver {
     fn region(&self, queue_size: u16) -> Option<Arc<Region>> {
         let description =
             VhostUserInflight { mmap_size: REGION, num_queues: 1, queue_size, ..Default::default() };
-        Region::open(&description, self.inflight.try_clone().ok()?, LIMITS).ok().map(Arc::new)
+        Region::open(&description, self.inflight.try_clone().ok()?, LIMITS, None).ok().map(Arc::new)
     }
 
     /// Overwrites guest memory. What lies outside of it is left out.

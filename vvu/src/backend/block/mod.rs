@@ -5,11 +5,14 @@
 //! `buffers`). `disk` is the open file, with what it says of its blocks (`topology`) and what requests of several queues wait
 //! for (`gate`).
 
+use std::fs::File;
+use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::handler::Handler;
+use super::inflight::FileId;
 use super::server::{self, ServeError};
 use crate::event::StopToken;
 use crate::pci::DirectDoorbells;
@@ -55,6 +58,7 @@ pub struct BlockBackend {
     engine: EngineKind,
     poll: Duration,
     doorbells: Option<Arc<DirectDoorbells>>,
+    window: Option<FileId>,
 }
 
 impl BlockBackend {
@@ -76,7 +80,7 @@ impl BlockBackend {
         };
         let disk = Arc::new(Disk::open(options)?);
         let engine = choose(options)?;
-        Ok(Self { disk, shape, engine, poll: options.poll, doorbells: None })
+        Ok(Self { disk, shape, engine, poll: options.poll, doorbells: None, window: None })
     }
 
     /// Makes the queues ring `doorbells`, where they have one, in place of the call eventfds that the front-end sets:
@@ -85,6 +89,15 @@ impl BlockBackend {
     #[must_use]
     pub fn with_doorbells(self, doorbells: Option<Arc<DirectDoorbells>>) -> Self {
         Self { doorbells, ..self }
+    }
+
+    /// Takes in-flight regions in `file` too, which nobody makes shorter: the window of the driver through which the back-end
+    /// is served ([`Driver::window`](crate::driver::Driver::window)).
+    ///
+    /// # Errors
+    /// When the file cannot be looked at.
+    pub fn with_window(self, file: Option<&File>) -> io::Result<Self> {
+        Ok(Self { window: file.map(FileId::of).transpose()?, ..self })
     }
 
     /// Size of the disk in bytes.
@@ -116,7 +129,9 @@ impl BlockBackend {
 
     fn handler(&self) -> Handler {
         let device = BlockDevice::new(Arc::clone(&self.disk), self.shape, self.engine);
-        Handler::new(Arc::new(device), self.poll).with_doorbells(self.doorbells.clone())
+        Handler::new(Arc::new(device), self.poll)
+            .with_doorbells(self.doorbells.clone())
+            .with_lasting(self.window)
     }
 }
 

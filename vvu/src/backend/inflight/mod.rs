@@ -8,7 +8,7 @@ mod tracker;
 
 use vm_memory::GuestMemoryMmap;
 
-pub(super) use region::{Limits, Region, RegionError, create, no_file};
+pub(super) use region::{FileId, Limits, Region, RegionError, create, no_file};
 pub(super) use tracker::TrackerError;
 
 /// The record of one ring.

@@ -2,6 +2,7 @@
 //! part is.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::fs::{
@@ -58,6 +59,21 @@ pub(in crate::backend) struct Limits {
     pub(in crate::backend) queues: u16,
     /// Descriptors of the largest queue.
     pub(in crate::backend) queue_size: u16,
+}
+
+/// A file, whatever descriptors and paths lead to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::backend) struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// The identity of an open file.
+    pub(in crate::backend) fn of(file: &File) -> io::Result<Self> {
+        let stat = fstat(file)?;
+        Ok(Self { device: stat.st_dev, inode: stat.st_ino })
+    }
 }
 
 /// The queues that a region is for.
@@ -123,7 +139,7 @@ pub(in crate::backend) struct Region {
 }
 
 impl Region {
-    /// Maps the region that the front-end handed in.
+    /// Maps the region that the front-end handed in. `lasting` is a file that nobody makes shorter, although the file itself does not say so.
     ///
     /// # Errors
     /// [`RegionError`].
@@ -131,6 +147,7 @@ impl Region {
         description: &VhostUserInflight,
         file: File,
         limits: Limits,
+        lasting: Option<FileId>,
     ) -> Result<Self, RegionError> {
         let layout = Layout::of(description, limits)?;
         let VhostUserInflight { mmap_size: size, mmap_offset: offset, .. } = *description;
@@ -138,7 +155,12 @@ impl Region {
         if size < want || !offset.is_multiple_of(PAGE_SIZE) {
             return Err(RegionError::Place { size, offset, want });
         }
-        let Some(length) = fixed_length(&file)? else { return Err(RegionError::CanShrink) };
+        let lasts = lasting.is_some() && FileId::of(&file).ok() == lasting;
+        let length = match fixed_length(&file)? {
+            Some(length) => length,
+            None if lasts => u64::try_from(fstat(&file)?.st_size).unwrap_or(0),
+            None => return Err(RegionError::CanShrink),
+        };
         if fstatfs(&file)?.f_type == HUGETLBFS {
             return Err(RegionError::HugePages);
         }

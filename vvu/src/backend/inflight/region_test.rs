@@ -16,7 +16,7 @@ fn made(queues: u16, queue_size: u16) -> (VhostUserInflight, File) {
 }
 
 fn open(description: &VhostUserInflight, file: File) -> Result<Region, RegionError> {
-    Region::open(description, file, LIMITS)
+    Region::open(description, file, LIMITS, None)
 }
 
 /// As large as QEMU's back-ends make it, so that they and ours can take over from each other.
@@ -40,6 +40,25 @@ fn a_ring_that_is_too_large_does_without_and_one_that_is_unknown_is_refused() {
     assert!(region.tracker(1, 128).expect("a place").is_some());
     assert!(region.tracker(1, 1024).expect("no place").is_none());
     assert!(matches!(region.tracker(2, 128), Err(RegionError::NoPlace { index: 2, .. })));
+}
+
+/// As with a window, whose file no path leads to.
+#[test]
+fn a_file_that_is_known_to_last_is_taken_and_no_other() {
+    let file = || {
+        let file = tempfile::tempfile().expect("file");
+        file.set_len(1 << 20).expect("size");
+        file
+    };
+    let (lasting, other) = (file(), file());
+    let asked = description(1 << 20, 0, 1, 128);
+    let open = |file: &File, lasting: Option<&File>| {
+        let lasting = lasting.map(|file| FileId::of(file).expect("stat"));
+        Region::open(&asked, file.try_clone().expect("dup"), LIMITS, lasting)
+    };
+    open(&lasting, Some(&lasting)).expect("taken");
+    assert!(matches!(open(&other, Some(&lasting)), Err(RegionError::CanShrink)));
+    assert!(matches!(open(&lasting, None), Err(RegionError::CanShrink)));
 }
 
 #[test]

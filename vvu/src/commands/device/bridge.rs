@@ -9,10 +9,10 @@ use tempfile::TempDir;
 use vvu::bridge::{BackendSocket, Bridge, BridgeError, Options, Retry};
 use vvu::listening_socket::ListeningSocket;
 use vvu::pci::PciDevice;
-use vvu::{Bdf, StopToken, open_vfio};
+use vvu::{Bdf, StopToken, open_vfio_with};
 
 use super::program::{Exit, Program};
-use super::say;
+use super::{Memory, say};
 
 /// Placeholder for the socket's path in the words of a command.
 const SOCKET: &str = "{socket}";
@@ -24,6 +24,8 @@ pub(super) struct Args {
     /// PCI address of the vvu device
     #[arg(long, value_name = "BDF")]
     vfio: Bdf,
+    #[command(flatten)]
+    memory: Memory,
     /// Socket that the back-end listens on; with COMMAND the default is a private one
     #[arg(long, value_name = "PATH", required_unless_present = "command")]
     socket: Option<PathBuf>,
@@ -51,7 +53,8 @@ pub(super) fn run(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
     let options = Options { backend, retry };
     let ready = format!("bridge ready on {}, {}", args.vfio, socket.display());
     let mut said = Ok(());
-    Bridge::new(open_vfio(args.vfio)?, options).run(&[stop.as_fd()], || said = say(&ready))?;
+    Bridge::new(open_vfio_with(args.vfio, args.memory.window())?, options)
+        .run(&[stop.as_fd()], || said = say(&ready))?;
     said
 }
 
@@ -70,7 +73,7 @@ fn run_program(args: &Args, stop: &StopToken) -> anyhow::Result<()> {
     let words = words(&args.command, &socket, args.socket.is_some())?;
     let (backend, _listening) = backend_socket(&socket, args.listen)?;
     let options = Options { backend, retry: Retry::For(START_TIME) };
-    let mut bridge = Bridge::new(open_vfio(args.vfio)?, options);
+    let mut bridge = Bridge::new(open_vfio_with(args.vfio, args.memory.window())?, options);
     let ready = format!("bridge ready on {}, {}", args.vfio, words[0]);
     serve(&mut bridge, &words, args.restart, stop, || say(&ready))
 }

@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use vvu::backend::block::{BlockBackend, BlockOptions, EngineKind, QUEUES_MAX, SEGMENTS_DEFAULT};
-use vvu::{Bdf, StopToken, open_vfio, serve};
+use vvu::{Bdf, StopToken, WindowUse, open_vfio_with, serve};
 
 use crate::{service, stop};
 use place::{Place, PlaceArgs, Socket};
 
 mod bridge;
 mod capabilities;
+mod memory;
 mod place;
 mod program;
 
@@ -34,6 +35,8 @@ enum Device {
     Block(BlockArgs),
     /// Connect a vvu device to any vhost-user back-end
     Bridge(bridge::Args),
+    /// Measure how fast this VM reads and writes the sibling's memory, by the BAR and in the window
+    Memory(memory::Args),
 }
 
 /// How requests are carried out.
@@ -54,10 +57,41 @@ impl Engine {
     }
 }
 
+/// How the back-end gets at the sibling's memory.
+#[derive(Debug, clap::Args)]
+struct Memory {
+    /// Use the sibling's memory as persistent memory of this VM, which is cached and takes direct I/O, in place of the vvu
+    /// device's BAR
+    #[arg(long, value_enum, default_value_t = Window::Auto, help_heading = "Memory")]
+    window: Window,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Window {
+    /// If the proxy offers it (--window) and this VM has the memory
+    Auto,
+    /// Never
+    Off,
+    /// Always; end with an error where it cannot be had
+    Required,
+}
+
+impl Memory {
+    fn window(&self) -> WindowUse {
+        match self.window {
+            Window::Auto => WindowUse::Auto,
+            Window::Off => WindowUse::Off,
+            Window::Required => WindowUse::Required,
+        }
+    }
+}
+
 #[derive(Debug, clap::Args)]
 struct BlockArgs {
     #[command(flatten)]
     place: PlaceArgs,
+    #[command(flatten)]
+    memory: Memory,
     /// Print what the back-end can do as JSON, for management programs, and end
     #[arg(long, exclusive = true)]
     print_capabilities: bool,
@@ -107,6 +141,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     match &args.device {
         Device::Block(args) => run_block(args, &stop),
         Device::Bridge(args) => bridge::run(args, &stop),
+        Device::Memory(args) => memory::run(args),
     }
 }
 
@@ -133,7 +168,7 @@ fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
         format!("block back-end ready on {place}, {}, {}", file.display(), Size(disk.size()))
     };
     match args.place.settle()? {
-        Place::Vvu(bdf) => through_device(bdf, &disk, stop, &ready(&bdf)),
+        Place::Vvu(bdf) => through_device(bdf, args.memory.window(), &disk, stop, &ready(&bdf)),
         Place::Socket(socket) => {
             let ready = ready(&socket);
             on_socket(socket, &disk, stop, &ready)
@@ -142,10 +177,17 @@ fn run_block(args: &BlockArgs, stop: &StopToken) -> anyhow::Result<()> {
 }
 
 /// Serves `disk` through the vvu device `bdf`.
-fn through_device(bdf: Bdf, disk: &BlockBackend, stop: &StopToken, ready: &str) -> anyhow::Result<()> {
+fn through_device(
+    bdf: Bdf,
+    window: WindowUse,
+    disk: &BlockBackend,
+    stop: &StopToken,
+    ready: &str,
+) -> anyhow::Result<()> {
     let mut said = Ok(());
-    let driver = open_vfio(bdf)?;
+    let driver = open_vfio_with(bdf, window)?;
     let disk = disk.clone().with_doorbells(driver.direct_doorbells());
+    let disk = disk.with_window(driver.window()).context("cannot look at the window")?;
     serve(
         driver,
         stop,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use vvu_artifacts::image::GuestPrograms;
 use vvu_artifacts::qemu::NEEDED_DEVICE;
@@ -10,7 +10,7 @@ use vvu_artifacts::versions::Versions;
 
 use vvu_testvm::{Addr, MAX_QUEUES};
 
-use super::scenario::{DiskSpec, KernelSpec, Scenario, VmSpec};
+use super::scenario::{DiskSpec, KernelSpec, Memory, Scenario, VmSpec, VvuSpec};
 
 /// Largest generated disk in MiB.
 const MAX_DISK_MIB: u64 = 64 << 10;
@@ -113,6 +113,18 @@ impl Scenario {
                 (1..=MAX_QUEUES).contains(&queues),
                 "at vvu.{name}.queues: {queues}: want 1 to {MAX_QUEUES}"
             );
+            let sibling = self.vms.get(&vvu.sibling_vm);
+            ensure!(
+                vvu.memory == Memory::Bar || sibling.is_some_and(|vm| vm.most_memory_mib().is_multiple_of(2)),
+                "at vvu.{name}.memory: a window has whole pages of 2 MiB: want an even number of MiB for {:?}",
+                vvu.sibling_vm
+            );
+            let differs = |(_, other): &(&str, &VvuSpec)| {
+                other.device_vm == vvu.device_vm && other.memory != vvu.memory
+            };
+            if let Some((other, _)) = self.vvu_of_sibling(&vvu.sibling_vm).find(differs) {
+                bail!("at vvu.{name}.memory: {other:?} joins the same VMs: want the same `memory`");
+            }
             vvu.frontend.check().with_context(|| format!("at vvu.{name}.frontend"))?;
             if let Addr::Fixed(slot) = vvu.addr {
                 ensure!(

@@ -124,6 +124,7 @@ impl<'a> State<'a> {
                 self.check_pattern("line", Some(line), save.as_deref(), *measure)?;
             }
             Step::Trace(trace) => self.check_trace(trace)?,
+            Step::Tamper(tamper) => self.known_vvu(&tamper.vvu)?,
             Step::KillProxy(ProxyStep { vvu, .. }) => {
                 self.known_vvu(vvu)?;
                 ensure!(self.proxies.remove(vvu.as_str()), "vvu: the proxy of {vvu:?} does not run");

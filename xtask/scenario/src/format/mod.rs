@@ -23,7 +23,7 @@ pub use matrix::{Axis, Impossible, Matrix};
 pub use message::{ExpectedMessage, find_in_order};
 pub use placed::Placed;
 pub use scenario::{
-    DiskFacts, DiskSpec, KernelSpec, Pattern, ROUND, Scenario, VmSpec, VvuFacts, VvuSpec, needs,
+    DiskFacts, DiskSpec, KernelSpec, Memory, Pattern, ROUND, Scenario, VmSpec, VvuFacts, VvuSpec, needs,
 };
 pub use schema::{SCHEMAS, SchemaFile};
 pub use step::{Milestone, RunStep, Signal, Step};

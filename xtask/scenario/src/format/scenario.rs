@@ -143,6 +143,9 @@ pub struct VvuSpec {
     /// Whether its proxy runs the device in a worker, which `kill_worker` kills and `upgrade_proxy` replaces.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub supervised: bool,
+    /// How the device VM gets at the sibling's memory.
+    #[serde(default, skip_serializing_if = "Memory::is_default")]
+    pub memory: Memory,
     /// Milliseconds after which a front-end that lost its connection makes another one; 0: it never does.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub reconnect_ms: u32,
@@ -152,6 +155,23 @@ pub struct VvuSpec {
     /// The back-end that the scenario puts behind the device, for the table in `docs/compatibility.md`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backend: Option<String>,
+}
+
+/// How a device VM gets at the memory of a sibling VM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Memory {
+    /// By the shared memory BAR of the vvu device.
+    #[default]
+    Bar,
+    /// As persistent memory too; the kernel fragment `window` has what the guest needs for it.
+    Window,
+}
+
+impl Memory {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A disk image, which is the file `/NAME.img` in a VM.
@@ -332,6 +352,12 @@ impl Scenario {
     /// The vvu devices whose front-end is in `vm`.
     pub fn vvu_of_sibling<'a>(&'a self, vm: &'a str) -> impl Iterator<Item = (&'a str, &'a VvuSpec)> {
         self.vvu.iter().filter(move |(_, vvu)| vvu.sibling_vm == vm).map(|(name, vvu)| (name.as_str(), vvu))
+    }
+
+    /// Whether the memory file of the sibling VM `vm` is made for a window.
+    #[must_use]
+    pub fn has_window(&self, vm: &str) -> bool {
+        self.vvu_of_sibling(vm).any(|(_, vvu)| vvu.memory == Memory::Window)
     }
 
     /// The vvu devices whose back-end is in `vm`.

@@ -5,7 +5,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::step_host::{AttachStep, DetachStep, ProxyStep, QmpStep, TraceStep};
+use super::step_host::{AttachStep, DetachStep, ProxyStep, QmpStep, TamperStep, TraceStep};
 
 /// One step of a scenario.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -45,6 +45,8 @@ pub enum Step {
     /// Tell the supervised proxy of a vvu device to run its program anew, with SIGUSR2, and wait until there is another
     /// worker.
     UpgradeProxy(ProxyStep),
+    /// Do to the sibling memory file what a hostile VMM of the sibling VM could do.
+    Tamper(TamperStep),
     /// Look for messages among the vhost-user messages that a vvu device has carried so far.
     Trace(TraceStep),
     /// Carry out steps several times.
@@ -305,6 +307,7 @@ impl Step {
             | Step::Qmp(QmpStep { check, .. })
             | Step::KillWorker(ProxyStep { check, .. })
             | Step::UpgradeProxy(ProxyStep { check, .. })
+            | Step::Tamper(TamperStep { check, .. })
             | Step::Trace(TraceStep { check, .. })
             | Step::Repeat(RepeatStep { check, .. }) => check.as_deref(),
         }
@@ -330,6 +333,7 @@ impl Step {
             | Step::Detach(_)
             | Step::KillWorker(_)
             | Step::UpgradeProxy(_)
+            | Step::Tamper(_)
             | Step::Trace(_)
             | Step::Repeat(_) => None,
         }
@@ -406,6 +410,7 @@ impl fmt::Display for Step {
             Step::Qmp(QmpStep { execute, .. }) => write!(f, "QMP {execute}"),
             Step::KillWorker(ProxyStep { vvu, .. }) => write!(f, "SIGKILL to the worker of {vvu}"),
             Step::UpgradeProxy(ProxyStep { vvu, .. }) => write!(f, "SIGUSR2 to the proxy {vvu}"),
+            Step::Tamper(TamperStep { vvu, attack, .. }) => write!(f, "{attack:?} in the memory of {vvu}"),
             Step::Trace(TraceStep { vvu, .. }) => write!(f, "messages of {vvu}"),
             Step::Repeat(RepeatStep { times, .. }) => write!(f, "{times} rounds"),
         }

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use vvu_testvm::Attack;
 
 use super::message::ExpectedMessage;
 use super::step::{Milestone, is_false};
@@ -16,6 +17,19 @@ pub struct ProxyStep {
     pub check: Option<String>,
     /// The vvu device.
     pub vvu: String,
+}
+
+/// What a hostile VMM of the sibling VM does to the sibling memory file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TamperStep {
+    /// The check that this step belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// The vvu device whose sibling's memory it is.
+    pub vvu: String,
+    /// What is done.
+    pub attack: Attack,
 }
 
 /// A look at the messages of a vvu device.

@@ -15,7 +15,7 @@ use vvu_testvm::{
 
 use super::layout::to_text;
 use super::matrix::Matrix;
-use super::scenario::{DiskSpec, KernelSpec, Scenario, VmSpec, VvuSpec};
+use super::scenario::{DiskSpec, KernelSpec, Memory, Scenario, VmSpec, VvuSpec};
 use super::step::{
     ConsoleStep, ExpectedExit, ExpectedResult, KillStep, Milestone, RepeatStep, RunStep, Signal, SpawnStep,
     Step, VmStep, VmWaitStep, WaitStep,
@@ -261,6 +261,7 @@ impl OldVvu {
             sibling_vm: self.sibling_vm.unwrap_or_else(super::scenario::sibling),
             addr: self.addr,
             queues: None,
+            memory: Memory::default(),
             reconnect_ms: self.reconnect_ms,
             frontend: self.frontend.upgraded(queues)?,
             express: true,

@@ -38,6 +38,11 @@ impl<'a> Launcher<'a> {
             launch: Box::new(|name| self.vm(name)),
             launch_proxy: Box::new(|name| self.proxy(name)),
             trace: Box::new(|name| self.trace(name)),
+            tamper: Box::new(|name, attack| {
+                let proxy = self.plan.proxies.get(name);
+                let proxy = proxy.with_context(|| format!("no vvu device is called {name:?}"))?;
+                attack.carry_out(&proxy.memory_link)
+            }),
             attach: Box::new(|vms, vvu, deadline| {
                 let (vm, config, index) = self.attachment(vms, vvu)?;
                 Ok(self.lab.attach(vm, config, index, deadline)?.evidence)

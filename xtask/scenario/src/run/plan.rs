@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use vvu_testvm::{Addr, Cpu, Device, Express, Iommu, ProxyConfig, RunDir, Slot, SocketDir, VmConfig};
 
-use crate::format::{Scenario, VmSpec};
+use crate::format::{Memory, Scenario, VmSpec};
 
 /// The proxies and VMs to start.
 #[derive(Debug)]
@@ -49,6 +49,7 @@ impl Plan {
                     .map(|(slot, express)| Express { slot, ..express }),
                 memory_link: sockets.socket(&format!("{first}.mem")),
                 memory_mib: (first == name).then_some(memory_mib),
+                window: scenario.has_window(sibling),
                 huge_pages: scenario.vms.get(sibling).is_some_and(|vm| vm.huge_pages),
                 trace: Some(run.file(&format!("trace-{name}.jsonl"))),
                 queues: vvu.virtqueues().into(),
@@ -66,7 +67,19 @@ impl Plan {
                 (None, false) => Some(default_iommu(spec)?),
                 (chosen, _) => chosen,
             };
-            let own: Vec<_> = back_ends.iter().flat_map(|(vvu, _)| proxies[*vvu].devices()).collect();
+            let mut own: Vec<_> = back_ends.iter().flat_map(|(vvu, _)| proxies[*vvu].devices()).collect();
+            let windows = back_ends.iter().filter(|(_, vvu)| vvu.memory == Memory::Window);
+            // One for each sibling, however many devices it has.
+            let windows: BTreeMap<_, _> =
+                windows.map(|(vvu, spec)| (&spec.sibling_vm, &proxies[*vvu])).collect();
+            for (sibling, proxy) in windows {
+                let slot = Slot::last_free(|slot| own.iter().any(|device| device.slot() == slot))
+                    .with_context(|| {
+                        format!("no PCI slot of {name:?} is left for the window of {sibling:?}")
+                    })?;
+                let memory_mib = scenario.vms.get(sibling).map_or(0, VmSpec::most_memory_mib);
+                own.push(proxy.window_device(slot, memory_mib));
+            }
             let (mut siblings, mut attachable) = (Vec::new(), Vec::new());
             for (vvu, spec) in &front_ends {
                 let others = || own.iter().chain(&siblings).chain(&attachable);
@@ -92,6 +105,7 @@ impl Plan {
                 numa_nodes: spec.numa_nodes,
                 cpus: spec.cpus,
                 cpu: spec.cpu.map_or(Cpu::Best, Cpu::Level),
+                memory_offset_mib: front_ends.first().map_or(0, |(vvu, _)| proxies[*vvu].memory_offset_mib()),
                 memory_file: front_ends.first().map(|(vvu, _)| proxies[*vvu].memory_file()),
                 iommu,
                 devices: own.into_iter().chain(siblings).collect(),
@@ -225,6 +239,34 @@ mod tests {
         let slots: Vec<_> = plan.vms["sibling"].devices.iter().map(|device| device.slot().device()).collect();
         assert_eq!(slots, [0x10, 0x11]);
         assert_eq!(transient(&plan), 7);
+    }
+
+    #[test]
+    fn a_device_vm_has_one_window_for_each_sibling() {
+        let plan = plan(
+            r#"{"name": "s", "description": "", "vms": {"device": {"memory_mib": 256},
+                "one": {"memory_mib": 512}, "two": {"memory_mib": 128}, "three": {"memory_mib": 64}},
+                "vvu": {"a": {"sibling_vm": "one", "memory": "window"},
+                        "b": {"sibling_vm": "one", "memory": "window", "addr": "auto"},
+                        "c": {"sibling_vm": "two", "memory": "window", "addr": "auto"},
+                        "d": {"sibling_vm": "three", "addr": "auto"}},
+                "steps": [{"power_off": {"vm": "device"}}]}"#,
+        );
+        let windows: Vec<_> = plan.vms["device"]
+            .devices
+            .iter()
+            .filter_map(|device| match device {
+                Device::Window { slot, file, size_mib } => Some((slot.device(), file.clone(), *size_mib)),
+                _ => None,
+            })
+            .collect();
+        let link = |vvu: &str| plan.proxies[vvu].memory_file();
+        assert_eq!(windows, [(0x1a, link("a"), 546), (0x19, link("c"), 162)]);
+        let offsets = ["one", "two", "three"].map(|vm| plan.vms[vm].memory_offset_mib);
+        assert_eq!(offsets, [2, 2, 0]);
+        let words = |vvu: &str| plan.proxies[vvu].words(Path::new("vvu")).join(" ");
+        assert!(words("a").ends_with(" --window") && words("c").ends_with(" --window"));
+        assert!(!words("b").contains("--window") && !words("d").contains("--window"));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::format::{
 use crate::report::{Check, CheckResult};
 use vvu_process::interrupt;
 use vvu_process::progress::{Progress, Stage};
-use vvu_testvm::{Process, Reply, Vm, WorkerSignal, ending, printed};
+use vvu_testvm::{Attack, Process, Reply, Vm, WorkerSignal, ending, printed};
 
 /// The measurement that counts kills and reboots.
 const FAULTS: &str = "faults_injected";
@@ -30,6 +30,9 @@ pub(super) type Launch<'a, T> = Box<dyn Fn(&str) -> Result<T> + 'a>;
 
 /// Attaches or detaches the front-end of a vvu device, given the running VMs; returns the evidence.
 pub(super) type Attach<'a> = Box<dyn Fn(&BTreeMap<String, Vm>, &str, Instant) -> Result<String> + 'a>;
+
+/// Attacks a device VM through the sibling memory file of a vvu device; returns the evidence.
+pub(super) type Tamper<'a> = Box<dyn Fn(&str, Attack) -> Result<String> + 'a>;
 
 /// Numbers for the report, by name.
 pub(super) type Measurements = BTreeMap<String, f64>;
@@ -48,6 +51,8 @@ pub(super) struct Running<'a> {
     pub attach: Attach<'a>,
     /// Detaches it.
     pub detach: Attach<'a>,
+    /// Attacks a device VM through the sibling memory file of a vvu device; returns what came of it.
+    pub tamper: Tamper<'a>,
     /// Reads the messages of a vvu device so far.
     pub trace: Launch<'a, String>,
     /// When the first VM was launched.
@@ -193,6 +198,7 @@ impl Running<'_> {
             Step::KillWorker(proxy) => self.replace_worker(&proxy.vvu, WorkerSignal::Kill),
             Step::UpgradeProxy(proxy) => self.replace_worker(&proxy.vvu, WorkerSignal::Upgrade),
             Step::Trace(trace) => self.look_at(trace),
+            Step::Tamper(tamper) => (self.tamper)(&tamper.vvu, tamper.attack),
             Step::Attach(attach) => (self.attach)(&self.vms, &attach.vvu, self.deadline(step)),
             Step::Detach(detach) => (self.detach)(&self.vms, &detach.vvu, self.deadline(step)),
             step => self.act_in_vm(step),
@@ -310,6 +316,7 @@ impl Running<'_> {
             | Step::Detach(_)
             | Step::KillWorker(_)
             | Step::UpgradeProxy(_)
+            | Step::Tamper(_)
             | Step::Trace(_)
             | Step::Repeat(_) => bail!("{step} is not done inside a VM"),
         })

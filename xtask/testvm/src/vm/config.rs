@@ -35,6 +35,8 @@ pub struct Config {
     pub cpu: Cpu,
     /// The file that is its RAM; `None` for memory of its own, which is shared with vfio-user servers too.
     pub memory_file: Option<String>,
+    /// Where the RAM begins in `memory_file`, in MiB.
+    pub memory_offset_mib: u64,
     /// The IOMMU in front of its devices.
     pub iommu: Option<Iommu>,
     /// The devices.
@@ -89,6 +91,15 @@ pub enum Device {
         /// The proxy's socket for it.
         socket: String,
     },
+    /// The memory of a sibling VM, as persistent memory.
+    Window {
+        /// Where it is.
+        slot: Slot,
+        /// The sibling memory file.
+        file: String,
+        /// Size of the file in MiB.
+        size_mib: u64,
+    },
     /// A virtio device whose back-end is behind a vhost-user socket.
     VhostUser {
         /// The PCI address.
@@ -115,6 +126,7 @@ impl Device {
         match self {
             Device::Vvu { slot, .. }
             | Device::Express { slot, .. }
+            | Device::Window { slot, .. }
             | Device::VhostUser { slot, .. }
             | Device::VirtioBlk { slot, .. } => *slot,
         }
@@ -127,7 +139,7 @@ impl Device {
         let disk = match self {
             Device::VhostUser { frontend, .. } => matches!(frontend, Frontend::Block(_)),
             Device::VirtioBlk { .. } => true,
-            Device::Vvu { .. } | Device::Express { .. } => false,
+            Device::Vvu { .. } | Device::Express { .. } | Device::Window { .. } => false,
         };
         disk.then_some(r"virtio_blk virtio\d+: \[(vd[a-z]+)\] \d+ 512-byte logical blocks.*")
     }
@@ -135,6 +147,7 @@ impl Device {
     /// The modules of Linux that drive it.
     fn kernel_modules(&self) -> &'static [&'static str] {
         match self {
+            Device::Window { .. } => &["virtio_pmem", "nd_pmem", "ext4"],
             Device::Vvu { .. } | Device::Express { .. } => &["vfio_iommu_type1", "vfio-pci"],
             Device::VhostUser { frontend, .. } => frontend.kernel_modules(),
             Device::VirtioBlk { .. } => &["virtio_blk"],
@@ -147,7 +160,7 @@ impl Device {
             Device::Vvu { socket, .. }
             | Device::Express { socket, .. }
             | Device::VhostUser { socket, .. } => Some(socket),
-            Device::VirtioBlk { .. } => None,
+            Device::VirtioBlk { .. } | Device::Window { .. } => None,
         }
     }
 }

@@ -117,6 +117,11 @@ impl Vmm for CloudHypervisor {
         words.pair("--initramfs", boot.initramfs.display().to_string());
         words.pair("--cmdline", cmdline(self.machine, config, serial));
         words.pair("--cpus", format!("boot={}", config.cpus));
+        ensure!(
+            config.memory_offset_mib == 0,
+            "{}: Cloud Hypervisor's RAM begins where its file does, so the file cannot be made for a window",
+            config.name
+        );
         match &config.memory_file {
             None => words.pair("--memory", format!("size={}M,shared=on", config.memory_mib)),
             Some(path) => words.pair("--memory", "size=0").pair(
@@ -137,7 +142,9 @@ impl Vmm for CloudHypervisor {
 fn device(words: &mut Words, device: &Device) -> Result<()> {
     let slot = format!("pci_device_id={}", device.slot().device());
     match device {
-        Device::Vvu { .. } | Device::Express { .. } => bail!("Cloud Hypervisor cannot host a vvu device"),
+        Device::Vvu { .. } | Device::Express { .. } | Device::Window { .. } => {
+            bail!("Cloud Hypervisor cannot host a vvu device")
+        }
         Device::VirtioBlk { file, .. } => {
             words.pair("--disk", format!("path={},image_type=raw,{slot}", quoted(file)?));
         }

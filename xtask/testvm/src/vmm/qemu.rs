@@ -25,6 +25,8 @@ const IOMMU_SLOT: Slot = Slot::new(5);
 /// Milliseconds that QEMU waits for an answer of the proxy before it gives the vvu device up. Its own 5 s are too few
 /// on a loaded machine.
 const VFIO_USER_TIMEOUT_MS: u32 = 60_000;
+/// Addresses that persistent memory takes are a multiple of this, in MiB, so that it fits wherever it begins.
+const WINDOW_ADDRESSES_MIB: u64 = 1024;
 /// How often RAM can be added to a VM.
 const MEMORY_SLOTS: u32 = 8;
 
@@ -184,7 +186,8 @@ fn memory(words: &mut Words, config: &Config) {
     for node in 0..nodes {
         let id = if nodes > 1 { format!("mem{node}") } else { "mem".to_owned() };
         let memory = format!("id={id},size={size}M,share=on");
-        let offset = if node > 0 { format!(",offset={}M", node * size) } else { String::new() };
+        let begin = config.memory_offset_mib + node * size;
+        let offset = if begin > 0 { format!(",offset={begin}M") } else { String::new() };
         words.pair(
             "-object",
             match &config.memory_file {
@@ -198,11 +201,17 @@ fn memory(words: &mut Words, config: &Config) {
     }
 }
 
-/// The value of `-m`. Each addition of RAM takes a slot.
+/// The value of `-m`. Each addition of RAM takes a slot. Persistent memory takes none, but addresses.
 fn memory_size(config: &Config) -> String {
+    let windows = config.devices.iter().map(|device| match device {
+        Device::Window { size_mib, .. } => size_mib.next_multiple_of(WINDOW_ADDRESSES_MIB),
+        _ => 0,
+    });
+    let windows: u64 = windows.sum();
     match config.max_memory_mib {
-        None => format!("{}M", config.memory_mib),
-        Some(max) => format!("{}M,slots={MEMORY_SLOTS},maxmem={max}M", config.memory_mib),
+        None if windows == 0 => format!("{}M", config.memory_mib),
+        None => format!("{0}M,maxmem={1}M", config.memory_mib, config.memory_mib + windows),
+        Some(max) => format!("{}M,slots={MEMORY_SLOTS},maxmem={}M", config.memory_mib, max + windows),
     }
 }
 
@@ -253,6 +262,14 @@ pub(super) fn device(words: &mut Words, number: usize, place: Place, device: &De
         Device::Express { socket, .. } => {
             words.pair("-chardev", format!("socket,id=express{number},path={}", escaped(socket)));
             words.pair("-device", format!("{EXPRESS_DEVICE},chardev=express{number},vectors=2,{properties}"));
+        }
+        Device::Window { file, size_mib, .. } => {
+            let file = escaped(file);
+            words.pair(
+                "-object",
+                format!("memory-backend-file,id=window{number},size={size_mib}M,share=on,mem-path={file}"),
+            );
+            words.pair("-device", format!("virtio-pmem-pci,memdev=window{number},{properties}"));
         }
         Device::VhostUser { socket, frontend, reconnect_ms, .. } => {
             let mut chardev = format!("socket,id=vhost{number},path={}", escaped(socket));

@@ -68,6 +68,34 @@ fn the_siblings_ram_is_the_memory_file() {
 }
 
 #[test]
+fn a_window_is_persistent_memory_of_the_siblings_file() {
+    let window = Device::Window { slot: Slot::new(0x1c), file: "/r/a,b/memory".into(), size_mib: 1058 };
+    let mut config = device();
+    config.devices.push(window);
+    let line = line(&config, inherited(None));
+    assert!(line.contains(" -m 512M,maxmem=2560M "), "{line}");
+    assert!(
+        line.ends_with(
+            " -object memory-backend-file,id=window1,size=1058M,share=on,mem-path=/r/a,,b/memory \
+             -device virtio-pmem-pci,memdev=window1,addr=1c.0"
+        ),
+        "{line}"
+    );
+    config.max_memory_mib = Some(1024);
+    assert!(self::line(&config, inherited(None)).contains(" -m 512M,slots=8,maxmem=3072M "));
+}
+
+#[test]
+fn the_siblings_ram_begins_behind_the_header() {
+    let mut config = Config { memory_offset_mib: 2, ..sibling() };
+    let one = line(&config, Serial::Terminal);
+    assert!(one.contains("size=256M,share=on,mem-path=/r/a,,b/memory,offset=2M "), "{one}");
+    config.numa_nodes = 2;
+    let two = line(&config, Serial::Terminal);
+    assert!(two.contains(",offset=2M -numa") && two.contains(",offset=130M -numa"), "{two}");
+}
+
+#[test]
 fn interrupt_remapping_needs_no_unsafe_flag() {
     for (iommu, want) in
         [(Iommu::Intel, "intel-iommu,intremap=on"), (Iommu::Amd, "amd-iommu,intremap=on,dma-remap=on")]
