@@ -6,7 +6,8 @@ use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -81,6 +82,36 @@ fn queues_work_side_by_side() {
     let want: Vec<u8> = (0..4).flat_map(|queue| pattern(49 * 4 + queue, 4096)).collect();
     assert_eq!(backend.content()[..16384], want);
     backend.end();
+}
+
+/// Flushes exclude one another, and so do writes that are durable when they are done. Each comes back all the same.
+#[test]
+fn flushes_of_all_queues_come_back() {
+    for without in [0, 1 << VIRTIO_BLK_F_FLUSH] {
+        let backend = start(&pattern(22, 1 << 20), |_| {});
+        let memory = memory();
+        let mut driver = backend.connect(&memory, Setup { queues: 4, without, ..Setup::default() });
+        memory.write(DATA, &pattern(23, 4096));
+        for _ in 0..5 {
+            for request in 0..16u64 {
+                for queue in 0..4 {
+                    let sector = (request * 4 + queue as u64) * 8;
+                    if without == 0 && request % 2 == 1 {
+                        driver.submit(queue, VIRTIO_BLK_T_FLUSH, 0, &[]);
+                    } else {
+                        driver.submit(queue, VIRTIO_BLK_T_OUT, sector, &[(DATA, 4096)]);
+                    }
+                }
+            }
+            for queue in 0..4 {
+                for _ in 0..16 {
+                    assert_eq!(driver.wait(queue).expect("completion").1, OK);
+                }
+                driver.rings[queue].restore((0..128).rev().collect());
+            }
+        }
+        backend.end();
+    }
 }
 
 /// Returns how often the device calls for 20 requests that are available when the queue starts.
