@@ -10,7 +10,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vvu_process::interrupt;
 use vvu_process::progress::Progress;
-use vvu_testvm::{Device, Frontend, Iommu, Lab, Process, ProxyConfig, Slot, Vm, VmConfig};
+use vvu_testvm::{Device, Frontend, Iommu, KernelId, Lab, Process, ProxyConfig, Slot, Vm, VmConfig};
 
 use super::back_end::{BackEnd, STORAGE_DAEMON};
 use super::options::Options;
@@ -334,8 +334,9 @@ impl<'a> Comparison<'a> {
     }
 
     fn launch_device_vm(&self, vvu: &ProxyConfig) -> Result<Vm> {
+        let kernel = self.lab.setup().kernel(&KernelId::default())?;
         self.lab.vm(&VmConfig {
-            iommu: Some(Iommu::Virtio),
+            iommu: Some(Iommu::default_for(kernel)),
             devices: vvu.devices(),
             ..VmConfig::new("device", MEMORY_MIB)
         })

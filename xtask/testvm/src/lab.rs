@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use regex::Regex;
+use vvu_artifacts::image::with_overlay;
 use vvu_init::protocol::READY_LINE;
 use vvu_process::children;
 
@@ -92,13 +93,22 @@ impl<'a> Lab<'a> {
         Instant::now() + limit.saturating_mul(self.setup.slowness).min(MAX_LIMIT)
     }
 
-    /// Starts a VM with the set-up's plain kernel and base image.
+    /// Starts a VM with the set-up's plain kernel and base image, and the modules for its devices if the kernel has
+    /// modules.
     ///
     /// # Errors
     ///
-    /// Fails if the configuration is contradictory, or the VMM or a log cannot be started or written.
+    /// Fails if the configuration is contradictory, the kernel lacks a module, or the VMM or a log cannot be started or
+    /// written.
     pub fn vm(&self, config: &Config) -> Result<Vm> {
-        self.vm_with(config, self.plain()?)
+        let boot = self.plain()?;
+        let modules = self.setup.kernel_modules(&KernelId::default(), config)?;
+        if modules.is_empty() {
+            return self.vm_with(config, boot);
+        }
+        let initramfs = self.run.file(&format!("{}.cpio", config.name));
+        with_overlay(&self.setup.base, &modules, &initramfs)?;
+        self.vm_with(config, Boot { initramfs: &initramfs, ..boot })
     }
 
     /// Starts a VM with a kernel and an initramfs of its own.

@@ -53,12 +53,14 @@ impl Setup {
             // First, as it takes longest.
             let kernels = scope.spawn(|| obtain_kernels(options, needs, &cache, progress));
             let binaries = scope.spawn(|| GuestBinaries::build(progress, profile));
+            let tools = scope.spawn(|| GuestTools::obtain(progress, &cache));
             let accelerator = scope.spawn(|| choose(options.accel, progress));
             let fetched = fetch(options, needs, &cache, progress);
-            (fetched, joined(kernels), joined(binaries), joined(accelerator))
+            (fetched, joined(kernels), joined(binaries), joined(tools), joined(accelerator))
         });
-        let (fetched, kernels, binaries, accelerator) = obtained;
-        let (Fetched { qemu, vmms, tools, programs }, kernels, binaries) = (fetched?, kernels?, binaries?);
+        let (fetched, kernels, binaries, tools, accelerator) = obtained;
+        let Fetched { qemu, vmms, programs } = fetched?;
+        let (kernels, binaries, tools) = (kernels?, binaries?, tools?);
         let base = build_base(&cache, &binaries, &tools)?;
         let accelerator = accelerator?;
         let slowness = slowness(&accelerator, options.slowness);
@@ -66,11 +68,10 @@ impl Setup {
     }
 }
 
-/// What is downloaded.
+/// VMMs and programs that are downloaded.
 struct Fetched {
     qemu: Qemu,
     vmms: BTreeMap<String, Box<dyn Vmm>>,
-    tools: GuestTools,
     programs: BTreeMap<String, PathBuf>,
 }
 
@@ -79,11 +80,10 @@ fn fetch(options: &SetupOptions, needs: &Needs, cache: &Cache, progress: &Progre
     let qemu = Qemu::locate(progress, cache, options.qemu.as_deref())?;
     let vmms = needs.vmms.iter().map(|name| Ok((name.clone(), vmm::obtain(progress, cache, name)?)));
     let vmms = vmms.collect::<Result<_>>()?;
-    let tools = GuestTools::obtain(progress, cache)?;
     let list = GuestPrograms::read()?;
     let programs = needs.programs.iter();
     let programs = programs.map(|name| Ok((name.clone(), list.obtain(name, progress, cache)?)));
-    Ok(Fetched { qemu, vmms, tools, programs: programs.collect::<Result<_>>()? })
+    Ok(Fetched { qemu, vmms, programs: programs.collect::<Result<_>>()? })
 }
 
 /// Obtains the kernels, each with all processors.
