@@ -14,8 +14,8 @@ use vvu_testvm::{Boot, Device, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfi
 use super::options::Options;
 use super::usage::Usage;
 
-/// The fragments of the VMs' kernel, as in the scenarios of the window.
-const FRAGMENTS: [&str; 3] = ["devices", "hotplug", "window"];
+/// The VMs' kernel: a distribution's, as a user has it.
+const KERNEL: &str = "debian-13-cloud";
 /// The back-end that does direct I/O.
 const STORAGE_DAEMON: &str = "qemu-storage-daemon";
 /// RAM of each VM in MiB.
@@ -42,7 +42,7 @@ pub(super) fn needs() -> Needs {
 }
 
 fn kernel() -> KernelId {
-    KernelId::with_fragments(&FRAGMENTS.map(str::to_owned))
+    KernelId::Packaged(KERNEL.to_owned())
 }
 
 /// Measures each way once a round, and returns the lines to print.
@@ -52,17 +52,13 @@ fn kernel() -> KernelId {
 /// Fails if a VM or a program in it does.
 pub(super) fn measure(options: &Options, lab: &Lab<'_>, progress: &Progress) -> Result<String> {
     let disk = Disk::new()?;
-    let initramfs = lab.run().file("device.cpio");
-    let programs = lab.setup().programs.values().map(|tree| OverlayEntry::Tree(tree.clone()));
-    with_overlay(&lab.setup().base, &programs.collect::<Vec<_>>(), &initramfs)?;
-    let boot = Boot { kernel: &lab.setup().kernel(&kernel())?.vmlinux, initramfs: &initramfs };
     let stage = progress.stage("mappings");
-    let mut text = mappings(options, lab, boot)?;
+    let mut text = mappings(options, lab)?;
     stage.done("");
     for round in 1..=options.rounds {
         for (name, window, cache) in WAYS {
             let stage = progress.stage(format!("{name} {round}"));
-            for line in served(options, lab, boot, &disk, (window, cache))? {
+            for line in served(options, lab, &disk, (window, cache))? {
                 text += &format!("round {round}, {name}: {line}\n");
             }
             stage.done("");
@@ -89,7 +85,7 @@ impl Disk {
 }
 
 /// Starts a device VM with a window and, if it is given, a disk.
-fn device_vm(lab: &Lab<'_>, boot: Boot<'_>, vvu: &ProxyConfig, disk: Option<&Disk>) -> Result<Vm> {
+fn device_vm(lab: &Lab<'_>, vvu: &ProxyConfig, disk: Option<&Disk>) -> Result<Vm> {
     let mut devices = vvu.devices();
     let free = |devices: &[Device]| {
         let slot = Slot::last_free(|slot| devices.iter().any(|device| device.slot() == slot));
@@ -99,18 +95,28 @@ fn device_vm(lab: &Lab<'_>, boot: Boot<'_>, vvu: &ProxyConfig, disk: Option<&Dis
         devices.push(Device::VirtioBlk { slot: free(&devices)?, file: disk.path.clone() });
     }
     devices.push(vvu.window_device(free(&devices)?, MEMORY_MIB));
-    let config = VmConfig { iommu: Some(Iommu::Virtio), devices, ..VmConfig::new("device", MEMORY_MIB) };
-    let vm = lab.vm_with(&config, boot)?;
+    let iommu = Some(Iommu::default_for(lab.setup().kernel(&kernel())?));
+    let vm = start(lab, &VmConfig { iommu, devices, ..VmConfig::new("device", MEMORY_MIB) })?;
     vm.ready(lab.deadline(LIMIT))?;
     vm.run_until(&format!("vvu bind {}", vvu.slot), lab.deadline(LIMIT))?;
     Ok(vm)
 }
 
+/// Starts a VM whose initramfs has the back-end, and the modules that the VM needs.
+fn start(lab: &Lab<'_>, config: &VmConfig) -> Result<Vm> {
+    let setup = lab.setup();
+    let programs = setup.programs.values().map(|tree| OverlayEntry::Tree(tree.clone()));
+    let modules = setup.kernel_modules(&kernel(), config)?;
+    let initramfs = lab.run().file(&format!("{}.cpio", config.name));
+    with_overlay(&setup.base, &programs.chain(modules).collect::<Vec<_>>(), &initramfs)?;
+    lab.vm_with(config, Boot { kernel: &setup.kernel(&kernel())?.vmlinux, initramfs: &initramfs })
+}
+
 /// What the device VM says of its two mappings.
-fn mappings(options: &Options, lab: &Lab<'_>, boot: Boot<'_>) -> Result<String> {
+fn mappings(options: &Options, lab: &Lab<'_>) -> Result<String> {
     let vvu = ProxyConfig { window: true, ..ProxyConfig::new("mappings", MEMORY_MIB, lab.sockets()) };
     let proxy = lab.proxy(&vvu)?;
-    let vm = device_vm(lab, boot, &vvu, None)?;
+    let vm = device_vm(lab, &vvu, None)?;
     let command = format!(
         "mkdir -p /sys/kernel/debug && mount -t debugfs none /sys/kernel/debug; \
          vvu device memory --vfio {} --overwrite --seconds {}",
@@ -127,13 +133,12 @@ fn mappings(options: &Options, lab: &Lab<'_>, boot: Boot<'_>) -> Result<String> 
 fn served(
     options: &Options,
     lab: &Lab<'_>,
-    boot: Boot<'_>,
     disk: &Disk,
     (window, cache): (&str, &str),
 ) -> Result<Vec<String>> {
     let vvu = ProxyConfig { window: true, ..ProxyConfig::new("memory", MEMORY_MIB, lab.sockets()) };
     let proxy = lab.proxy(&vvu)?;
-    let vm = device_vm(lab, boot, &vvu, Some(disk))?;
+    let vm = device_vm(lab, &vvu, Some(disk))?;
     let serve = format!(
         "exec vvu device bridge {window} --vfio {} -- {STORAGE_DAEMON} --blockdev \
          driver=host_device,node-name=disk,filename=/dev/vda{cache} --export \
@@ -150,7 +155,7 @@ fn served(
         devices: vec![device],
         ..VmConfig::new("sibling", MEMORY_MIB)
     };
-    let sibling = lab.vm_with(&config, boot)?;
+    let sibling = start(lab, &config)?;
     sibling.wait_for(&Regex::new(announcement)?, lab.deadline(LIMIT))?;
     sibling.ready(lab.deadline(LIMIT))?;
     let mut lines = Vec::new();
