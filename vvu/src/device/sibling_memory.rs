@@ -36,7 +36,8 @@ const WINDOW_HEADER: u64 = HUGE_PAGE_SIZE;
 pub(crate) enum MemoryError {
     #[error(
         "memory region {gpa:#x} is not in the sibling memory file: start the sibling with \
-         -object memory-backend-file,id=mem,share=on,mem-path=<the file vvu proxy names> -machine memory-backend=mem"
+         -object memory-backend-file,id=mem,share=on,mem-path=<the file vvu proxy names> -machine memory-backend=mem, \
+         and without devices that bring memory of their own (ivshmem-doorbell, ivshmem-plain, virtio-pmem-pci)"
     )]
     Foreign { gpa: u64 },
     #[error(

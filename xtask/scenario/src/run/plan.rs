@@ -145,13 +145,15 @@ fn settle(scenario: &Scenario) -> Result<BTreeMap<&str, Slot>> {
 }
 
 /// Chooses a slot for the express device of each vvu device that has one: the last ones, so that all others stay where
-/// they would be without.
+/// they would be without. A VM that is a sibling itself has none: its VMM would tell the proxy of its memory about the
+/// express device's, which is in no sibling memory file.
 fn settle_express<'s>(
     scenario: &'s Scenario,
     vvu_slots: &BTreeMap<&str, Slot>,
 ) -> Result<BTreeMap<&'s str, Slot>> {
     let mut slots: BTreeMap<&str, Slot> = BTreeMap::new();
-    for (name, vvu) in scenario.vvu.iter().filter(|(_, vvu)| vvu.express) {
+    let is_sibling = |vm| scenario.vvu_of_sibling(vm).next().is_some();
+    for (name, vvu) in scenario.vvu.iter().filter(|(_, vvu)| vvu.express && !is_sibling(&vvu.device_vm)) {
         let taken = |slot| {
             let same_vm = scenario.vvu_of_device(&vvu.device_vm).map(|(other, _)| other);
             same_vm
@@ -219,6 +221,16 @@ mod tests {
             words.contains(&format!("--memory-size 1024M --memory-link {link} --queues 1 --trace ")),
             "{words}"
         );
+    }
+
+    #[test]
+    fn a_device_vm_that_is_a_sibling_itself_has_no_express_device() {
+        let plan = plan(
+            r#"{"name": "s", "description": "", "vms": {"bottom": {"memory_mib": 64}, "middle": {"memory_mib": 64},
+                "top": {"memory_mib": 64}}, "vvu": {"a": {"device_vm": "bottom", "sibling_vm": "middle"},
+                "b": {"device_vm": "middle", "sibling_vm": "top"}}, "steps": [{"power_off": {"vm": "top"}}]}"#,
+        );
+        assert!(plan.proxies["a"].express.is_some() && plan.proxies["b"].express.is_none());
     }
 
     #[test]
