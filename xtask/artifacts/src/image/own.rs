@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::programs::libraries;
+use super::programs::{copy, create_parent, libraries};
 
 /// Where the program and its libraries are in the guest: apart from those of other programs, which may come from
 /// another release of the distribution.
@@ -91,17 +91,6 @@ impl Linkage {
 fn is_plain(name: &str) -> bool {
     !name.starts_with(['.', '-'])
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+'))
-}
-
-fn create_parent(path: &Path) -> Result<()> {
-    let parent = path.parent().context("a file is in a directory")?;
-    fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))
-}
-
-/// Copies a file, or what a symbolic link leads to, with its permissions.
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    create_parent(to)?;
-    fs::copy(from, to).map(drop).with_context(|| format!("cannot copy {}", from.display()))
 }
 
 #[cfg(test)]

@@ -215,10 +215,15 @@ pub(super) fn libraries(list: &str) -> Result<Vec<(&str, &str)>> {
 }
 
 /// Copies a file, or what a symbolic link leads to, with the directories above it.
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    let parent = to.parent().context("a file is in a directory")?;
-    fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+pub(super) fn copy(from: &Path, to: &Path) -> Result<()> {
+    create_parent(to)?;
     fs::copy(from, to).map(drop).with_context(|| format!("cannot copy {}", from.display()))
+}
+
+/// Creates the directories above `path`.
+pub(super) fn create_parent(path: &Path) -> Result<()> {
+    let parent = path.parent().context("a file is in a directory")?;
+    fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))
 }
 
 #[cfg(test)]
