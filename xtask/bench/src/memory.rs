@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vvu_artifacts::image::{OverlayEntry, with_overlay};
 use vvu_process::progress::Progress;
-use vvu_testvm::{Boot, Device, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfig, Slot, Vm, VmConfig};
+use vvu_testvm::{Boot, Device, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfig, Vm, VmConfig};
 
 use super::options::Options;
 use super::usage::Usage;
@@ -87,10 +87,7 @@ impl Disk {
 /// Starts a device VM with a window and, if it is given, a disk.
 fn device_vm(lab: &Lab<'_>, vvu: &ProxyConfig, disk: Option<&Disk>) -> Result<Vm> {
     let mut devices = vvu.devices();
-    let free = |devices: &[Device]| {
-        let slot = Slot::last_free(|slot| devices.iter().any(|device| device.slot() == slot));
-        slot.context("no PCI slot is left")
-    };
+    let free = |devices: &[Device]| Device::last_free_slot(devices).context("no PCI slot is left");
     if let Some(disk) = disk {
         devices.push(Device::VirtioBlk { slot: free(&devices)?, file: disk.path.clone() });
     }

@@ -16,8 +16,8 @@ use vvu_process::interrupt;
 use vvu_process::progress::Progress;
 use vvu_testvm::memory::{ensure_files_fit, ensure_free};
 use vvu_testvm::{
-    Addr, BlockFrontend, Boot, Express, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfig, RunDir, Setup,
-    SetupOptions, Slot, VmConfig, runs,
+    Addr, BlockFrontend, Boot, Device, Express, Frontend, Iommu, KernelId, Lab, Needs, ProxyConfig, RunDir,
+    Setup, SetupOptions, Slot, VmConfig, runs,
 };
 
 /// vhost queues of the vvu device: enough for any front-end that a person tries.
@@ -222,8 +222,7 @@ fn device(options: &DeviceOptions) -> Result<ExitCode> {
     };
     let mut devices = vvu.devices();
     if options.window {
-        let taken = |free| devices.iter().any(|device| device.slot() == free);
-        let free = Slot::last_free(taken).context("a bus has more than two slots")?;
+        let free = Device::last_free_slot(&devices).context("a bus has more than two slots")?;
         devices.push(vvu.window_device(free, options.sibling_memory));
     }
     let proxy = lab.proxy(&vvu)?;

@@ -73,10 +73,9 @@ impl Plan {
             let windows: BTreeMap<_, _> =
                 windows.map(|(vvu, spec)| (&spec.sibling_vm, &proxies[*vvu])).collect();
             for (sibling, proxy) in windows {
-                let slot = Slot::last_free(|slot| own.iter().any(|device| device.slot() == slot))
-                    .with_context(|| {
-                        format!("no PCI slot of {name:?} is left for the window of {sibling:?}")
-                    })?;
+                let slot = Device::last_free_slot(&own).with_context(|| {
+                    format!("no PCI slot of {name:?} is left for the window of {sibling:?}")
+                })?;
                 let memory_mib = scenario.vms.get(sibling).map_or(0, VmSpec::most_memory_mib);
                 own.push(proxy.window_device(slot, memory_mib));
             }

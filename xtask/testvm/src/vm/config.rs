@@ -121,6 +121,11 @@ pub enum Device {
 }
 
 impl Device {
+    /// The last slot that none of `devices` has.
+    pub fn last_free_slot(devices: &[Self]) -> Option<Slot> {
+        Slot::last_free(|slot| devices.iter().any(|device| device.slot() == slot))
+    }
+
     /// The PCI address.
     pub fn slot(&self) -> Slot {
         match self {
